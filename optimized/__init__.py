@@ -1,0 +1,32 @@
+"""Mixture of Attention, fast: `from optimized import MixtureOfAttention`.
+
+The stages are functions too, one file each: routing, routed_attention, local_attention, mixture. `explain` tells which
+backend a call takes, `use_backends` fixes it. What the layer computes is written to be read in the package `reference`.
+"""
+
+from optimized.backends import backends, use_backends
+from optimized.explain import Explanation, StageReport, explain
+from optimized.local_attention import local_attention
+from optimized.mixture import MixtureOfAttention, combine
+from optimized.routed_attention import routed_attention
+from optimized.routing import Router, Routes, capped_simplex, coordinate_descent, route, select
+from optimized.validation import RouterOptions
+
+__all__ = [
+    "Explanation",
+    "MixtureOfAttention",
+    "Router",
+    "RouterOptions",
+    "Routes",
+    "StageReport",
+    "backends",
+    "capped_simplex",
+    "combine",
+    "coordinate_descent",
+    "explain",
+    "local_attention",
+    "route",
+    "routed_attention",
+    "select",
+    "use_backends",
+]

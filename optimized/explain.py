@@ -1,0 +1,75 @@
+"""What a call would run: the backend of each stage, and why not the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimized.backends import REGISTRY, Request, choose
+from optimized.mixture import MixtureOfAttention
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """backend: what runs. reasons: of every other backend, why it does not."""
+
+    backend: str
+    reasons: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """stages: stage name to its report. str() is an aligned table."""
+
+    stages: dict[str, StageReport]
+
+    def __str__(self) -> str:
+        rows = [("stage", "backend", "why not the others")]
+        for stage, report in self.stages.items():
+            why = [f"{name}: {reason}" for name, reason in report.reasons.items()] or ["-"]
+            rows.append((stage, report.backend, why[0]))
+            rows += [("", "", reason) for reason in why[1:]]
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        return "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
+
+
+def explain(module: MixtureOfAttention, x: Tensor, **forward_arguments: Any) -> Explanation:
+    """Report the backend of each stage for `module(x, **forward_arguments)`, without running it.
+
+    Autocast, training mode (dropout), masks and `use_backends` are taken into account. Raises TypeError or ValueError
+    as the call would for x, masks, context and a chosen backend that can't serve it.
+    """
+    if not isinstance(module, MixtureOfAttention):
+        raise TypeError(f"module: expected an optimized.MixtureOfAttention, got {type(module).__name__}")
+    a = forward_arguments
+    checked = ("context", "mask", "context_mask", "num_routed_queries", "num_routed_key_values", "rotary_emb", "routes")
+    module._check(x, *(a.get(name) for name in checked))
+    context = x if a.get("context") is None else a["context"]
+    context_mask = a.get("mask") if a.get("context") is None else a.get("context_mask")
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    empty = x.numel() == 0
+    masked = context_mask is not None or a.get("routes") is not None
+    dropout = module.dropout if module.training else 0.0
+    flash = module.flash_attn
+    requests = {
+        "routing": Request(x.device, exact),
+        "routed_attention": Request(
+            x.device, dtype, module.dim_head, masked, dropout, empty or context.shape[0] == 0, flash
+        ),
+        "local_attention": Request(x.device, dtype, module.dim_head, True, 0.0, empty, flash),
+        "mixture": Request(x.device, exact),
+    }
+    if module.local_attn is None:
+        del requests["local_attention"]
+    stages = {}
+    for stage, request in requests.items():
+        taken = choose(stage, request).name
+        reasons = {b.name: b.obstacle(request) or f"{taken} is preferred" for b in REGISTRY[stage] if b.name != taken}
+        stages[stage] = StageReport(taken, reasons)
+    return Explanation(stages)

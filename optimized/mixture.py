@@ -1,0 +1,280 @@
+"""Mixture of Attention: routing, routed attention, optional local attention, and their combination."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from optimized import ops, validation
+from optimized.backends import Request, choose
+from optimized.local_attention import LocalAttention
+from optimized.routed_attention import RoutedAttention
+from optimized.routing import Router, Routes
+from optimized.validation import RouterOptions, flag, positive_int, reject
+
+
+class MixtureOfAttention(nn.Module):
+    """Each expert attends over K tokens that its router picked; the results are added back into the sequence.
+
+    Args:
+        dim: model dimension D of x.
+        num_routed_queries, num_routed_key_values: tokens K that every expert picks; forward can override them.
+        num_experts: E.
+        dim_context: model dimension of context, default dim. If it differs from dim, forward needs a context.
+        local_attn, local_attn_window_size: add attention of every token to its neighbours, |i - j| <= window_size
+            (self-attention only). Without it, tokens that no expert picked become a learned null token.
+        dim_head, heads: d and H, of both attentions.
+        dropout: probability of dropping a weight of the routed attention, in training.
+        use_triton, flash_attn: True admits Triton kernels and flash-attention kernels where they can run, False keeps
+            them out (`explain` tells what is taken; all backends so far are PyTorch's own).
+        prenorm: RMSNorm per expert before routed attention, LayerNorm before local attention.
+        average_routed: divide by the number of terms that a token received.
+        device, dtype: of the parameters.
+        router_options: for both routers, see `RouterOptions`.
+
+    State dict as of the public package mixture-of-attention 0.0.25. Checkpoints of that package load; outputs agree for
+    one expert (with more it mixes experts up). Raises TypeError or ValueError naming the argument, its value and what
+    was expected.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_routed_queries: int,
+        num_routed_key_values: int,
+        num_experts: int,
+        dim_context: int | None = None,
+        local_attn: bool = False,
+        local_attn_window_size: int | None = None,
+        dim_head: int = 64,
+        heads: int = 8,
+        dropout: float = 0.1,
+        use_triton: bool = True,
+        flash_attn: bool = True,
+        prenorm: bool = True,
+        average_routed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **router_options: Any,
+    ) -> None:
+        super().__init__()
+        self.dim = positive_int("dim", dim)
+        self.num_routed_queries = positive_int("num_routed_queries", num_routed_queries)
+        self.num_routed_key_values = positive_int("num_routed_key_values", num_routed_key_values)
+        self.num_experts = positive_int("num_experts", num_experts)
+        self.dim_context = self.dim if dim_context is None else positive_int("dim_context", dim_context)
+        self.dim_head = positive_int("dim_head", dim_head)
+        self.heads = positive_int("heads", heads)
+        self.dropout = validation.probability("dropout", dropout)
+        self.use_triton = flag("use_triton", use_triton)
+        self.flash_attn = flag("flash_attn", flash_attn)
+        self.average_routed = flag("average_routed", average_routed)
+        flag("prenorm", prenorm)
+        if flag("local_attn", local_attn):
+            local_attn_window_size = positive_int("local_attn_window_size", local_attn_window_size)
+            if self.dim_head % 2:
+                reject("dim_head", "an even number with local attention (rotary embedding)", dim_head)
+            if self.dim_context != self.dim:
+                reject("dim_context", f"dim = {dim} with local_attn (self-attention only)", dim_context)
+        elif local_attn_window_size is not None:
+            reject("local_attn_window_size", "None without local_attn=True", local_attn_window_size)
+        if dtype is not None and dtype not in validation.FLOATING:
+            reject("dtype", "float64, float32, float16 or bfloat16", repr(dtype), TypeError)
+        options = RouterOptions.of_module(router_options)
+
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared: dict[str, Any] = {
+            "dim_head": self.dim_head,
+            "heads": self.heads,
+            "prenorm": prenorm,
+            "flash_attn": flash_attn,
+            **where,
+        }
+        self.null_routed_token = None if local_attn else nn.Parameter(torch.empty(1, 1, self.dim, **where))
+        self.query_router = Router(self.dim, self.num_experts, options, **where)
+        self.key_value_router = Router(self.dim_context, self.num_experts, options, **where)
+        self.attn = RoutedAttention(self.dim, self.dim_context, self.num_experts, dropout=self.dropout, **shared)
+        self.local_attn = LocalAttention(self.dim, local_attn_window_size, **shared) if local_attn else None
+        self._reset_null_token()
+
+    def _reset_null_token(self) -> None:
+        if self.null_routed_token is not None:
+            nn.init.normal_(self.null_routed_token)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the constructor did."""
+        for child in self.children():
+            child.reset_parameters()
+        self._reset_null_token()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        context: Float[Tensor, "B M Dc"] | None = None,
+        mask: Bool[Tensor, "B N"] | None = None,
+        context_mask: Bool[Tensor, "B M"] | None = None,
+        num_routed_queries: int | None = None,
+        num_routed_key_values: int | None = None,
+        rotary_emb: Float[Tensor, "N d"] | None = None,
+        query_routing_tokens: Float[Tensor, "*B E D"] | None = None,
+        key_value_routing_tokens: Float[Tensor, "*B E Dc"] | None = None,
+        routes: tuple[Routes, Routes] | None = None,
+        return_routes: bool = False,
+    ) -> Float[Tensor, "B N D"] | tuple[Float[Tensor, "B N D"], tuple[Routes, Routes]]:
+        """Self-attention over x, or cross-attention from x to context.
+
+        Args:
+            x: (B, N, D) float64, float32, float16 or bfloat16, any strides. B and N may be 0, and so may M.
+            context: (B, M, Dc).
+            mask, context_mask: bool (B, N) and (B, M), False for padding: it takes part in nothing, whatever it holds,
+                and gets 0. It does count in N <= K and in the routers' target mass min(K * fetch_k_ratio, N), so padding
+                changes nothing while these stay the same.
+            num_routed_queries, num_routed_key_values: K for this call.
+            rotary_emb: (N, d) angles in float32 or float64, without gradient (self-attention only).
+            query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); required, and allowed, with
+                learned_routing_tokens=True.
+            routes: a pair (query, key/value) of decisions to use in place of the routers'.
+            return_routes: return (out, routes); `.load` of each of the two is the number of tokens per expert.
+        Returns (B, N, D), dtype and device of x. Raises TypeError or ValueError naming the argument. Routing tokens get
+        no gradient (None) where N <= K, since nothing is chosen, nor with injected routes.
+        """
+        k_q, k_kv = self._check(
+            x, context, mask, context_mask, num_routed_queries, num_routed_key_values, rotary_emb, routes
+        )
+        self._check_tokens(x, query_routing_tokens, key_value_routing_tokens, routes)
+        flag("return_routes", return_routes)
+        if context is None:
+            context, context_mask = x, mask
+        if routes is None:
+            q_routes = self.query_router(x, k_q, mask, query_routing_tokens)
+            kv_routes = self.key_value_router(context, k_kv, context_mask, key_value_routing_tokens)
+        else:
+            q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
+        masked = context_mask is not None or routes is not None
+
+        inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
+        y = self.attn(x, context, q_routes, kv_routes, inverse, rotary_emb, masked)
+        local = None if self.local_attn is None else self.local_attn(x, mask)
+        null = None if self.null_routed_token is None else self.null_routed_token[0, 0]
+        out = _combine(y, q_routes, inverse, local, self.average_routed, null, mask).to(x.dtype)
+        return (out, (q_routes, kv_routes)) if return_routes else out
+
+    def _check(
+        self,
+        x: Any,
+        context: Any,
+        mask: Any,
+        context_mask: Any,
+        num_routed_queries: Any,
+        num_routed_key_values: Any,
+        rotary_emb: Any,
+        routes: Any,
+    ) -> tuple[int, int]:
+        weight = self.attn.to_q.weight
+        validation.tensor("x", x, "B", "N", self.dim, beside=weight, dtype_of=("the layer's parameters", weight))
+        validation.token_mask("mask", mask, x)
+        if context is None:
+            if self.dim_context != self.dim:
+                reject("context", f"a tensor (B, M, {self.dim_context}), since dim_context != dim", None)
+            if context_mask is not None:
+                reject("context_mask", "None without context", context_mask)
+        else:
+            if self.local_attn is not None:
+                reject("context", "None with local_attn=True (self-attention only)", context)
+            validation.tensor("context", context, x.shape[0], "M", self.dim_context, beside=x, dtype_of=("x", x))
+            validation.token_mask("context_mask", context_mask, context)
+            if rotary_emb is not None:
+                reject("rotary_emb", "None with a context (self-attention only)", rotary_emb)
+        validation.rotary(rotary_emb, x, self.dim_head)
+        if routes is not None:
+            if not (isinstance(routes, (tuple, list)) and len(routes) == 2):
+                reject("routes", "a pair (query routes, key/value routes)", repr(routes), TypeError)
+            for i, tokens in enumerate((x, x if context is None else context)):
+                validation.routes(f"routes[{i}]", routes[i], x.shape[0], self.num_experts, tokens.shape[1], x)
+        overrides = {"num_routed_queries": num_routed_queries, "num_routed_key_values": num_routed_key_values}
+        k_q, k_kv = (getattr(self, n) if v is None else positive_int(n, v) for n, v in overrides.items())
+        return k_q, k_kv
+
+    def _check_tokens(self, x: Tensor, query: Any, key_value: Any, routes: Any) -> None:
+        for name, router, tokens in (
+            ("query_routing_tokens", self.query_router, query),
+            ("key_value_routing_tokens", self.key_value_router, key_value),
+        ):
+            if routes is None:
+                router.check_tokens(name, tokens, x)
+            elif tokens is not None:
+                reject(name, "None with injected routes", tokens)
+
+    def extra_repr(self) -> str:
+        names = (
+            "dim num_routed_queries num_routed_key_values num_experts dim_context heads dim_head dropout average_routed"
+        )
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
+
+
+def _restrict(routes: Routes, mask: Tensor | None) -> Routes:
+    """Injected routes less the slots that hold masked tokens."""
+    if mask is None:
+        return routes
+    tokens = mask[:, None].expand(*routes.indices.shape[:2], -1)
+    return routes._replace(mask=routes.mask & tokens.gather(-1, routes.indices))
+
+
+def combine(
+    y: Float[Tensor, "B E Kq D"],
+    q_routes: Routes,
+    n: int,
+    *,
+    local: Float[Tensor, "B N D"] | None = None,
+    average_routed: bool = False,
+    null_routed_token: Float[Tensor, " D"] | None = None,
+    mask: Bool[Tensor, "B N"] | None = None,
+) -> Float[Tensor, "B N D"]:
+    """Add up what the experts, and local attention, have for each of n tokens.
+
+    average_routed divides by the number of terms (at least 1); null_routed_token (D) replaces tokens without any; tokens
+    masked by mask (B, N) become 0. Summed in at least float32, in the order of the experts; returned in y's dtype.
+    Raises TypeError or ValueError naming the argument.
+    """
+    validation.tensor("y", y, "B", "E", "Kq", "D")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        reject("n", "an integer >= 0", repr(n), ValueError if isinstance(n, int) else TypeError)
+    batch, experts, _, dim = y.shape
+    validation.routes("q_routes", q_routes, batch, experts, n, y)
+    validation.tensor("y", y, *q_routes.indices.shape, dim)
+    if local is not None:
+        validation.tensor("local", local, batch, n, dim, beside=y)
+    flag("average_routed", average_routed)
+    if null_routed_token is not None:
+        validation.tensor("null_routed_token", null_routed_token, dim, beside=y)
+    if mask is not None:
+        validation.tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
+    inverse = ops.inverse_map(q_routes.indices, q_routes.mask, n)
+    wide = y.transpose(0, 1).to(torch.promote_types(y.dtype, torch.float32))
+    return _combine(wide, q_routes, inverse, local, average_routed, null_routed_token, mask).to(y.dtype)
+
+
+def _combine(
+    y: Tensor,
+    q_routes: Routes,
+    inverse: Tensor,
+    local: Tensor | None,
+    average_routed: bool,
+    null_routed_token: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """(B, N, D) in y's dtype, at least float32, from y (E, B, Kq, D)."""
+    choose("mixture", Request(y.device, y.dtype))
+    out = ops.collect(y, q_routes.indices, q_routes.mask, inverse)
+    count = (inverse >= 0).sum(1)[..., None]
+    if local is not None:
+        out, count = out + local, count + 1
+    if average_routed:
+        out = out / count.clamp_min(1)
+    if null_routed_token is not None:
+        out = torch.where(count == 0, null_routed_token.to(out.dtype), out)
+    return out if mask is None else out.masked_fill(~mask[..., None], 0)

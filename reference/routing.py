@@ -1,0 +1,305 @@
+"""Routing: each expert picks K of N tokens by a differentiable top-k.
+
+Three steps. `logits` are dot products of tokens with one learned routing token per expert. A solver turns a row of
+logits into soft scores 0 <= lambda <= 1 of total mass about k. `select` takes the K best logits, and the soft
+scores of the chosen tokens are handed on, so that gradients reach the router.
+
+Letters: B batch, N tokens, E experts, K slots per expert, D model dimension, T iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from reference.validation import (
+    RouterOptions,
+    check_bool,
+    check_int,
+    check_mask,
+    check_real,
+    check_same_dtype,
+    check_tensor,
+    fail,
+)
+
+
+class Routes(NamedTuple):
+    """What a router decided. Within a row, indices are distinct: valid tokens ascending, then masked ones."""
+
+    indices: Int64[Tensor, "B E K"]
+    mask: Bool[Tensor, "B E K"]  # False: the slot holds a masked token and takes part in nothing
+    scores: Float[Tensor, "B E K"]
+    logits: Float[Tensor, "B E N"]
+
+    @property
+    def load(self) -> Int64[Tensor, "B E"]:
+        """Number of valid tokens that each expert received."""
+        return self.mask.sum(dim=-1)
+
+
+def route(
+    x: Float[Tensor, "B N D"],
+    tokens: Float[Tensor, "*B E D"],
+    k: int,
+    mask: Bool[Tensor, "B N"] | None = None,
+    *,
+    random_route: bool = False,
+    generator: torch.Generator | None = None,
+    **router_options: Any,
+) -> Routes:
+    """Choose k tokens for each of E experts.
+
+    x (B, N, D); tokens (E, D) or (B, E, D), one per expert; mask (B, N) bool, False for padding. `router_options`
+    as in `RouterOptions`. Everything is computed in at least float32, under autocast too. If N <= k there is nothing
+    to choose: all tokens in order, score 1 (0 where masked), no gradient. `random_route` draws valid tokens
+    uniformly (torch.rand of shape (B, E, N) takes the logits' place), the negative control; scores are then constant.
+
+    Returns Routes of int64, bool and >= float32. A NaN logit of a valid token makes all scores of its row NaN.
+    Raises TypeError or ValueError naming the argument.
+    """
+    options = RouterOptions.parse(router_options, stage=True)
+    check_router_input(x, tokens, k, mask, random_route, generator)
+    return _route(x, tokens, int(k), mask, options, random_route, generator)
+
+
+def check_router_input(
+    x: Tensor, tokens: Tensor, k: int, mask: Tensor | None, random_route: bool, generator: object
+) -> None:
+    check_tensor("x", x, ("B", "N", "D"))
+    batched = isinstance(tokens, Tensor) and tokens.ndim == 3
+    check_tensor("tokens", tokens, (x.shape[0], "E", x.shape[2]) if batched else ("E", x.shape[2]), like=x)
+    check_same_dtype("tokens", tokens, "x", x)
+    check_int("k", k)
+    check_mask("mask", mask, x)
+    check_bool("random_route", random_route)
+    if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
+        fail("generator", "a torch.Generator together with random_route=True", repr(generator))
+
+
+def _route(
+    x: Tensor,
+    tokens: Tensor,
+    k: int,
+    mask: Tensor | None,
+    options: RouterOptions,
+    random_route: bool = False,
+    generator: torch.Generator | None = None,
+) -> Routes:
+    batch, n, _ = x.shape
+    if mask is None:
+        mask = torch.ones(batch, n, dtype=torch.bool, device=x.device)
+    logits = routing_logits(x.masked_fill(~mask[..., None], 0), tokens, options)
+    valid = mask[:, None].expand_as(logits)
+    if n <= k:
+        indices = torch.arange(n, device=x.device).expand_as(logits)
+        return Routes(indices, valid, valid.to(logits.dtype), logits.detach())
+
+    keys = logits
+    if random_route:
+        keys = torch.rand(logits.shape, generator=generator, device=x.device)
+    width = options.route_block_size or n
+    k_block = math.ceil(k / math.ceil(n / width))
+    indices, soft = [], []
+    for start in range(0, n, width):
+        block = slice(start, min(start + width, n))
+        length = block.stop - start
+        indices.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
+        if length <= k_block or random_route:
+            soft.append(valid[..., block].to(logits.dtype))
+        else:
+            mass = min(k_block * options.fetch_k_ratio, length)
+            soft.append(solve(logits[..., block], mass, mask[:, block], options))
+    chosen = torch.cat(indices, dim=-1)
+    # Valid slots first in the whole row, not only within each block.
+    order = (~valid.gather(-1, chosen)).long().argsort(dim=-1, stable=True)
+    chosen = chosen.gather(-1, order)
+    slot_mask = valid.gather(-1, chosen)
+
+    scores = torch.cat(soft, dim=-1).gather(-1, chosen)
+    if options.straight_through:
+        scores = slot_mask.to(scores.dtype) + (scores - scores.detach())
+    poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
+    scores = torch.where(poisoned, float("nan"), torch.where(slot_mask, scores, 0.0))
+    return Routes(chosen, slot_mask, scores, logits)
+
+
+def routing_logits(
+    x: Float[Tensor, "B N D"], tokens: Float[Tensor, "*B E D"], options: RouterOptions
+) -> Float[Tensor, "B E N"]:
+    """<x[b, n], r[e]>, or the scaled cosine of the two, in at least float32."""
+    dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        x, tokens = x.to(dtype), tokens.to(dtype)
+        if options.cosine_sim_routing:
+            x, tokens = F.normalize(x, dim=-1, eps=1e-12), F.normalize(tokens, dim=-1, eps=1e-12)
+        logits = tokens @ x.mT
+    return logits * options.cosine_sim_scale if options.cosine_sim_routing else logits
+
+
+def solve(logits: Tensor, k: float, mask: Tensor, options: RouterOptions) -> Tensor:
+    if options.solver == "exact":
+        return capped_simplex(logits, k, mask, eps=options.eps)
+    o = options
+    return coordinate_descent(logits, k, mask, n_iters=o.n_iters, eps=o.eps, eps_init=o.eps_init, eps_decay=o.eps_decay)
+
+
+def coordinate_descent(
+    logits: Float[Tensor, "B E N"],
+    k: float,
+    mask: Bool[Tensor, "B N"] | None = None,
+    *,
+    n_iters: int = 20,
+    eps: float = 0.03,
+    eps_init: float = 4.0,
+    eps_decay: float = 0.7,
+    saturated: Bool[Tensor, "T B E N"] | None = None,
+) -> Float[Tensor, "B E N"]:
+    """Soft top-k of mass about k by eps-scaled coordinate descent (Wright 2015; CoLT5, arXiv 2303.09752).
+
+    The textbook alternates a = eps (log k - logsumexp((s + b) / eps)) and b = -relu(s + a), which ends in
+    exp((s + a + b) / eps). Since b follows from a, s + b = min(s, -a): the whole state of a row is one scalar. The
+    temperature of step t is max(eps_init * eps_decay**t, eps). Masked tokens get 0.
+
+    `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
+    """
+    check_solver_input(logits, k, mask)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+    s = torch.where(valid, logits, 0)
+    counted = valid | ~valid.any(dim=-1, keepdim=True)  # a row without valid tokens stays finite
+    temperature = [max(eps_init * eps_decay**t, eps) for t in range(n_iters + 1)]
+    u = torch.zeros_like(s)
+    for t in range(n_iters):
+        exponent = torch.where(counted, u / temperature[t], -torch.inf)
+        a = temperature[t] * (math.log(k) - exponent.logsumexp(dim=-1, keepdim=True))
+        # `where`, not minimum: autograd of minimum splits a tie in two.
+        below = s < -a if saturated is None else ~saturated[t]
+        u = torch.where(below, s, -a)
+    scores = torch.where(below, (s + a) / temperature[n_iters], 0).exp()
+    return _zero_masked_spread_nan(scores, logits, valid)
+
+
+def capped_simplex(
+    logits: Float[Tensor, "B E N"], k: float, mask: Bool[Tensor, "B N"] | None = None, *, eps: float = 0.03
+) -> Float[Tensor, "B E N"]:
+    """The limit of coordinate descent: min(1, exp((s + a) / eps)) with the smallest a of mass min(k, valid tokens).
+
+    With z = exp(a / eps) the mass is concave and piecewise linear in z, so Newton's method from the left only ever
+    adds tokens to the saturated set and stops after finitely many steps (capping, Warmuth & Kuzmin 2008; constrained
+    softmax, Martins & Kreutzer 2017). Differentiating the last step with the set held fixed is the implicit gradient.
+    """
+    check_solver_input(logits, k, mask)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+    s = torch.where(valid & ~logits.isnan(), logits, 0)
+    saturated = valid & (valid.sum(dim=-1, keepdim=True) <= k)
+    while True:
+        free = valid & ~saturated
+        left = (k - saturated.sum(dim=-1, keepdim=True)).clamp_min(0)
+        # A row without free tokens needs no a; 0 keeps it, and its gradient, finite.
+        exponent = torch.where(free | ~free.any(dim=-1, keepdim=True), s / eps, -torch.inf)
+        a = eps * (left.to(s.dtype).log() - exponent.logsumexp(dim=-1, keepdim=True))
+        grown = saturated | (free & (s + a >= 0))
+        if torch.equal(grown, saturated):
+            break
+        saturated = grown
+    scores = torch.where(free, (s + a) / eps, 0).exp()
+    return _zero_masked_spread_nan(scores, logits, valid)
+
+
+def check_solver_input(logits: Tensor, k: float, mask: Tensor | None) -> None:
+    check_tensor("logits", logits, ("B", "E", "N"))
+    check_real("k", k, "a finite number > 0", lambda v: v > 0)
+    check_mask("mask", mask, logits.transpose(1, 2))
+
+
+def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+    poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
+    return torch.where(valid, torch.where(poisoned, float("nan"), scores), 0)
+
+
+def select(
+    logits: Float[Tensor, "B E N"], k: int, mask: Bool[Tensor, "B N"] | None = None
+) -> tuple[Int64[Tensor, "B E K"], Bool[Tensor, "B E K"]]:
+    """The k best tokens of each row, ranked by (valid before masked, larger logit, smaller index).
+
+    NaN ranks below every number; -0.0 and 0.0 tie. Returned ascending by index, valid tokens first.
+    """
+    check_tensor("logits", logits, ("B", "E", "N"))
+    check_int("k", k)
+    check_mask("mask", mask, logits.transpose(1, 2))
+    if k > logits.shape[-1]:
+        fail("k", f"at most N = {logits.shape[-1]}", k)
+    s = logits.detach()
+    valid = torch.ones_like(s, dtype=torch.bool) if mask is None else mask[:, None].expand_as(s)
+    tier = torch.where(valid, s.isnan().long(), 2)
+    key = torch.where(tier == 0, s + 0.0, 0.0)  # adding 0.0 turns -0.0 into 0.0; other tiers rank by index alone
+    best = key.argsort(dim=-1, descending=True, stable=True)
+    best = best.gather(-1, tier.gather(-1, best).argsort(dim=-1, stable=True))[..., :k]
+    best = best.sort(dim=-1).values
+    best = best.gather(-1, (~valid.gather(-1, best)).long().argsort(dim=-1, stable=True))
+    return best, valid.gather(-1, best)
+
+
+class Router(nn.Module):
+    """One routing token per expert, and `route` with it.
+
+    State: routing_token (E, D), absent with learned_routing_tokens=True, when forward must be given them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        options: RouterOptions,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_experts, self.options = dim, num_experts, options
+        token = None
+        if not options.learned_routing_tokens:
+            token = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
+        self.register_parameter("routing_token", token)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.routing_token is not None:
+            nn.init.normal_(self.routing_token)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        k: int,
+        mask: Bool[Tensor, "B N"] | None = None,
+        routing_tokens: Float[Tensor, "*B E D"] | None = None,
+        random_route: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Routes:
+        """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True."""
+        tokens = self.tokens("routing_tokens", routing_tokens, x)
+        check_router_input(x, tokens, k, mask, random_route, generator)
+        return _route(x, tokens, int(k), mask, self.options, random_route, generator)
+
+    def tokens(self, argument: str, routing_tokens: Tensor | None, x: Tensor) -> Tensor:
+        """The routing tokens to use; raises if they are missing or given where the module holds its own."""
+        if self.routing_token is not None:
+            if routing_tokens is not None:
+                fail(argument, "None, since learned_routing_tokens=False", "a tensor")
+            return self.routing_token
+        if routing_tokens is None:
+            fail(argument, "a tensor, since learned_routing_tokens=True", "None")
+        batched = isinstance(routing_tokens, Tensor) and routing_tokens.ndim == 3
+        shape = (self.num_experts, self.dim)
+        check_tensor(argument, routing_tokens, (x.shape[0], *shape) if batched else shape, like=x)
+        check_same_dtype(argument, routing_tokens, "x", x)
+        return routing_tokens
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"
