@@ -137,7 +137,7 @@ def _check(
 
 
 class LocalAttention(nn.Module):
-    """Parameters of `local_attention`: to_qkv.weight (3 H d, D), to_out.weight (D, H d), with prenorm norm.{weight,bias}."""
+    """Parameters of `local_attention`: to_qkv.weight (3 H d, D), to_out.weight (D, H d), norm.* (D) with prenorm."""
 
     def __init__(
         self,

@@ -137,7 +137,7 @@ class MixtureOfAttention(nn.Module):
             rotary_emb: (N, d) angles in float32 or float64, without gradient (self-attention only).
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); required, and allowed, with
                 learned_routing_tokens=True.
-            routes: a pair (query, key/value) of decisions to use in place of the routers'.
+            routes: a pair (query, key/value) of decisions that replace the routers'.
             return_routes: return (out, routes); `.load` of each of the two is the number of tokens per expert.
         Returns (B, N, D), dtype and device of x. Raises TypeError or ValueError naming the argument. Routing tokens get
         no gradient (None) where N <= K, since nothing is chosen, nor with injected routes.
@@ -269,7 +269,7 @@ def _combine(
 ) -> Tensor:
     """(B, N, D) in y's dtype, at least float32, from y (E, B, Kq, D)."""
     choose("mixture", Request(y.device, y.dtype))
-    out = ops.collect(y, q_routes.indices, q_routes.mask, inverse)
+    out = ops.scatter_tokens(y, q_routes.indices, q_routes.mask, inverse)
     count = (inverse >= 0).sum(1)[..., None]
     if local is not None:
         out, count = out + local, count + 1

@@ -95,6 +95,8 @@ def coordinate_descent_backward(
     s = _fill(logits, mask)
     n_iters = a.shape[0]
     bound = -a[..., None]
+    if mask is not None:
+        grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN
     ds = (grad * scores).div_(temperature(n_iters, eps, eps_init, eps_decay))
     ds.masked_fill_(s >= bound[-1], 0)
     da = ds.sum(-1)
@@ -120,11 +122,8 @@ def _descent_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _descent_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     logits, mask, scores, a, counts = ctx.saved_tensors
-    ds = coordinate_descent_backward(grad.contiguous(), logits, mask, scores, a, counts, *ctx.constants)
+    ds = descend_backward(grad.contiguous(), logits, mask, scores, a, counts, *ctx.constants)
     return ds, None, None, None, None, None, None
-
-
-coordinate_descent.register_autograd(_descent_backward, setup_context=_descent_setup)
 
 
 @custom_op(
@@ -152,7 +151,7 @@ def capped_simplex(logits: Tensor, mask: Tensor | None, k: float, eps: float) ->
     first = torch.where(stays_below.any(-1, keepdim=True), stays_below.int().argmax(-1, keepdim=True), math.ceil(k))
     threshold = torch.where(fits, -math.inf, ordered.gather(-1, first.clamp_max(n - 1)))
     free = s <= threshold
-    remaining = (k - (s > threshold).sum(-1, keepdim=True)).clamp_min(0).to(s.dtype)
+    remaining = (k - (s > threshold).sum(-1, keepdim=True).to(s.dtype)).clamp_min(0)  # not int - float: float32
     rest = torch.where(free, s / eps, -math.inf).logsumexp(-1, keepdim=True)
     a = torch.where(rest == -math.inf, 0.0, eps * (remaining.log() - rest))
     scores = torch.where(free, ((s + a) / eps).clamp_max(0).exp(), 1.0)
@@ -181,9 +180,10 @@ def capped_simplex_backward(
     """
     free = _fill(logits, mask) <= threshold[..., None]
     w = torch.where(free, scores, 0)
+    if mask is not None:
+        grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN
     mean = (w * grad).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    ds = w * (grad - mean) / eps
-    return ds if mask is None else ds.masked_fill_(~mask[:, None], 0)
+    return w * (grad - mean) / eps
 
 
 @capped_simplex_backward.register_fake
@@ -198,10 +198,7 @@ def _capped_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _capped_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    return capped_simplex_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None, None
-
-
-capped_simplex.register_autograd(_capped_backward, setup_context=_capped_setup)
+    return cap_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None, None
 
 
 @custom_op("moa::select", mutates_args=(), schema="(Tensor logits, Tensor? mask, SymInt k) -> (Tensor, Tensor)")
@@ -293,57 +290,100 @@ def _save_routing(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-dispatch.register_autograd(
-    lambda ctx, grad: (collect(grad, *ctx.saved_tensors), None, None, None), setup_context=_save_routing
-)
-collect.register_autograd(
-    lambda ctx, grad: (dispatch(grad, *ctx.saved_tensors), None, None, None), setup_context=_save_routing
-)
+def _refuse(name: str, what: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{name}: {what} is not supported; reference.MixtureOfAttention supports it")
+
+    return refuse
 
 
-def _refuse_double_backward(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{name}: double backward is not supported; use reference.MixtureOfAttention for it")
+def _fold_rule(call: Callable[..., Any], places: tuple[int, ...], out_places: tuple[int, ...]) -> Callable[..., Any]:
+    """Batching rule: fold the new dimension into the batch dimension, which every one of these operators has.
 
-    return backward
-
-
-for _op in (coordinate_descent_backward, capped_simplex_backward):
-    _op.register_autograd(_refuse_double_backward(_op._opoverload.name()))
-
-
-def _register_vmap(op: CustomOpDef, batch_in: int, batch_out: tuple[int, ...]) -> None:
-    """vmap by folding the new dimension into the batch dimension, which every one of these operators has.
-
-    batch_in, batch_out: where B stands in the first argument and in each output. In the other arguments it stands
-    first, but for the (T, B, E) tensors of the solver's backward.
+    places, out_places: where B stands in each argument (tensors only count) and in each output.
     """
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
         folded = []
-        for i, (arg, dim) in enumerate(zip(args, in_dims)):
-            if not isinstance(arg, Tensor):
-                folded.append(arg)
-                continue
-            where = batch_in if i == 0 else 1 if op is coordinate_descent_backward and i in (4, 5) else 0
-            arg = (
-                arg.movedim(dim, where)
-                if dim is not None
-                else arg.unsqueeze(where).expand(*arg.shape[:where], info.batch_size, *arg.shape[where:])
-            )
-            folded.append(arg.flatten(where, where + 1))
-        out = op(*folded)
-        outs = out if isinstance(out, tuple) else (out,)
-        outs = tuple(o.unflatten(b, (info.batch_size, -1)) for o, b in zip(outs, batch_out))
-        return (outs, batch_out) if isinstance(out, tuple) else (outs[0], batch_out[0])
+        for arg, dim, place in zip(args, in_dims, places):
+            if isinstance(arg, Tensor):
+                repeats = info.batch_size if dim is None else -1
+                arg = arg.unsqueeze(0) if dim is None else arg.movedim(dim, 0)
+                arg = arg.expand(repeats, *arg.shape[1:]).movedim(0, place).flatten(place, place + 1)
+            folded.append(arg)
+        out = call(*folded)
+        if isinstance(out, Tensor):
+            return out.unflatten(out_places[0], (info.batch_size, -1)), out_places[0]
+        return tuple(o.unflatten(p, (info.batch_size, -1)) for o, p in zip(out, out_places)), out_places
 
+    return rule
+
+
+select.register_vmap(_fold_rule(select, (0, 0, 0), (0, 0)))
+
+
+def _differentiable(
+    op: CustomOpDef,
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+    places: tuple[int, ...],
+    out_places: tuple[int, ...],
+) -> Callable[..., Any]:
+    """Register the gradient of an operator, and let torch.func see it.
+
+    An operator of torch.library refuses torch.func.grad and drops forward-mode tangents without a word. So inside a
+    transform, or a forward-mode level, the same formulas go through an autograd.Function.
+    """
+    op.register_autograd(backward, setup_context=setup)
+    name = op._opoverload.name()
+
+    def call(*args: Any) -> Any:
+        transformed = not torch.compiler.is_compiling() and (
+            torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+        )
+        return function.apply(*args) if transformed else op(*args)
+
+    rule = _fold_rule(call, places, out_places)
     op.register_vmap(rule)
+    methods = {
+        "forward": lambda *args: op(*args),
+        "setup_context": setup,
+        "backward": backward,
+        "vmap": rule,
+        "jvp": _refuse(name, "forward-mode differentiation"),
+    }
+    function = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
+    call.__doc__ = op.__doc__
+    return call
 
 
-_register_vmap(coordinate_descent, 0, (0, 1, 1))
-_register_vmap(coordinate_descent_backward, 0, (0,))
-_register_vmap(capped_simplex, 0, (0, 0))
-_register_vmap(capped_simplex_backward, 0, (0,))
-_register_vmap(select, 0, (0, 0))
-_register_vmap(dispatch, 0, (1,))
-_register_vmap(collect, 1, (0,))
+def _no_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    """Nothing to keep for a backward that only refuses."""
+
+
+descend_backward = _differentiable(
+    coordinate_descent_backward,
+    _no_setup,
+    _refuse("moa::coordinate_descent", "double backward"),
+    (0, 0, 0, 0, 1, 1, 0, 0, 0, 0),
+    (0,),
+)
+cap_backward = _differentiable(
+    capped_simplex_backward,
+    _no_setup,
+    _refuse("moa::capped_simplex", "double backward"),
+    (0, 0, 0, 0, 0, 0),
+    (0,),
+)
+descend = _differentiable(coordinate_descent, _descent_setup, _descent_backward, (0, 0, 0, 0, 0, 0, 0), (0, 1, 1))
+cap = _differentiable(capped_simplex, _capped_setup, _capped_backward, (0, 0, 0, 0), (0, 0))
+gather_tokens = _differentiable(
+    dispatch,
+    _save_routing,
+    lambda ctx, g: (scatter_tokens(g, *ctx.saved_tensors), None, None, None),
+    (0, 0, 0, 0),
+    (1,),
+)
+scatter_tokens = _differentiable(
+    collect, _save_routing, lambda ctx, g: (gather_tokens(g, *ctx.saved_tensors), None, None, None), (1, 0, 0, 0), (0,)
+)

@@ -82,8 +82,8 @@ def _routed_attention(
     batch, _, k_q = q_routes.indices.shape
     k_kv = kv_routes.indices.shape[-1]
     kv_inverse = ops.inverse_map(kv_routes.indices, kv_routes.mask, context.shape[1])
-    queries = rms_norm(ops.dispatch(x, q_routes.indices, q_routes.mask, q_inverse), gamma)
-    keys_values = rms_norm(ops.dispatch(context, kv_routes.indices, kv_routes.mask, kv_inverse), context_gamma)
+    queries = rms_norm(ops.gather_tokens(x, q_routes.indices, q_routes.mask, q_inverse), gamma)
+    keys_values = rms_norm(ops.gather_tokens(context, kv_routes.indices, kv_routes.mask, kv_inverse), context_gamma)
 
     q = torch.bmm(queries.flatten(1, 2), w_q.mT).view(experts, batch, k_q, heads, dim_head)
     kv = torch.bmm(keys_values.flatten(1, 2), w_kv.mT).view(experts, batch, k_kv, 2, heads, dim_head)

@@ -131,10 +131,8 @@ def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, options: RouterOptio
 def _soft_scores(logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions) -> Tensor:
     mass = float(min(k * options.fetch_k_ratio, logits.shape[-1]))
     if options.solver == "exact":
-        return ops.capped_simplex(logits, mask, mass, options.eps)[0]
-    return ops.coordinate_descent(
-        logits, mask, mass, options.n_iters, options.eps, options.eps_init, options.eps_decay
-    )[0]
+        return ops.cap(logits, mask, mass, options.eps)[0]
+    return ops.descend(logits, mask, mass, options.n_iters, options.eps, options.eps_init, options.eps_decay)[0]
 
 
 def _route_blocks(
@@ -193,7 +191,7 @@ def coordinate_descent(
     _check_solver(logits, k, mask)
     options = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return ops.coordinate_descent(wide, mask, float(k), options.n_iters, eps, eps_init, eps_decay)[0]
+    return ops.descend(wide, mask, float(k), options.n_iters, eps, eps_init, eps_decay)[0]
 
 
 def capped_simplex(
@@ -203,7 +201,7 @@ def capped_simplex(
     _check_solver(logits, k, mask)
     options = RouterOptions(eps=eps)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return ops.capped_simplex(wide, mask, float(k), options.eps)[0]
+    return ops.cap(wide, mask, float(k), options.eps)[0]
 
 
 def _check_solver(logits: Any, k: Any, mask: Any) -> None:

@@ -201,10 +201,11 @@ def capped_simplex(
     saturated = valid & (valid.sum(dim=-1, keepdim=True) <= k)
     while True:
         free = valid & ~saturated
-        left = (k - saturated.sum(dim=-1, keepdim=True)).clamp_min(0)
+        # The count in s's dtype first: an integer tensor and a float make a float32 one.
+        left = (k - saturated.sum(dim=-1, keepdim=True).to(s.dtype)).clamp_min(0)
         # A row without free tokens needs no a; 0 keeps it, and its gradient, finite.
         exponent = torch.where(free | ~free.any(dim=-1, keepdim=True), s / eps, -torch.inf)
-        a = eps * (left.to(s.dtype).log() - exponent.logsumexp(dim=-1, keepdim=True))
+        a = eps * (left.log() - exponent.logsumexp(dim=-1, keepdim=True))
         grown = saturated | (free & (s + a >= 0))
         if torch.equal(grown, saturated):
             break

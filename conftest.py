@@ -1,0 +1,275 @@
+"""pytest for this repository: options, hypothesis profiles, and a report of how much of each error budget was used."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import harness  # noqa: E402
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+import optimized  # noqa: E402
+import reference  # noqa: E402
+
+# Seconds on two CPU cores, 720 in all. A file that takes longer fails the run: the suite stays one that people run.
+FILE_BUDGET_SECONDS = {
+    "test_testing.py": 20,
+    "test_routing.py": 120,
+    "test_local_attention.py": 60,
+    "test_routed_attention.py": 90,
+    "test_mixture.py": 180,
+    "test_validation.py": 40,
+    "test_public_defects.py": 40,
+    "test_backends.py": 60,
+    "test_operators.py": 60,
+    "test_examples.py": 20,
+    "test_main.py": 30,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mixture of attention")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the tests run on (default: cpu)")
+    group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 25; nightly: 1000)")
+    group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
+    for package in (reference, optimized):
+        if Path(package.__file__).parent.parent != ROOT:
+            raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")
+    if config.option.device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: expected a device that is there, got 'cuda' without CUDA")
+    common = {
+        "deadline": None,
+        "print_blob": True,
+        "suppress_health_check": [
+            hypothesis.HealthCheck.too_slow,
+            hypothesis.HealthCheck.function_scoped_fixture,
+            hypothesis.HealthCheck.differing_executors,
+        ],
+    }
+    hypothesis.settings.register_profile("dev", max_examples=25, **common)
+    hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, **common)
+    hypothesis.settings.register_profile("nightly", max_examples=1000, **common)
+    name = "ci" if os.environ.get("CI") else "dev"
+    name = "nightly" if _asks_for_nightly(config) else name
+    if config.option.max_examples is not None:
+        base = hypothesis.settings.get_profile(name)
+        hypothesis.settings.register_profile("custom", base, max_examples=config.option.max_examples)
+        name = "custom"
+    hypothesis.settings.load_profile(name)
+
+
+def _asks_for_nightly(config: pytest.Config) -> bool:
+    return "nightly" in (config.option.markexpr or "")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselected, not skipped: a skip would hide a gap in a list of dots."""
+    unwanted = {
+        mark
+        for mark, wanted in (("gpu", config.option.device == "cuda"), ("nightly", _asks_for_nightly(config)))
+        if not wanted
+    }
+    dropped = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """The device under test."""
+    return torch.device(pytestconfig.option.device)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Seeds the test by its own name, and passes its ledger on to the report (across processes too)."""
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+    ledger = harness.begin()
+    try:
+        return (yield)
+    finally:
+        rows = [[*key, fraction] for key, fraction in ledger.worst.items()]
+        item.user_properties.append(("ledger", {"examples": max(ledger.examples, 1), "worst": rows}))
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "triton", "flash-attn", "numpy", "hypothesis", "pytest")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def hardware(device: str) -> dict[str, str]:
+    if device == "cpu":
+        return {"name": _cpu_name(), "cores": str(os.cpu_count())}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {"name": torch.cuda.get_device_name(), "driver": driver, "cuda": str(torch.version.cuda)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def tree_hash(folder: str) -> str:
+    """sha256 over names and contents of the Python files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [", ".join(f"{name} {v}" for name, v in versions().items())]
+    lines.append(f"device: {config.option.device}, " + ", ".join(hardware(config.option.device).values()))
+    lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
+    lines.append(f"reference and optimized imported from {ROOT}")
+    hashes = {folder: tree_hash(folder) for folder in ("optimized", "tests")}
+    for path in sorted((ROOT / "tests" / "reports").glob("*.json")):
+        report = json.loads(path.read_text())
+        stale = [folder for folder, value in hashes.items() if report["hashes"][folder] != value]
+        state = f"STALE, {' and '.join(stale)} changed since" if stale else "current"
+        lines.append(f"report {path.stem} ({report['hardware']['name']}): {state}")
+    return lines
+
+
+def collect(reports: list[Any]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of the table, merged over parametrisation, and seconds by file."""
+    rows: dict[tuple[str, str, str, str, str], dict[str, Any]] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    for report in reports:
+        path, _, test = report.nodeid.partition("::")
+        file = Path(path).name
+        seconds[file] += report.duration
+        if report.when != "call":
+            continue
+        ledger = dict(report.user_properties).get("ledger", {"examples": 1, "worst": []})
+        for stage, dtype, backend, fraction in ledger["worst"] or [("-", "-", "-", None)]:
+            key = (file, test.split("[")[0], stage, dtype, backend)
+            names = dict(zip(("file", "property", "stage", "dtype", "backend"), key))
+            row = rows.setdefault(key, {**names, "examples": 0, "worst": None, "seconds": 0.0})
+            row["examples"] += ledger["examples"]
+            row["seconds"] += report.duration
+            if fraction is not None:
+                row["worst"] = max(row["worst"] or 0.0, fraction)
+    return [rows[key] for key in sorted(rows)], seconds
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    reports = [r for kind in ("passed", "failed", "error", "") for r in terminalreporter.stats.get(kind, [])]
+    rows, seconds = collect([r for r in reports if hasattr(r, "user_properties")])
+    if not rows:
+        return
+    table = Table(title="worst error as a fraction of its budget (see reference/testing.py)", title_justify="left")
+    for name in ("property", "stage", "dtype", "backend", "examples", "worst / budget", "seconds"):
+        table.add_column(name, justify="right" if name in ("examples", "worst / budget", "seconds") else "left")
+    file = None
+    for row in rows:
+        if row["file"] != file:
+            file = row["file"]
+            table.add_section()
+            budget = FILE_BUDGET_SECONDS.get(file)
+            of = f"{seconds[file]:.0f} of {budget}" if budget else f"{seconds[file]:.0f}"
+            table.add_row(f"[bold]{file}[/]", "", "", "", "", "", f"[bold]{of}[/]")
+        worst = "" if row["worst"] is None else f"{row['worst']:.2f}"
+        cells = (row["property"], row["stage"], row["dtype"], row["backend"], str(row["examples"]), worst)
+        table.add_row(*cells, f"{row['seconds']:.1f}")
+    console = Console(file=terminalreporter._tw._file, width=max(110, terminalreporter._tw.fullwidth))
+    console.print(table)
+    for line in over_budget(config, seconds):
+        terminalreporter.write_line(line, red=True)
+    if config.option.report:
+        write_report(config, terminalreporter, rows, seconds)
+
+
+def over_budget(config: pytest.Config, seconds: dict[str, float]) -> list[str]:
+    """Files that took longer than stated. Only a whole, default run on the CPU is held to it."""
+    if config.option.device != "cpu" or config.option.max_examples is not None or _asks_for_nightly(config):
+        return []
+    return [
+        f"{file} took {taken:.0f} s of the {FILE_BUDGET_SECONDS[file]} s that it may"
+        for file, taken in seconds.items()
+        if file in FILE_BUDGET_SECONDS and taken > FILE_BUDGET_SECONDS[file]
+    ]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != 0:
+        return
+    reports = [r for kind in ("passed", "") for r in reporter.stats.get(kind, []) if hasattr(r, "user_properties")]
+    if over_budget(session.config, collect(reports)[1]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def write_report(config: pytest.Config, reporter: Any, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    worst: dict[str, float] = {}
+    for row in rows:
+        if row["worst"] is not None:
+            key = f"{row['stage']} {row['dtype']}"
+            worst[key] = max(worst.get(key, 0.0), row["worst"])
+    outcomes = {k: len(reporter.stats.get(k, [])) for k in ("passed", "failed", "error", "skipped", "deselected")}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    report = {
+        "device": config.option.device,
+        "hardware": hardware(config.option.device),
+        "versions": versions(),
+        "commit": commit.stdout.strip() or None,
+        "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},
+        "outcomes": outcomes,
+        "seconds": round(time.time() - _start_time(reporter), 1),
+        "seconds_by_file": {file: round(taken, 1) for file, taken in sorted(seconds.items())},
+        "compilations": compilations(),
+        "examples": sum(row["examples"] for row in rows),
+        "worst_fraction": {key: round(value, 4) for key, value in sorted(worst.items())},
+        "properties": [{**r, "seconds": round(r["seconds"], 2)} for r in rows],
+    }
+    config.option.report.parent.mkdir(parents=True, exist_ok=True)
+    config.option.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _start_time(reporter: Any) -> float:
+    start = getattr(reporter, "_session_start", None)
+    return start.time if start is not None else reporter._sessionstarttime
+
+
+def compilations() -> dict[str, int]:
+    """Distinct graphs that torch.compile made in this process."""
+    from torch._dynamo.utils import counters
+
+    return {"torch.compile graphs": int(counters["stats"]["unique_graphs"])}

@@ -1,0 +1,97 @@
+"""Run a case on an implementation in a dtype, with gradients; shared by the tests of all stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from strategies import LayerCase, RouterCase, cotangent, lay_out
+from torch import Tensor
+
+import reference
+
+BASELINE_OF = {torch.float64: torch.float32}  # float64 has no lower baseline but the scaled float32 one
+
+
+def cast(t: Tensor, under_test: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rounded to the dtype under test, then held in `dtype`; masks stay bool."""
+    return t.to(device) if not t.is_floating_point() else t.to(under_test).to(dtype).to(device)
+
+
+@dataclass
+class LayerRun:
+    """Output, gradients by name (x, context, parameters, and the scores of injected routes), and the routes."""
+
+    out: Tensor
+    grads: dict[str, Tensor | None]
+    routes: tuple[Any, Any]
+
+
+def run_layer(
+    implementation: ModuleType,
+    case: LayerCase,
+    under_test: torch.dtype,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    routes: tuple[Any, Any] | None = None,
+    layout: bool = False,
+    **forward: Any,
+) -> LayerRun:
+    """Forward and backward of the layer in `dtype` (default: under_test) on data rounded to under_test.
+
+    routes: a pair whose decisions are injected; their scores become leaves, so that their gradient is seen.
+    """
+    dtype = dtype or under_test
+    layer = implementation.MixtureOfAttention(**case.arguments(), device=device, dtype=dtype)
+    state = {name: cast(t, under_test, dtype, device) for name, t in case.state().items()}
+    layer.load_state_dict(state)
+    layer.eval()
+    inputs = {}
+    leaves: dict[str, Tensor] = {}
+    for name, t in case.inputs().items():
+        t = t.to(device) if name == "rotary_emb" else cast(t, under_test, dtype, device)
+        if name in ("x", "context"):
+            if case.layout == "expanded":
+                t = t[:1].expand_as(t).clone()
+            t = lay_out(t, case.layout) if layout else t
+            t = leaves[name] = t.detach().requires_grad_()
+        inputs[name] = t
+    if routes is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        pair = []
+        for side, r in zip(("q_scores", "kv_scores"), routes):
+            scores = r.scores.detach().to(under_test).to(wide).to(device).requires_grad_()
+            leaves[side] = scores
+            fields = {f: getattr(r, f).to(device) for f in ("indices", "mask", "logits")}
+            pair.append(implementation.Routes(fields["indices"], fields["mask"], scores, fields["logits"].detach()))
+        inputs["routes"] = tuple(pair)
+    out, found = layer(**inputs, return_routes=True, **forward)
+    g = cotangent(tuple(out.shape), case.cotangent, case.seed)
+    g = g.to(under_test).to(dtype).to(device) if case.cotangent != "sum" else torch.ones((), dtype=dtype, device=device).expand(out.shape)
+    names = dict(leaves) | dict(layer.named_parameters())
+    grads = torch.autograd.grad(out, list(names.values()), g, allow_unused=True)
+    return LayerRun(out.detach(), dict(zip(names, grads)), found)
+
+
+def router_tensors(
+    case: RouterCase, under_test: torch.dtype, dtype: torch.dtype, device: torch.device, *, layout: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, tokens, mask = case.tensors()
+    if case.layout == "expanded":
+        x = x[:1].expand_as(x).clone()
+    x, tokens = cast(x, under_test, dtype, device), cast(tokens, under_test, dtype, device)
+    x = lay_out(x, case.layout) if layout else x
+    return x.detach().requires_grad_(), tokens.requires_grad_(), None if mask is None else mask.to(device)
+
+
+def oracle_layer(case: LayerCase, under_test: torch.dtype, device: torch.device, **kwargs: Any) -> LayerRun:
+    """The reference in float64 on the rounded data."""
+    return run_layer(reference, case, under_test, device, dtype=torch.float64, **kwargs)
+
+
+def baseline_layer(case: LayerCase, under_test: torch.dtype, device: torch.device, **kwargs: Any) -> LayerRun:
+    """The reference in the dtype under test (float32 on float64 data, whose error is then scaled)."""
+    return run_layer(reference, case, under_test, device, dtype=BASELINE_OF.get(under_test, under_test), **kwargs)

@@ -1,0 +1,375 @@
+"""The whole layer and its combination stage.
+
+Values and gradients are compared with the oracle's routes injected: which token is chosen is a step function of the logits and is
+tested in test_routing. In float64, where no logit lies within rounding of another, the routers are left in place too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from harness import DTYPES, check, check_identical, counted
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from runs import LayerRun, baseline_layer, oracle_layer, run_layer
+from strategies import VALUES, LayerCase, draw, generator, layer_cases
+from torch import Tensor
+
+import optimized
+import reference
+from reference import oracle
+
+BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
+
+
+def expectation(exact: Tensor) -> str | None:
+    if exact.numel() == 0:
+        return "empty"
+    if not exact.any():
+        return "zeros"
+    return "constant" if exact.numel() > 1 and bool((exact == exact.flatten()[0]).all()) else None
+
+
+def compare(actual: LayerRun, exact: LayerRun, baseline: LayerRun, backend: str = "torch") -> None:
+    check(actual.out, exact.out, baseline.out, stage="mixture", name="out", backend=backend, expect=expectation(exact.out))
+    assert actual.grads.keys() == exact.grads.keys()
+    for name, gradient in exact.grads.items():
+        got = actual.grads[name]
+        if gradient is None:
+            assert got is None or not got.any(), f"{name}: gradient where the oracle has none"
+            continue
+        base = baseline.grads[name]
+        if got is None:
+            assert not gradient.any(), f"{name}: no gradient"
+            continue
+        expect = expectation(gradient)
+        check(got, gradient, base, stage="mixture_gradient", name=name, backend=backend, expect=expect)
+
+
+# --- against the oracles ---------------------------------------------------------------------------------------------
+
+
+@given(case=layer_cases(values=("normal", "integer", "tiny")))
+@counted
+def test_reference_matches_the_oracle(case: LayerCase, device: torch.device) -> None:
+    """The whole layer in float64 against NumPy, routers included."""
+    run = oracle_layer(case, torch.float64, device)
+    inputs = {name: t.numpy() for name, t in case.inputs().items()}
+    if case.layout == "expanded":
+        for name in ("x", "context"):
+            if name in inputs:
+                inputs[name] = np.broadcast_to(inputs[name][:1], inputs[name].shape)
+    options = {name: v for name, v in case.options.items() if name != "learned_routing_tokens"}
+    expected = oracle.mixture_of_attention(
+        inputs.pop("x"),
+        {name: t.numpy() for name, t in case.state().items()},
+        num_routed_queries=case.k_q,
+        num_routed_key_values=case.k_kv,
+        heads=case.heads,
+        local_attn_window_size=case.window,
+        average_routed=case.average,
+        router_options=options,
+        **inputs,
+    )
+    exact = torch.as_tensor(expected, device=device)
+    baseline = baseline_layer(case, torch.float64, device, routes=run.routes)
+    check(run.out, exact, baseline.out, stage="mixture", backend="reference", expect=expectation(exact))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=layer_cases(values=VALUES))
+@example(case=LayerCase(n=33, k_q=40, window=5, mask="random"))
+@example(case=LayerCase(n=33, k_q=4, k_kv=40, context=12, mask="none_valid"))
+@counted
+def test_optimized_matches_with_injected_routes(case: LayerCase, dtype: torch.dtype, device: torch.device) -> None:
+    """Output and every gradient: x, context, all parameters, query and key/value scores."""
+    routes = oracle_layer(case, dtype, device).routes
+    exact = oracle_layer(case, dtype, device, routes=routes)
+    assume(all(g is None or g.isfinite().all() for g in exact.grads.values()))
+    baseline = baseline_layer(case, dtype, device, routes=routes)
+    actual = run_layer(optimized, case, dtype, device, routes=routes, layout=True)
+    assert actual.out.dtype == dtype
+    compare(actual, exact, baseline)
+
+
+@given(case=layer_cases(values=("normal",)))
+@example(case=LayerCase(n=64, k_q=20, k_kv=13, window=9, options={"route_block_size": 10}))
+@counted
+def test_optimized_matches_with_its_own_routers(case: LayerCase, device: torch.device) -> None:
+    """float64 end to end, off the band K < N <= K * fetch_k_ratio, where the solver sits on its kinks."""
+    ratio = case.options.get("fetch_k_ratio", 9 / 8)
+    case = replace(case, mask="none")
+    for k, n in ((case.k_q, case.n), (case.k_kv, case.context or case.n)):
+        if k < n <= k * ratio:
+            case = replace(case, options={**case.options, "fetch_k_ratio": 1.0})
+    exact = oracle_layer(case, torch.float64, device)
+    actual = run_layer(optimized, case, torch.float64, device, layout=True)
+    baseline = oracle_layer_in_float32(case, exact, device)
+    for got, expected in zip(actual.routes, exact.routes):
+        check_identical(got.indices, expected.indices)
+        check_identical(got.mask, expected.mask)
+    compare(actual, exact, baseline)
+
+
+def oracle_layer_in_float32(case: LayerCase, exact: LayerRun, device: torch.device) -> LayerRun:
+    """The float32 baseline, whose routers must have chosen the same tokens to be one."""
+    baseline = baseline_layer(case, torch.float64, device)
+    same = all(torch.equal(b.indices, e.indices) for b, e in zip(baseline.routes, exact.routes))
+    assume(same)
+    return baseline
+
+
+@given(
+    data=st.data(),
+    batch=st.integers(1, 2),
+    n=st.integers(0, 12),
+    experts=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+@counted
+def test_combine_matches_the_oracle(
+    data: st.DataObject, batch: int, n: int, experts: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Both implementations on random routes; masked slots hold NaN."""
+    k = data.draw(st.integers(0, n))
+    seed = data.draw(st.integers(0, 2**20))
+    g = generator(seed)
+    indices = torch.stack([torch.randperm(n, generator=g)[:k] for _ in range(batch * experts)]) if k else torch.empty(batch * experts, 0).long()
+    indices = indices.view(batch, experts, k)
+    slots = torch.rand(batch, experts, k, generator=g) < 0.8
+    y = draw((batch, experts, k, 6), "normal", seed).to(dtype).masked_fill(~slots[..., None], math.nan)
+    local = draw((batch, n, 6), "normal", seed + 1).to(dtype) if data.draw(st.booleans()) else None
+    null = draw((6,), "normal", seed + 2).to(dtype) if local is None and data.draw(st.booleans()) else None
+    mask = (torch.rand(batch, n, generator=g) < 0.7) if data.draw(st.booleans()) else None
+    average = data.draw(st.booleans())
+
+    def run(implementation: ModuleType, run_dtype: torch.dtype) -> Tensor:
+        routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(batch, experts, n))
+        routes = implementation.Routes(*(t.to(device) for t in routes))
+        move = [None if t is None else t.to(run_dtype).to(device) for t in (y, local, null)]
+        return implementation.combine(
+            move[0], routes, n, local=move[1], average_routed=average, null_routed_token=move[2],
+            mask=None if mask is None else mask.to(device),
+        )
+
+    routes = oracle.Routes(indices.numpy(), slots.numpy(), slots.double().numpy(), np.zeros((batch, experts, n)))
+    arrays = [None if t is None else t.double().numpy() for t in (y, local, null)]
+    exact = torch.as_tensor(
+        oracle.combine(
+            arrays[0], routes, n, local=arrays[1], average_routed=average, null_routed_token=arrays[2],
+            mask=None if mask is None else mask.numpy(),
+        ),
+        device=device,
+    )
+    baseline = run(reference, torch.float32 if dtype == torch.float64 else dtype)
+    for implementation in (reference, optimized):
+        actual = run(implementation, dtype)
+        check(actual, exact, baseline.clone(), stage="combine", backend=implementation.__name__, expect=expectation(exact))
+
+
+@BOTH
+@pytest.mark.parametrize("average", [False, True])
+def test_combination_counts_by_hand(implementation: ModuleType, average: bool, device: torch.device) -> None:
+    """Every pattern of three tokens and two experts: sum, count, null token, written out."""
+    null = torch.tensor([100.0], device=device)
+    for first, second in itertools.product(itertools.product((False, True), repeat=3), repeat=2):
+        slots = torch.tensor([[first, second]], device=device)
+        indices = torch.arange(3, device=device).expand(1, 2, 3)
+        y = torch.tensor([[[[1.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
+        routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
+        out = implementation.combine(y, routes, 3, average_routed=average, null_routed_token=null)
+        for n in range(3):
+            terms = [y[0, e, n, 0].item() for e, routed in enumerate((first, second)) if routed[n]]
+            expected = sum(terms) / (len(terms) if average else 1) if terms else 100.0
+            assert out[0, n, 0].item() == expected
+
+
+# --- properties of the layer -----------------------------------------------------------------------------------------
+
+
+def build(implementation: ModuleType, case: LayerCase, device: torch.device, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    layer = implementation.MixtureOfAttention(**case.arguments(), device=device, dtype=dtype)
+    layer.load_state_dict({name: t.to(dtype) for name, t in case.state().items()})
+    return layer.eval()
+
+
+COSINE = {"cosine_sim_routing": True}
+CASE = LayerCase(batch=3, n=40, k_q=9, k_kv=11, options=COSINE)
+LOCAL = replace(CASE, window=4)
+
+
+@BOTH
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_token_permutation_equivariance(implementation: ModuleType, straight_through: bool, device: torch.device) -> None:
+    """Without local attention and rotary positions nothing knows the order of tokens."""
+    case = replace(CASE, options={**COSINE, "straight_through": straight_through})
+    layer = build(implementation, case, device)
+    x = case.inputs()["x"].to(device)
+    order = torch.randperm(case.n, generator=generator(3)).to(device)
+    torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_expert_relabelling(implementation: ModuleType, device: torch.device) -> None:
+    """Permuting the experts in every parameter changes nothing."""
+    case = replace(CASE, experts=3)
+    layer, other = build(implementation, case, device), build(implementation, case, device)
+    order = torch.tensor([2, 0, 1], device=device)
+    state = {}
+    for name, t in layer.state_dict().items():
+        if name == "null_routed_token":
+            state[name] = t
+        elif name == "attn.null_kv":
+            state[name] = t[:, order]
+        else:
+            state[name] = t.unflatten(0, (3, -1))[order].flatten(0, 1)
+    other.load_state_dict(state)
+    x = case.inputs()["x"].to(device)
+    torch.testing.assert_close(other(x), layer(x), rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
+def test_batch_isolation_is_bitwise(implementation: ModuleType, case: LayerCase, device: torch.device) -> None:
+    layer = build(implementation, case, device, torch.float32)
+    x = case.inputs()["x"].float().to(device)
+    mask = torch.rand(3, case.n, generator=generator(1)).to(device) < 0.8
+    before = layer(x, mask=mask)
+    changed = x.clone()
+    changed[1] = math.nan
+    mask[1] = torch.rand(case.n, generator=generator(2)).to(device) < 0.5
+    after = layer(changed, mask=mask)
+    for item in (0, 2):
+        check_identical(after[item].detach(), before[item].detach())
+    assert not torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
+@BOTH
+def test_batch_invariance_with_injected_routes(implementation: ModuleType, case: LayerCase, device: torch.device) -> None:
+    layer = build(implementation, case, device)
+    x = case.inputs()["x"].to(device)
+    out, routes = layer(x, return_routes=True)
+    for b in range(3):
+        one = tuple(implementation.Routes(*(t[b : b + 1] for t in side)) for side in routes)
+        torch.testing.assert_close(layer(x[b : b + 1], routes=one), out[b : b + 1], rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, k_q=50), replace(CASE, average=True)], ids=repr)
+def test_masked_tokens_take_no_part(implementation: ModuleType, case: LayerCase, device: torch.device) -> None:
+    """Outputs 0, gradients 0, content irrelevant even when NaN, values and gradients."""
+    layer = build(implementation, case, device, torch.float32)
+    x = case.inputs()["x"].float().to(device)
+    mask = torch.rand(3, case.n, generator=generator(4)).to(device) < 0.6
+    mask[2] = False
+    g = torch.randn(x.shape, generator=generator(5)).to(device)
+    runs = []
+    for filler in (0.0, math.nan, math.inf):
+        leaf = torch.where(mask[..., None], x, filler).requires_grad_()
+        out = layer(leaf, mask=mask)
+        names = [leaf, *layer.parameters()]
+        runs.append((out.detach(), torch.autograd.grad(out, names, g, allow_unused=True)))
+        assert not out[~mask].any()
+        assert not runs[-1][1][0][~mask].any()
+    for out, grads in runs[1:]:
+        check_identical(out, runs[0][0])
+        for a, b in zip(grads, runs[0][1]):
+            assert (a is None) == (b is None)
+            if a is not None:
+                check_identical(a, b)
+
+
+@BOTH
+@pytest.mark.parametrize("case", [replace(CASE, n=37), replace(LOCAL, n=37), replace(CASE, k_q=60, k_kv=60)], ids=repr)
+def test_padding_changes_nothing(implementation: ModuleType, case: LayerCase, device: torch.device) -> None:
+    """While min(K * ratio, N) and [N <= K] stay the same."""
+    layer = build(implementation, case, device)
+    x = case.inputs()["x"].to(device)
+    out = layer(x)
+    for extra in (1, 3, 11):
+        padded = torch.cat((x, torch.full((3, extra, case.dim), math.nan, dtype=x.dtype, device=device)), dim=1)
+        mask = torch.arange(case.n + extra, device=device).expand(3, -1) < case.n
+        got = layer(padded, mask=mask)
+        torch.testing.assert_close(got[:, : case.n], out, rtol=1e-10, atol=1e-12)
+        assert not got[:, case.n :].any()
+
+
+@BOTH
+def test_unrouted_tokens_become_the_null_token(implementation: ModuleType, device: torch.device) -> None:
+    layer = build(implementation, CASE, device)
+    x = CASE.inputs()["x"].to(device)
+    out, (q_routes, _) = layer(x, return_routes=True)
+    routed = torch.zeros(3, CASE.n, dtype=torch.bool, device=device)
+    for b, e in itertools.product(range(3), range(CASE.experts)):
+        routed[b, q_routes.indices[b, e]] = True
+    assert 0 < routed.sum() < routed.numel()
+    null = layer.null_routed_token[0, 0]
+    assert (out[~routed] == null).all()
+    assert not (out[routed] == null).all(-1).any()
+
+
+@BOTH
+def test_average_divides_by_the_number_of_terms(implementation: ModuleType, device: torch.device) -> None:
+    """With local attention every token has one term more; with N <= K every expert is a term."""
+    for case in (LOCAL, replace(LOCAL, k_q=60), replace(CASE, k_q=60)):
+        x = case.inputs()["x"].to(device)
+        total, (q_routes, _) = build(implementation, case, device)(x, return_routes=True)
+        mean = build(implementation, replace(case, average=True), device)(x)
+        count = torch.zeros(3, case.n, dtype=x.dtype, device=device)
+        count.scatter_add_(1, q_routes.indices.flatten(1), q_routes.mask.flatten(1).to(x.dtype))
+        count += case.window is not None
+        torch.testing.assert_close(mean * count.clamp_min(1)[..., None], total, rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_nothing_to_choose_leaves_the_routers_without_gradient(implementation: ModuleType, device: torch.device) -> None:
+    layer = build(implementation, replace(CASE, k_q=60, k_kv=40), device)
+    layer(CASE.inputs()["x"].to(device)).square().sum().backward()
+    assert layer.query_router.routing_token.grad is None
+    assert layer.key_value_router.routing_token.grad is None
+    assert layer.attn.to_q.weight.grad.any()
+
+
+@BOTH
+def test_slots_overridden_at_forward(implementation: ModuleType, device: torch.device) -> None:
+    small, large = build(implementation, CASE, device), build(implementation, replace(CASE, k_q=15, k_kv=6), device)
+    x = CASE.inputs()["x"].to(device)
+    out, (q_routes, kv_routes) = small(x, num_routed_queries=15, num_routed_key_values=6, return_routes=True)
+    assert (q_routes.indices.shape[-1], kv_routes.indices.shape[-1]) == (15, 6)
+    check_identical(out.detach(), large(x).detach())
+
+
+@BOTH
+def test_returned_routes_reproduce_the_output(implementation: ModuleType, device: torch.device) -> None:
+    """Routes given out can be given in; the load of each expert is K, or the number of valid tokens."""
+    layer = build(implementation, LOCAL, device)
+    x = LOCAL.inputs()["x"].to(device)
+    mask = torch.ones(3, LOCAL.n, dtype=torch.bool, device=device)
+    mask[1, 5:] = False
+    out, routes = layer(x, mask=mask, return_routes=True)
+    check_identical(layer(x, mask=mask, routes=routes).detach(), out.detach())
+    assert routes[0].load.tolist() == [[9, 9], [5, 5], [9, 9]]
+    other = build(optimized if implementation is reference else reference, LOCAL, device)
+    torch.testing.assert_close(other(x, mask=mask, routes=routes), out, rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_dropout_is_off_in_eval_and_random_in_training(implementation: ModuleType, device: torch.device) -> None:
+    case = replace(CASE, batch=1)
+    arguments = {**case.arguments(), "dropout": 0.5}
+    layer = implementation.MixtureOfAttention(**arguments, device=device, dtype=torch.float32)
+    x = case.inputs()["x"].float().to(device)
+    assert torch.equal(layer.eval()(x), layer(x))
+    layer.train()
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    check_identical(layer(x).detach(), first.detach())

@@ -1,0 +1,589 @@
+"""The router: logits, solvers, selection, and `route`, which puts them together.
+
+Selection is a step function and the solver has kinks, so the parts are compared apart: logits within budget; solvers and selection
+on the very same logits; gradients with the saturated sets of the implementation injected into the oracle, after these sets
+were compared with the oracle's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from harness import DTYPES, check, check_identical, counted
+from hypothesis import example, given
+from hypothesis import strategies as st
+from runs import BASELINE_OF, router_tensors
+from strategies import MASKS, RouterCase, draw, draw_mask, generator, router_cases
+from torch import Tensor
+
+import optimized
+import reference
+from optimized import ops
+from reference import oracle
+
+BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
+EPSILONS = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
+OFF_BAND = ("normal", "large", "tiny", "outlier")  # no exact ties, whose order would hang on rounding
+
+
+def apply_rows(function: object, logits: Tensor, mask: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+    """A row-wise NumPy function on (B, E, N) logits and a (B, N) mask."""
+    rows = []
+    for b, e in itertools.product(range(logits.shape[0]), range(logits.shape[1])):
+        row_mask = None if mask is None else mask[b].cpu().numpy()
+        rows.append(function(logits[b, e].detach().cpu().double().numpy(), *args, row_mask, **kwargs))
+    return rows
+
+
+def as_tensor(rows: list, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.as_tensor(np.array(rows).reshape(shape), device=device)
+
+
+# --- logits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(case=router_cases(blocks=False))
+@counted
+def test_logits_match(case: RouterCase, dtype: torch.dtype, device: torch.device) -> None:
+    runs = []
+    for implementation, run_dtype, layout in (
+        (optimized, dtype, True),
+        (reference, torch.float64, False),
+        (reference, BASELINE_OF.get(dtype, dtype), False),
+    ):
+        x, tokens, mask = router_tensors(case, dtype, run_dtype, device, layout=layout)
+        runs.append(implementation.route(x, tokens, case.k, mask, **case.options).logits.detach())
+    actual, exact, baseline = runs
+    assert actual.dtype == torch.promote_types(dtype, torch.float32)
+    # A masked token's logits are those of a zero token; with nothing valid they are all zero.
+    expect = None
+    if not exact.abs().any():
+        expect = "zeros"
+    elif exact.numel() > 1 and (exact == exact.flatten()[0]).all():
+        expect = "constant"
+    check(actual, exact, baseline, stage="logits", expect=expect)
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+ATOMS = (0.0, -0.0, 1.0, 1.0, -1.0, 2.5, math.inf, -math.inf, math.nan)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+@counted
+def test_selection_is_the_declared_rule(
+    implementation: ModuleType, dtype: torch.dtype, device: torch.device, data: st.DataObject
+) -> None:
+    """Ties, signed zeros, infinities, NaN and masks, against the oracle's sort with an explicit key."""
+    batch, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    n = data.draw(st.integers(1, 40))
+    k = data.draw(st.integers(1, n))
+    atoms = torch.tensor(ATOMS, dtype=torch.float64)
+    seed = data.draw(st.integers(0, 2**20))
+    logits = atoms[torch.randint(len(ATOMS), (batch, experts, n), generator=generator(seed))].to(dtype).to(device)
+    mask = draw_mask(batch, n, data.draw(st.sampled_from(MASKS)), seed)
+    mask = None if mask is None else mask.to(device)
+    indices, slots = implementation.select(logits, k, mask)
+    expected = apply_rows(oracle.select, logits, mask, k)
+    check_identical(indices, as_tensor([r[0] for r in expected], indices.shape, device).long())
+    check_identical(slots, as_tensor([r[1] for r in expected], slots.shape, device).bool())
+
+
+@BOTH
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_selection_of_all_small_rows(implementation: ModuleType, n: int, device: torch.device) -> None:
+    """Every order with every tie, every mask, every k: rows over {0, 1, 2, NaN} and all masks, for n <= 4."""
+    rows = torch.tensor(list(itertools.product((0.0, 1.0, 2.0, math.nan), repeat=n)), device=device)
+    for bits in itertools.product((False, True), repeat=n):
+        mask = torch.tensor(bits, device=device).expand(len(rows), n)
+        for k in range(1, n + 1):
+            indices, slots = implementation.select(rows[:, None], k, mask)
+            expected = [oracle.select(row.cpu().double().numpy(), k, np.array(bits)) for row in rows]
+            check_identical(indices, as_tensor([r[0] for r in expected], indices.shape, device).long())
+            check_identical(slots, as_tensor([r[1] for r in expected], slots.shape, device).bool())
+
+
+# --- solvers ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def solver_problems(draw_: st.DrawFn) -> dict:
+    """Logits of several spreads, any mass up to N, masks. `band`: mass equal to N or to the number of valid tokens."""
+    n = draw_(st.sampled_from((1, 2, 3, 7, 16, 33, 64)))
+    seed = draw_(st.integers(0, 2**20))
+    shape = (draw_(st.integers(1, 2)), draw_(st.integers(1, 3)), n)
+    logits = torch.randn(shape, generator=generator(seed), dtype=torch.float64) * draw_(st.sampled_from((1e-3, 1, 8)))
+    logits += draw_(st.sampled_from((0.0, 0.0, 3.0, -40.0)))
+    if draw_(st.booleans()):
+        logits = logits.round()
+    mass = draw_(st.one_of(st.just(float(n)), st.floats(0.3, n), st.integers(1, n).map(float)))
+    return {
+        "logits": logits,
+        "k": mass,
+        "mask": draw_mask(shape[0], n, draw_(st.sampled_from(MASKS)), seed),
+        "n_iters": draw_(st.integers(1, 20)),
+        "eps": draw_(st.sampled_from((0.03, 0.1, 1.0))),
+        "eps_init": draw_(st.sampled_from((0.01, 1.0, 4.0))),
+        "eps_decay": draw_(st.sampled_from((0.5, 0.7, 1.0))),
+    }
+
+
+def to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if mask is None else mask.to(device)
+
+
+def expectation(exact: Tensor) -> str | None:
+    """What the comparator must be told of a degenerate but legitimate oracle."""
+    if exact.numel() == 0:
+        return "empty"
+    if not exact.any():
+        return "zeros"
+    return "constant" if exact.numel() > 1 and bool((exact == exact.flatten()[0]).all()) else None
+
+
+@given(problem=solver_problems())
+@counted
+def test_reference_descent_is_the_textbook_form(problem: dict, device: torch.device) -> None:
+    """The eliminated scalar form against the two-variable textbook descent in NumPy, both float64."""
+    p = dict(problem)
+    logits, mask, k = p.pop("logits").to(device), to_device(p.pop("mask"), device), p.pop("k")
+    actual = reference.coordinate_descent(logits, k, mask, **p)
+    rows = apply_rows(lambda s, m: oracle.coordinate_descent(s, k, m, **p), logits, mask)
+    exact = as_tensor(rows, actual.shape, device)
+    baseline = reference.coordinate_descent(logits.float(), k, mask, **p)
+    check(actual, exact, baseline, stage="scores", backend="reference", expect=expectation(exact))
+
+
+@BOTH
+@given(problem=solver_problems())
+@counted
+def test_exact_solver_solves_the_mass_equation(
+    implementation: ModuleType, problem: dict, device: torch.device
+) -> None:
+    """Against bisection in NumPy, and by its certificate: mass min(k, valid tokens) in float64."""
+    logits, mask, k, eps = problem["logits"].to(device), to_device(problem["mask"], device), problem["k"], problem["eps"]
+    actual = implementation.capped_simplex(logits, k, mask, eps=eps)
+    exact = as_tensor(apply_rows(lambda s, m: oracle.capped_simplex(s, k, m, eps=eps), logits, mask), actual.shape, device)
+    baseline = reference.capped_simplex(logits.float(), k, mask, eps=eps)
+    check(actual, exact, baseline, stage="scores", backend=implementation.__name__, expect=expectation(exact))
+    valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+    count = valid.sum(-1)
+    # A relative error of lambda is the absolute error of (s + a) / eps.
+    tolerance = 1e-13 * (1 + logits.abs().amax().item() / eps) * max(k, 1)
+    mass = count.double().clamp_max(k)
+    assert ((actual.sum(-1) - mass).abs() <= tolerance).all()
+    assert (actual >= 0).all()
+    assert (actual <= 1).all()
+    assert not actual[~valid].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+@given(problem=solver_problems())
+@counted
+def test_solver_scores_match(solver: str, dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+    p = dict(problem)
+    logits, mask, k = p.pop("logits").to(dtype).to(device), to_device(p.pop("mask"), device), p.pop("k")
+    name, options = ("coordinate_descent", p) if solver == "iterative" else ("capped_simplex", {"eps": p["eps"]})
+    actual = getattr(optimized, name)(logits, k, mask, **options)
+    solve = getattr(reference, name)
+    exact = solve(logits.double(), k, mask, **options)
+    baseline = solve(logits.to(BASELINE_OF.get(dtype, dtype)), k, mask, **options)
+    check(actual, exact, baseline, stage="scores", expect=expectation(exact))
+
+
+def check_gradient(actual: Tensor, exact: Tensor, baseline: Tensor, scale: float) -> None:
+    """scale: of the terms that make up a gradient. An oracle that cancels to nothing is held to a few ulps of that."""
+    if (exact.abs() <= 1e-12 * scale).all():
+        assert (actual.abs() <= 8 * torch.finfo(actual.dtype).eps * scale).all()
+        return
+    expect = expectation(exact)
+    check(actual, exact, baseline, stage="solver_gradient", expect=expect, scale=scale)
+
+
+def descend(logits: Tensor, k: float, mask: Tensor | None, p: dict) -> tuple[Tensor, Tensor]:
+    """The optimized solver's scores and iterates a (T, B, E)."""
+    scores, a, _ = ops.descend(logits, mask, float(k), p["n_iters"], p["eps"], p["eps_init"], p["eps_decay"])
+    return scores, a
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@given(problem=solver_problems())
+@counted
+def test_descent_gradient_matches(dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+    """With the implementation's own saturated sets in the oracle, once they agree with the oracle's but for kinks."""
+    p = dict(problem)
+    logits, mask, k = p.pop("logits").to(dtype).to(device), to_device(p.pop("mask"), device), p.pop("k")
+    valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+    leaf = logits.clone().requires_grad_()
+    scores, a = descend(leaf, k, mask, p)
+    sets = logits >= -a[..., None]
+
+    _, a_exact = descend(logits.double(), k, mask, p)
+    gap = (logits.double() + a_exact[..., None]).abs()
+    # Rounding of a step is of the order of eps(dtype) (|a| + temperature * log N); steps pass it on without growth.
+    size = 1 + a_exact.abs().amax() + p["eps_init"] * math.log(logits.shape[-1] + 1) + logits.abs().amax()
+    bound = 32 * torch.finfo(dtype).eps * size
+    differ = (sets != (logits.double() >= -a_exact[..., None])) & valid
+    assert (gap[differ] <= bound).all(), "a token away from every kink changed sides"
+
+    g = torch.randn(logits.shape, generator=generator(1), dtype=torch.float64).to(dtype).to(device)
+    (actual,) = torch.autograd.grad(scores, leaf, g)
+    runs = []
+    exact_scores = reference.coordinate_descent(logits.double(), k, mask, saturated=sets, **p)
+    for run_dtype in (torch.float64, BASELINE_OF.get(dtype, dtype)):
+        s = logits.to(run_dtype).requires_grad_()
+        out = reference.coordinate_descent(s, k, mask, saturated=sets, **p)
+        runs.append(torch.autograd.grad(out, s, g.to(run_dtype))[0])
+    check_gradient(actual, *runs, scale=(g.abs().max() * exact_scores.max() / p["eps"]).item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@given(problem=solver_problems())
+@counted
+def test_exact_gradient_matches(dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+    logits, mask = problem["logits"].to(dtype).to(device), to_device(problem["mask"], device)
+    k, eps = problem["k"], problem["eps"]
+    g = torch.randn(logits.shape, generator=generator(1), dtype=torch.float64).to(dtype).to(device)
+    runs = []
+    for solve, run_dtype in (
+        (optimized.capped_simplex, dtype),
+        (reference.capped_simplex, torch.float64),
+        (reference.capped_simplex, BASELINE_OF.get(dtype, dtype)),
+    ):
+        s = logits.to(run_dtype).requires_grad_()
+        runs.append(torch.autograd.grad(solve(s, k, mask, eps=eps), s, g.to(run_dtype))[0])
+    actual, exact, baseline = runs
+    scale = (g.abs().max().double() / eps).item()
+    check_gradient(actual, exact, baseline, scale)
+    # Invariance to a shift of the logits: every row of the gradient sums to zero.
+    assert (actual.sum(-1).abs() <= 64 * torch.finfo(dtype).eps * scale * logits.shape[-1]).all()
+
+
+@BOTH
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_solver_gradcheck(implementation: ModuleType, solver: str, masked: bool, device: torch.device) -> None:
+    """Finite differences in float64, at random logits, which are off the kinks."""
+    logits = torch.randn(2, 2, 9, generator=generator(5), dtype=torch.float64).to(device).requires_grad_()
+    mask = to_device(draw_mask(2, 9, "random", 3), device) if masked else None
+    if solver == "exact":
+        assert torch.autograd.gradcheck(lambda s: implementation.capped_simplex(s, 3.4, mask, eps=0.5), logits)
+        return
+    for n_iters, eps in ((1, 1.0), (2, 0.5), (12, 0.3)):
+        options = {"n_iters": n_iters, "eps": eps, "eps_init": 2.0, "eps_decay": 0.7}
+        assert torch.autograd.gradcheck(lambda s: implementation.coordinate_descent(s, 3.4, mask, **options), logits)
+
+
+@BOTH
+def test_iterative_tends_to_exact(implementation: ModuleType, device: torch.device) -> None:
+    logits = torch.randn(2, 2, 200, generator=generator(0), dtype=torch.float64).to(device)
+    exact = implementation.capped_simplex(logits, 30.0, eps=0.03)
+    gaps = [
+        (implementation.coordinate_descent(logits, 30.0, n_iters=n, **EPSILONS) - exact).abs().max().item()
+        for n in (20, 100, 1500)
+    ]
+    assert gaps[0] > gaps[1] > gaps[2]
+    assert gaps[2] < 1e-5
+
+
+@BOTH
+@given(problem=solver_problems())
+@counted
+def test_scores_are_bounded_and_monotone(implementation: ModuleType, problem: dict, device: torch.device) -> None:
+    p = dict(problem)
+    logits, mask, k = p.pop("logits").to(device), to_device(p.pop("mask"), device), p.pop("k")
+    for scores in (
+        implementation.coordinate_descent(logits, k, mask, **p),
+        implementation.capped_simplex(logits, k, mask, eps=p["eps"]),
+    ):
+        assert ((scores >= 0) & (scores <= 1)).all()
+        order = logits.argsort(dim=-1)
+        valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+        assert not scores[~valid].any()
+        for row, row_valid in zip(scores.gather(-1, order).flatten(0, 1), valid.gather(-1, order).flatten(0, 1)):
+            assert (row[row_valid].diff() >= 0).all()
+
+
+@BOTH
+@given(seed=st.integers(0, 2**20), spread=st.sampled_from((0.3, 1.0, 8.0)))
+@counted
+def test_mass_error_never_grows(implementation: ModuleType, seed: int, spread: float, device: torch.device) -> None:
+    """Once the temperature stands at eps (from step 14 on), |mass - k| does not grow."""
+    logits = spread * torch.randn(1, 2, 60, generator=generator(seed), dtype=torch.float64).to(device)
+    errors = torch.stack(
+        [
+            (implementation.coordinate_descent(logits, 9.0, n_iters=n, **EPSILONS).sum(-1) - 9.0).abs()
+            for n in range(15, 31)
+        ]
+    )
+    assert (errors.diff(dim=0) <= 1e-9).all()
+
+
+def test_twenty_iterations_are_far_from_the_limit(device: torch.device) -> None:
+    """The documented figures: mass well short of 1152 at unit variance, thousands saturated at a spread of 32."""
+    logits = torch.randn(1, 1, 8192, generator=generator(0), dtype=torch.float64).to(device)
+    k = 1024 * 9 / 8
+    scores = optimized.coordinate_descent(logits, k)
+    assert 800 < scores.sum().item() < 1000
+    wide = optimized.coordinate_descent(32 * logits, k)
+    assert 2200 < (wide == 1).sum().item() < 2700
+    exact = optimized.capped_simplex(32 * logits, k)
+    assert abs(exact.sum().item() - k) < 1e-9 * k
+
+
+@BOTH
+def test_exact_solver_ignores_a_shift_the_iterates_do_not(implementation: ModuleType, device: torch.device) -> None:
+    logits = torch.randn(1, 1, 64, generator=generator(0), dtype=torch.float64).to(device)
+    shifted = logits + 100.0
+    torch.testing.assert_close(
+        implementation.capped_simplex(shifted, 8.0), implementation.capped_simplex(logits, 8.0), rtol=1e-9, atol=0
+    )
+    leaf = shifted.requires_grad_()
+    scores = implementation.coordinate_descent(leaf, 8.0)
+    assert (scores == 1).all()
+    (gradient,) = torch.autograd.grad(scores, leaf, torch.randn_like(scores))
+    assert not gradient.any()
+
+
+@BOTH
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+@pytest.mark.parametrize("n_iters", [1, 2, 20])
+def test_solver_rows_without_valid_tokens_and_nan(
+    implementation: ModuleType, solver: str, n_iters: int, device: torch.device
+) -> None:
+    """Rows: all masked; NaN at a valid token; NaN at a masked token; ordinary."""
+    logits = torch.randn(4, 2, 10, generator=generator(2)).to(device)
+    mask = torch.ones(4, 10, dtype=torch.bool, device=device)
+    mask[0] = False
+    mask[1:, 3] = False
+    logits[1, 1, 5] = math.nan
+    logits[2, :, 3] = math.nan
+    leaf = logits.requires_grad_()
+    if solver == "exact":
+        scores = implementation.capped_simplex(leaf, 4.0, mask)
+    else:
+        scores = implementation.coordinate_descent(leaf, 4.0, mask, n_iters=n_iters)
+    assert not scores[0].any()
+    assert scores[1, 1, mask[1]].isnan().all()
+    assert not scores[1, 0].isnan().any()
+    assert not scores[1, :, 3].any()
+    assert not scores[2:].isnan().any()
+    clean = torch.where(mask[:, None], leaf.detach(), 7.0)
+    if solver == "exact":
+        again = implementation.capped_simplex(clean, 4.0, mask)
+    else:
+        again = implementation.coordinate_descent(clean, 4.0, mask, n_iters=n_iters)
+    check_identical(scores[2:].detach(), again[2:])
+    g = torch.randn(scores.shape, generator=generator(3)).to(device)
+    g[0] = math.nan  # nobody may multiply by it
+    g[2, :, 3] = math.nan
+    g[1, 1] = 0
+    (gradient,) = torch.autograd.grad(scores, leaf, g)
+    assert not gradient[0].any()
+    assert not gradient[2, :, 3].any()
+    assert not gradient[2:].isnan().any()
+    assert not gradient[1, 0].isnan().any()
+
+
+# --- route -----------------------------------------------------------------------------------------------------------
+
+
+def assert_declared_order(routes: optimized.Routes, mask: Tensor | None, n: int) -> None:
+    """Distinct, in range, valid ascending, then masked ascending; scores are 0 exactly where the slot is masked."""
+    indices, slots = routes.indices, routes.mask
+    assert indices.dtype == torch.int64
+    assert slots.dtype == torch.bool
+    assert ((indices >= 0) & (indices < n)).all()
+    if mask is not None:
+        check_identical(slots, mask[:, None].expand(-1, indices.shape[1], -1).gather(-1, indices))
+    else:
+        assert slots.all()
+    if indices.shape[-1] == n:  # nothing to choose: all tokens in order, or all of them sorted
+        assert all(sorted(row) == list(range(n)) for row in indices.flatten(0, 1).tolist())
+    else:
+        assert ((indices + n * (~slots)).diff(dim=-1) > 0).all()
+    check_identical(routes.load, slots.sum(-1))
+
+
+@given(case=router_cases(values=("normal", "integer", "tiny", "large")))
+@example(case=RouterCase(n=9, k=8, options={"route_block_size": 2}))
+@example(case=RouterCase(n=17, k=5, mask="suffix", options={"route_block_size": 6}))
+@counted
+def test_reference_route_matches_the_oracle(case: RouterCase, device: torch.device) -> None:
+    """float64, off exact ties but for integers, whose sums are exact."""
+    x, tokens, mask = router_tensors(case, torch.float64, torch.float64, device)
+    if case.values == "integer" and case.options.get("cosine_sim_routing"):
+        case = replace(case, options={**case.options, "cosine_sim_routing": False})
+    actual = reference.route(x, tokens, case.k, mask, **case.options)
+    arrays = [None if t is None else t.detach().cpu().numpy() for t in (x, tokens, mask)]
+    expected = oracle.route(arrays[0], arrays[1], case.k, arrays[2], **case.options)
+    check_identical(actual.indices, torch.as_tensor(expected.indices, device=device).long())
+    check_identical(actual.mask, torch.as_tensor(expected.mask, device=device).bool())
+    exact = torch.as_tensor(expected.scores, device=device)
+    x32, tokens32, _ = router_tensors(case, torch.float64, torch.float32, device)
+    baseline = reference.route(x32, tokens32, case.k, mask, **case.options).scores.detach()
+    if baseline.isfinite().all() and not case.options.get("straight_through", True):
+        check(actual.scores.detach(), exact, baseline, stage="scores", backend="reference", expect=expectation(exact))
+    else:
+        check_identical(actual.scores.detach(), exact)
+
+
+@given(case=router_cases(values=(*OFF_BAND, "integer")))
+@example(case=RouterCase(n=8, k=8))
+@example(case=RouterCase(n=16, k=15))
+@counted
+def test_optimized_route_matches(case: RouterCase, device: torch.device) -> None:
+    """Decisions identical, scores and gradients of x and routing tokens within budget, float64."""
+    if case.options.get("cosine_sim_routing") and case.values == "integer":
+        case = replace(case, values="normal")
+    runs = []
+    for implementation, dtype, layout in (
+        (optimized, torch.float64, True),
+        (reference, torch.float64, False),
+        (reference, torch.float32, False),
+    ):
+        x, tokens, mask = router_tensors(case, torch.float64, dtype, device, layout=layout)
+        routes = implementation.route(x, tokens, case.k, mask, **case.options)
+        assert_declared_order(routes, mask, case.n)
+        runs.append((routes, x, tokens))
+    (actual, x, tokens), (expected, x_ref, tokens_ref), (baseline, x_base, tokens_base) = runs
+    check_identical(actual.indices, expected.indices)
+    if case.options.get("straight_through", True):
+        check_identical(actual.scores.detach(), expected.scores.detach())
+        check_identical(actual.scores.detach(), actual.mask.double())
+    elif torch.equal(baseline.indices, expected.indices):
+        exact = expected.scores.detach()
+        check(actual.scores.detach(), exact, baseline.scores.detach(), stage="scores", expect=expectation(exact))
+    if case.n <= case.k:
+        assert not actual.scores.requires_grad
+        assert not actual.logits.requires_grad
+        return
+    g = torch.randn(expected.scores.shape, generator=generator(case.seed), dtype=torch.float64).to(device)
+
+    def gradients(routes: reference.Routes, *leaves: Tensor) -> list[Tensor]:
+        got = torch.autograd.grad(routes.scores, leaves, g.to(routes.scores.dtype), allow_unused=True)
+        return [torch.zeros_like(leaf) if t is None else t for t, leaf in zip(got, leaves)]
+
+    if not expected.scores.requires_grad:
+        assert not actual.scores.requires_grad or not any(t.any() for t in gradients(actual, x, tokens))
+        return
+    for name, a, e, b in zip(
+        ("x", "tokens"),
+        gradients(actual, x, tokens),
+        gradients(expected, x_ref, tokens_ref),
+        gradients(baseline, x_base, tokens_base),
+    ):
+        if not kink_free(expected, case, mask):
+            continue
+        check(a, e, b, stage="router_gradient", name=name, expect=expectation(e))
+
+
+def kink_free(routes: reference.Routes, case: RouterCase, mask: Tensor | None) -> bool:
+    """Mass below the number of valid tokens of every row: in the band above it the iterates sit on their kinks."""
+    width = case.options.get("route_block_size") or case.n
+    blocks = math.ceil(case.n / width)
+    k_block = math.ceil(case.k / blocks)
+    ratio = case.options.get("fetch_k_ratio", 9 / 8)
+    valid = torch.ones(case.batch, case.n, dtype=torch.bool) if mask is None else mask.cpu()
+    counts = torch.stack([block.sum(-1) for block in valid.split(width, dim=-1)])
+    return bool(((counts > k_block * ratio) | (counts == 0)).all())
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("block", [None, 4])
+def test_random_route_is_shared(implementation: ModuleType, masked: bool, block: int | None, device: torch.device) -> None:
+    """Both implementations draw the same keys from a generator; scores are constant."""
+    x, tokens = torch.randn(3, 30, 8, device=device), torch.randn(2, 8, device=device, requires_grad=True)
+    mask = to_device(draw_mask(3, 30, "random", 1), device) if masked else None
+    chosen = []
+    for package in (implementation, reference):
+        g = torch.Generator(device=device).manual_seed(5)
+        routes = package.route(x, tokens, 8, mask, random_route=True, generator=g, route_block_size=block)
+        assert_declared_order(routes, mask, 30)
+        check_identical(routes.scores.detach(), routes.mask.float())
+        assert not routes.scores.requires_grad
+        chosen.append(routes.indices)
+    check_identical(chosen[0], chosen[1].clone())
+
+
+@BOTH
+@pytest.mark.parametrize("straight_through", [True, False])
+@pytest.mark.parametrize("block", [None, 6])
+def test_nan_of_a_valid_token_poisons_its_rows_only(
+    implementation: ModuleType, straight_through: bool, block: int | None, device: torch.device
+) -> None:
+    x = torch.randn(3, 20, 8, device=device)
+    tokens = torch.randn(2, 8, device=device)
+    x[1, 4] = math.nan
+    routes = implementation.route(x, tokens, 7, straight_through=straight_through, route_block_size=block)
+    assert routes.scores[1].isnan().all()
+    assert not routes.scores[[0, 2]].isnan().any()
+    assert_declared_order(routes, None, 20)
+    if block is None:
+        assert not (routes.indices[1] == 4).any(), "NaN ranks below every number"
+
+
+@BOTH
+@given(case=router_cases(values=("normal",)))
+@counted
+def test_content_of_masked_tokens_reaches_nothing(
+    implementation: ModuleType, case: RouterCase, device: torch.device
+) -> None:
+    """Values and gradients stay bitwise when masked tokens are replaced by NaN and infinities."""
+    case = replace(case, mask="random")
+    x, tokens, mask = router_tensors(case, torch.float32, torch.float32, device)
+    filler = torch.tensor([math.nan, math.inf, -math.inf], device=device)
+    junk = filler[torch.randint(3, x.shape, generator=generator(case.seed)).to(device)]
+    runs = []
+    for values in (x.detach(), torch.where(mask[..., None], x.detach(), junk)):
+        leaf, r = values.requires_grad_(), tokens.detach().requires_grad_()
+        routes = implementation.route(leaf, r, case.k, mask, **case.options)
+        grads: tuple[Tensor | None, ...] = (None, None)
+        if routes.scores.requires_grad:
+            g = torch.randn(routes.scores.shape, generator=generator(9)).to(device)
+            grads = torch.autograd.grad(routes.scores, (leaf, r), g, allow_unused=True)
+        runs.append((routes, grads))
+    (clean, clean_grads), (dirty, dirty_grads) = runs
+    check_identical(dirty.indices, clean.indices)
+    check_identical(dirty.scores.detach(), clean.scores.detach())
+    for a, b in zip(dirty_grads, clean_grads):
+        assert (a is None) == (b is None)
+        if a is not None:
+            check_identical(a, b)
+    if dirty_grads[0] is not None:
+        assert not dirty_grads[0][~mask].any()
+
+
+@BOTH
+def test_batch_isolation_is_bitwise(implementation: ModuleType, device: torch.device) -> None:
+    x, tokens = torch.randn(3, 40, 8, device=device), torch.randn(2, 8, device=device)
+    before = implementation.route(x, tokens, 9, straight_through=False)
+    x[1] = torch.randn(40, 8, device=device) * 50
+    after = implementation.route(x, tokens, 9, straight_through=False)
+    for item in (0, 2):
+        for a, b in zip(after, before):
+            check_identical(a[item], b[item])
+    assert not torch.equal(after.indices[1], before.indices[1])
+
+
+@given(seed=st.integers(0, 2**20), n=st.integers(20, 60))
+@counted
+def test_solver_rows_do_not_depend_on_their_batch(seed: int, n: int, device: torch.device) -> None:
+    """Row-wise code: a row alone and in a batch, bitwise on the CPU and for selection everywhere."""
+    logits = draw((3, 2, n), "normal", seed).float().to(device)
+    indices, slots = optimized.select(logits, 7)
+    for b in range(3):
+        alone = optimized.select(logits[b : b + 1].clone(), 7)
+        check_identical(alone[0], indices[b : b + 1].clone())
+        check_identical(alone[1], slots[b : b + 1].clone())
