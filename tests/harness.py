@@ -43,11 +43,14 @@ def check(
     backend: str = "torch",
     expect: str | None = None,
     scale: float = 0.0,
+    precision: torch.dtype | None = None,
 ) -> Match:
     """`reference.testing.assert_matches`, entered into the ledger."""
-    key = (stage, str(actual.dtype).removeprefix("torch."), backend)
+    key = (stage, str(precision or actual.dtype).removeprefix("torch."), backend)
     try:
-        match = assert_matches(actual, oracle, baseline, stage=stage, name=name, expect=expect, scale=scale)
+        match = assert_matches(
+            actual, oracle, baseline, stage=stage, name=name, expect=expect, scale=scale, precision=precision
+        )
     except AssertionError:
         current.worst[key] = float("inf")
         raise

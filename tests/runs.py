@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from strategies import LayerCase, RouterCase, cotangent, lay_out
@@ -27,6 +30,22 @@ class LayerRun:
     out: Tensor
     grads: dict[str, Tensor | None]
     routes: tuple[Any, Any]
+    logit_size: float  # largest attention logit (of the reference; its softmax is a method call that can be watched)
+
+
+@contextmanager
+def watch_softmax() -> Iterator[list[float]]:
+    """Sizes of the finite inputs of Tensor.softmax: exp turns a relative error of a logit into one |logit| times as large."""
+    sizes = [0.0]
+    softmax = Tensor.softmax
+
+    def watching(t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if t.numel():
+            sizes.append(t.detach().nan_to_num(0.0, 0.0, 0.0).abs().max().item())
+        return softmax(t, *args, **kwargs)
+
+    with mock.patch.object(Tensor, "softmax", watching):
+        yield sizes
 
 
 def run_layer(
@@ -68,12 +87,13 @@ def run_layer(
             fields = {f: getattr(r, f).to(device) for f in ("indices", "mask", "logits")}
             pair.append(implementation.Routes(fields["indices"], fields["mask"], scores, fields["logits"].detach()))
         inputs["routes"] = tuple(pair)
-    out, found = layer(**inputs, return_routes=True, **forward)
+    with watch_softmax() as sizes:
+        out, found = layer(**inputs, return_routes=True, **forward)
     g = cotangent(tuple(out.shape), case.cotangent, case.seed)
     g = g.to(under_test).to(dtype).to(device) if case.cotangent != "sum" else torch.ones((), dtype=dtype, device=device).expand(out.shape)
     names = dict(leaves) | dict(layer.named_parameters())
     grads = torch.autograd.grad(out, list(names.values()), g, allow_unused=True)
-    return LayerRun(out.detach(), dict(zip(names, grads)), found)
+    return LayerRun(out.detach(), dict(zip(names, grads)), found, max(sizes))
 
 
 def router_tensors(

@@ -36,8 +36,20 @@ def expectation(exact: Tensor) -> str | None:
     return "constant" if exact.numel() > 1 and bool((exact == exact.flatten()[0]).all()) else None
 
 
-def compare(actual: LayerRun, exact: LayerRun, baseline: LayerRun, backend: str = "torch") -> None:
-    check(actual.out, exact.out, baseline.out, stage="mixture", name="out", backend=backend, expect=expectation(exact.out))
+def compare(
+    actual: LayerRun, exact: LayerRun, baseline: LayerRun, backend: str = "torch", amplification: float = 1.0
+) -> None:
+    """amplification: by how much a relative rounding error of the routing logits grows on its way into the gradients.
+
+    Attention logits do the same to everything, and a saturated softmax cancels to almost nothing. In half precision this
+    would leave no bound worth the name; there the cases keep the attention logits small instead.
+    """
+    precise = actual.out.dtype in (torch.float64, torch.float32)
+    amplification += exact.logit_size if precise else 0.0
+    out_scale = (1 + exact.logit_size) * exact.out.abs().max().item() if precise and exact.out.numel() else 0.0
+    largest = max(g.abs().max().item() for g in exact.grads.values() if g is not None and g.numel())
+    expect = expectation(exact.out)
+    check(actual.out, exact.out, baseline.out, stage="mixture", name="out", backend=backend, expect=expect, scale=out_scale)
     assert actual.grads.keys() == exact.grads.keys()
     for name, gradient in exact.grads.items():
         got = actual.grads[name]
@@ -49,7 +61,36 @@ def compare(actual: LayerRun, exact: LayerRun, baseline: LayerRun, backend: str 
             assert not gradient.any(), f"{name}: no gradient"
             continue
         expect = expectation(gradient)
-        check(got, gradient, base, stage="mixture_gradient", name=name, backend=backend, expect=expect)
+        if expect == "zeros" and got.any():
+            # Softmax over the null key alone: its gradient is zero by cancellation, up to rounding.
+            bound = 8 * torch.finfo(actual.out.dtype).eps * largest * amplification
+            assert got.abs().max().item() <= bound, f"{name}: should cancel"
+            continue
+        check(
+            got,
+            gradient,
+            base,
+            stage="mixture_gradient",
+            name=name,
+            backend=backend,
+            expect=expect,
+            scale=amplification * largest if precise else 0.0,
+            precision=actual.out.dtype,
+        )
+
+
+def sized_for_half(case: LayerCase) -> LayerCase:
+    """Large enough for the baseline's error to be typical rather than lucky, with attention logits that 8 bits can hold."""
+    return replace(
+        case,
+        n=case.n + 16,
+        k_q=case.k_q + 8,
+        k_kv=case.k_kv + 4,
+        dim=max(case.dim, 16),
+        dim_head=max(case.dim_head, 8),
+        heads=max(case.heads, 2),
+        prenorm=case.prenorm or case.values in ("large", "outlier"),
+    )
 
 
 # --- against the oracles ---------------------------------------------------------------------------------------------
@@ -79,7 +120,10 @@ def test_reference_matches_the_oracle(case: LayerCase, device: torch.device) -> 
     )
     exact = torch.as_tensor(expected, device=device)
     baseline = baseline_layer(case, torch.float64, device, routes=run.routes)
-    check(run.out, exact, baseline.out, stage="mixture", backend="reference", expect=expectation(exact))
+    size = max((r.logits.abs().max().item() for r in run.routes if r.logits.numel()), default=0.0)
+    # 8: the scores are ratios of sums over N tokens.
+    scale = (8 + run.logit_size + size / case.options.get("eps", 0.03)) * exact.abs().max().item()
+    check(run.out, exact, baseline.out, stage="mixture", backend="reference", expect=expectation(exact), scale=scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +133,8 @@ def test_reference_matches_the_oracle(case: LayerCase, device: torch.device) -> 
 @counted
 def test_optimized_matches_with_injected_routes(case: LayerCase, dtype: torch.dtype, device: torch.device) -> None:
     """Output and every gradient: x, context, all parameters, query and key/value scores."""
+    if dtype in (torch.bfloat16, torch.float16):
+        case = sized_for_half(case)
     routes = oracle_layer(case, dtype, device).routes
     exact = oracle_layer(case, dtype, device, routes=routes)
     assume(all(g is None or g.isfinite().all() for g in exact.grads.values()))
@@ -114,7 +160,9 @@ def test_optimized_matches_with_its_own_routers(case: LayerCase, device: torch.d
     for got, expected in zip(actual.routes, exact.routes):
         check_identical(got.indices, expected.indices)
         check_identical(got.mask, expected.mask)
-    compare(actual, exact, baseline)
+    # exp((s + a) / eps) turns a relative error of the logits into one that is larger by |s| / eps.
+    size = max(r.logits.abs().max().item() for r in exact.routes)
+    compare(actual, exact, baseline, amplification=1 + size / case.options.get("eps", 0.03))
 
 
 def oracle_layer_in_float32(case: LayerCase, exact: LayerRun, device: torch.device) -> LayerRun:
