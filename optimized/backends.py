@@ -60,6 +60,9 @@ def _efficient(r: Request) -> str | None:
         return f"runs on CUDA, not on {r.device.type}"
     if r.dtype == torch.float64:
         return "no float64"
+    aligned = 4 if r.dtype == torch.float32 else 8  # 16 bytes
+    if r.dim_head % aligned:
+        return f"dim_head {r.dim_head} is no multiple of {aligned}"
     return "an empty query or key dimension" if r.empty else None
 
 

@@ -109,9 +109,7 @@ def assert_matches(
     eps = torch.finfo(precision or actual.dtype).eps
     error = (a - o).abs().masked_fill(~oracle.isfinite(), 0)
     # Where the baseline itself is not finite it sets no standard.
-    base = (b - o).abs().nan_to_num(0.0, 0.0, 0.0) * (
-        torch.finfo(actual.dtype).eps / torch.finfo(baseline.dtype).eps
-    )
+    base = (b - o).abs().nan_to_num(0.0, 0.0, 0.0) * (torch.finfo(actual.dtype).eps / torch.finfo(baseline.dtype).eps)
 
     c, floor, small_row, _ = STAGES[stage]
     element_budget = c * base.max() + floor * eps * o.abs().max().clamp_min(scale)

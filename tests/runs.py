@@ -90,7 +90,11 @@ def run_layer(
     with watch_softmax() as sizes:
         out, found = layer(**inputs, return_routes=True, **forward)
     g = cotangent(tuple(out.shape), case.cotangent, case.seed)
-    g = g.to(under_test).to(dtype).to(device) if case.cotangent != "sum" else torch.ones((), dtype=dtype, device=device).expand(out.shape)
+    g = (
+        g.to(under_test).to(dtype).to(device)
+        if case.cotangent != "sum"
+        else torch.ones((), dtype=dtype, device=device).expand(out.shape)
+    )
     names = dict(leaves) | dict(layer.named_parameters())
     grads = torch.autograd.grad(out, list(names.values()), g, allow_unused=True)
     return LayerRun(out.detach(), dict(zip(names, grads)), found, max(sizes))

@@ -187,7 +187,8 @@ class LayerCase:
                 shapes |= {"local_attn.norm.weight": ((dim,), 1.0), "local_attn.norm.bias": ((dim,), 0.3)}
         g = generator(self.seed + 11)
         return {
-            name: torch.randn(shape, generator=g, dtype=torch.float64) * scale for name, (shape, scale) in shapes.items()
+            name: torch.randn(shape, generator=g, dtype=torch.float64) * scale
+            for name, (shape, scale) in shapes.items()
         }
 
     def inputs(self) -> dict[str, Tensor]:
@@ -278,5 +279,7 @@ def layer_cases(draw_: Any, *, local: bool | None = None, values: tuple[str, ...
     if with_local:
         return replace(case, window=draw_(st.sampled_from((1, 2, 5, 31, 32, 33, n, n + 5))))
     if cross:
-        return replace(case, context=draw_(st.sampled_from((1, 5, 16, 33))), dim_context=draw_(st.sampled_from((None, 6))))
+        return replace(
+            case, context=draw_(st.sampled_from((1, 5, 16, 33))), dim_context=draw_(st.sampled_from((None, 6)))
+        )
     return case

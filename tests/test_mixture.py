@@ -49,7 +49,16 @@ def compare(
     out_scale = (1 + exact.logit_size) * exact.out.abs().max().item() if precise and exact.out.numel() else 0.0
     largest = max(g.abs().max().item() for g in exact.grads.values() if g is not None and g.numel())
     expect = expectation(exact.out)
-    check(actual.out, exact.out, baseline.out, stage="mixture", name="out", backend=backend, expect=expect, scale=out_scale)
+    check(
+        actual.out,
+        exact.out,
+        baseline.out,
+        stage="mixture",
+        name="out",
+        backend=backend,
+        expect=expect,
+        scale=out_scale,
+    )
     assert actual.grads.keys() == exact.grads.keys()
     for name, gradient in exact.grads.items():
         got = actual.grads[name]
@@ -197,7 +206,11 @@ def test_combine_matches_the_oracle(
     k = data.draw(st.integers(0, n))
     seed = data.draw(st.integers(0, 2**20))
     g = generator(seed)
-    indices = torch.stack([torch.randperm(n, generator=g)[:k] for _ in range(batch * experts)]) if k else torch.empty(batch * experts, 0).long()
+    indices = (
+        torch.stack([torch.randperm(n, generator=g)[:k] for _ in range(batch * experts)])
+        if k
+        else torch.empty(batch * experts, 0).long()
+    )
     indices = indices.view(batch, experts, k)
     slots = torch.rand(batch, experts, k, generator=g) < 0.8
     y = draw((batch, experts, k, 6), "normal", seed).to(dtype).masked_fill(~slots[..., None], math.nan)
@@ -211,7 +224,12 @@ def test_combine_matches_the_oracle(
         routes = implementation.Routes(*(t.to(device) for t in routes))
         move = [None if t is None else t.to(run_dtype).to(device) for t in (y, local, null)]
         return implementation.combine(
-            move[0], routes, n, local=move[1], average_routed=average, null_routed_token=move[2],
+            move[0],
+            routes,
+            n,
+            local=move[1],
+            average_routed=average,
+            null_routed_token=move[2],
             mask=None if mask is None else mask.to(device),
         )
 
@@ -219,7 +237,12 @@ def test_combine_matches_the_oracle(
     arrays = [None if t is None else t.double().numpy() for t in (y, local, null)]
     exact = torch.as_tensor(
         oracle.combine(
-            arrays[0], routes, n, local=arrays[1], average_routed=average, null_routed_token=arrays[2],
+            arrays[0],
+            routes,
+            n,
+            local=arrays[1],
+            average_routed=average,
+            null_routed_token=arrays[2],
             mask=None if mask is None else mask.numpy(),
         ),
         device=device,
@@ -227,7 +250,9 @@ def test_combine_matches_the_oracle(
     baseline = run(reference, torch.float32 if dtype == torch.float64 else dtype)
     for implementation in (reference, optimized):
         actual = run(implementation, dtype)
-        check(actual, exact, baseline.clone(), stage="combine", backend=implementation.__name__, expect=expectation(exact))
+        check(
+            actual, exact, baseline.clone(), stage="combine", backend=implementation.__name__, expect=expectation(exact)
+        )
 
 
 @BOTH
@@ -250,7 +275,9 @@ def test_combination_counts_by_hand(implementation: ModuleType, average: bool, d
 # --- properties of the layer -----------------------------------------------------------------------------------------
 
 
-def build(implementation: ModuleType, case: LayerCase, device: torch.device, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+def build(
+    implementation: ModuleType, case: LayerCase, device: torch.device, dtype: torch.dtype = torch.float64
+) -> torch.nn.Module:
     layer = implementation.MixtureOfAttention(**case.arguments(), device=device, dtype=dtype)
     layer.load_state_dict({name: t.to(dtype) for name, t in case.state().items()})
     return layer.eval()
@@ -263,7 +290,9 @@ LOCAL = replace(CASE, window=4)
 
 @BOTH
 @pytest.mark.parametrize("straight_through", [True, False])
-def test_token_permutation_equivariance(implementation: ModuleType, straight_through: bool, device: torch.device) -> None:
+def test_token_permutation_equivariance(
+    implementation: ModuleType, straight_through: bool, device: torch.device
+) -> None:
     """Without local attention and rotary positions nothing knows the order of tokens."""
     case = replace(CASE, options={**COSINE, "straight_through": straight_through})
     layer = build(implementation, case, device)
@@ -309,7 +338,9 @@ def test_batch_isolation_is_bitwise(implementation: ModuleType, case: LayerCase,
 
 @pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
 @BOTH
-def test_batch_invariance_with_injected_routes(implementation: ModuleType, case: LayerCase, device: torch.device) -> None:
+def test_batch_invariance_with_injected_routes(
+    implementation: ModuleType, case: LayerCase, device: torch.device
+) -> None:
     layer = build(implementation, case, device)
     x = case.inputs()["x"].to(device)
     out, routes = layer(x, return_routes=True)
@@ -386,7 +417,9 @@ def test_average_divides_by_the_number_of_terms(implementation: ModuleType, devi
 
 
 @BOTH
-def test_nothing_to_choose_leaves_the_routers_without_gradient(implementation: ModuleType, device: torch.device) -> None:
+def test_nothing_to_choose_leaves_the_routers_without_gradient(
+    implementation: ModuleType, device: torch.device
+) -> None:
     layer = build(implementation, replace(CASE, k_q=60, k_kv=40), device)
     layer(CASE.inputs()["x"].to(device)).square().sum().backward()
     assert layer.query_router.routing_token.grad is None

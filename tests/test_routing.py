@@ -166,13 +166,18 @@ def test_reference_descent_is_the_textbook_form(problem: dict, device: torch.dev
 @BOTH
 @given(problem=solver_problems())
 @counted
-def test_exact_solver_solves_the_mass_equation(
-    implementation: ModuleType, problem: dict, device: torch.device
-) -> None:
+def test_exact_solver_solves_the_mass_equation(implementation: ModuleType, problem: dict, device: torch.device) -> None:
     """Against bisection in NumPy, and by its certificate: mass min(k, valid tokens) in float64."""
-    logits, mask, k, eps = problem["logits"].to(device), to_device(problem["mask"], device), problem["k"], problem["eps"]
+    logits, mask, k, eps = (
+        problem["logits"].to(device),
+        to_device(problem["mask"], device),
+        problem["k"],
+        problem["eps"],
+    )
     actual = implementation.capped_simplex(logits, k, mask, eps=eps)
-    exact = as_tensor(apply_rows(lambda s, m: oracle.capped_simplex(s, k, m, eps=eps), logits, mask), actual.shape, device)
+    exact = as_tensor(
+        apply_rows(lambda s, m: oracle.capped_simplex(s, k, m, eps=eps), logits, mask), actual.shape, device
+    )
     baseline = reference.capped_simplex(logits.float(), k, mask, eps=eps)
     check(actual, exact, baseline, stage="scores", backend=implementation.__name__, expect=expectation(exact))
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
@@ -502,7 +507,9 @@ def kink_free(routes: reference.Routes, case: RouterCase, mask: Tensor | None) -
 @BOTH
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("block", [None, 4])
-def test_random_route_is_shared(implementation: ModuleType, masked: bool, block: int | None, device: torch.device) -> None:
+def test_random_route_is_shared(
+    implementation: ModuleType, masked: bool, block: int | None, device: torch.device
+) -> None:
     """Both implementations draw the same keys from a generator; scores are constant."""
     x, tokens = torch.randn(3, 30, 8, device=device), torch.randn(2, 8, device=device, requires_grad=True)
     mask = to_device(draw_mask(3, 30, "random", 1), device) if masked else None
