@@ -1,4 +1,7 @@
-"""Draws docs/saturation.png: how far 20 iterations of coordinate descent are from a soft top-k. Run from the repository root."""
+"""Draws docs/saturation.png: how far 20 iterations of coordinate descent are from a soft top-k.
+
+Run from the repository root.
+"""
 
 from __future__ import annotations
 

@@ -131,8 +131,8 @@ class MixtureOfAttention(nn.Module):
             x: (B, N, D) float64, float32, float16 or bfloat16, any strides. B and N may be 0, and so may M.
             context: (B, M, Dc).
             mask, context_mask: bool (B, N) and (B, M), False for padding: it takes part in nothing, whatever it holds,
-                and gets 0. It does count in N <= K and in the routers' target mass min(K * fetch_k_ratio, N), so padding
-                changes nothing while these stay the same.
+                and gets 0. It does count in N <= K and in the routers' target mass min(K * fetch_k_ratio, N), so
+                padding changes nothing while these stay the same.
             num_routed_queries, num_routed_key_values: K for this call.
             rotary_emb: (N, d) angles in float32 or float64, without gradient (self-attention only).
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); required, and allowed, with
@@ -236,8 +236,9 @@ def combine(
 ) -> Float[Tensor, "B N D"]:
     """Add up what the experts, and local attention, have for each of n tokens.
 
-    average_routed divides by the number of terms (at least 1); null_routed_token (D) replaces tokens without any; tokens
-    masked by mask (B, N) become 0. Summed in at least float32, in the order of the experts; returned in y's dtype.
+    average_routed divides by the number of terms (at least 1); null_routed_token (D) replaces tokens without any;
+    tokens masked by mask (B, N) become 0. Summed in at least float32, in the order of the experts; returned in y's
+    dtype.
     Raises TypeError or ValueError naming the argument.
     """
     validation.tensor("y", y, "B", "E", "Kq", "D")

@@ -3,8 +3,8 @@
 The routed tokens of all batch items are gathered expert by expert, (E, B K, D), so that every projection is one
 batched GEMM without padding. The null key is prepended to the routed keys and never hidden.
 
-Letters: B batch, N tokens, M context tokens, D and Dc model dimensions, E experts, H heads, d head dimension, Kq and Kkv
-slots of an expert.
+Letters: B batch, N tokens, M context tokens, D and Dc model dimensions, E experts, H heads, d head dimension, Kq and
+Kkv slots of an expert.
 """
 
 from __future__ import annotations

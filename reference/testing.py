@@ -1,9 +1,9 @@
 """The comparator: is a result as exact as its precision allows?
 
-Every comparison has three parties: `actual`, the result under test; `oracle`, the reference in float64 on the same (rounded)
-inputs; `baseline`, the reference in the dtype under test, which shows what that precision costs. `actual` may err by a small
-multiple of what the baseline errs, plus a few units in the last place: over all elements, and in every row apart, so
-that one lost row or one missing term can't hide in a large tensor.
+Every comparison has three parties: `actual`, the result under test; `oracle`, the reference in float64 on the same
+(rounded) inputs; `baseline`, the reference in the dtype under test, which shows what that precision costs. `actual`
+may err by a small multiple of what the baseline errs, plus a few units in the last place: over all elements, and in
+every row apart, so that one lost row or one missing term can't hide in a large tensor.
 
     from reference.testing import assert_matches
     assert_matches(mine, oracle=exact, baseline=reference_in_bf16, stage="routed_attention")
@@ -21,8 +21,8 @@ from torch import Tensor
 class Budget(NamedTuple):
     """An error may reach c * (the baseline's error) + floor * eps(dtype) * scale.
 
-    small_row: rows whose norm is far below that of the largest have cancelled, and their relative error means little. This
-    fraction of the largest norm is added to that of every row.
+    small_row: rows whose norm is far below that of the largest have cancelled, and their relative error means little.
+    This fraction of the largest norm is added to that of every row.
     """
 
     c: float
@@ -71,13 +71,17 @@ def assert_matches(
     """Assert that `actual` is within the budget of `stage`; returns the fraction of the budget that was used.
 
     Args:
-        actual: any shape. oracle: the same shape in float64. baseline: the same shape, in actual's dtype; for a float64 actual
+        actual: any shape. oracle: the same shape in float64. baseline: the same shape, in actual's dtype; for a
+        float64 actual
             it may be float32, and its error then counts scaled by eps(float64) / eps(float32).
         stage: a key of `STAGES`. name: for the message.
-        expect: an oracle that is empty, constant, zero or holds NaN proves little and is refused, unless it is announced
+        expect: an oracle that is empty, constant, zero or holds NaN proves little and is refused, unless it is
+        announced
             as "empty", "constant", "zeros" (actual must be exactly zero) or "nan". The announcement must be true.
-        scale: magnitude of the terms that a result sums up, where they cancel; the largest element of the oracle counts anyway.
-        precision: dtype of the computation, where it is lower than that of the result (a float32 gradient of a bfloat16 chain).
+        scale: magnitude of the terms that a result sums up, where they cancel; the largest element of the oracle
+        counts anyway.
+        precision: dtype of the computation, where it is lower than that of the result (a float32 gradient of a
+        bfloat16 chain).
     NaN and infinities must stand where the oracle has them. Tensors that share memory are refused.
     Raises AssertionError for a mismatch, TypeError or ValueError for arguments of the wrong kind.
     """
@@ -97,7 +101,8 @@ def assert_matches(
     if oracle.numel() == 0:
         return Match(0.0, 0.0, 0.0, 0.0)
     if expect == "zeros":
-        assert not actual.any() and not actual.isnan().any(), f"{title}: expected exact zeros, got {actual}"
+        # NaN counts as non-zero.
+        assert not actual.any(), f"{title}: expected exact zeros, got {actual}"
         return Match(0.0, 0.0, 0.0, 0.0)
 
     a, o, b = actual.double(), oracle, baseline.double()
@@ -131,7 +136,8 @@ def assert_matches(
         off = int((error > element_budget).sum())
         raise AssertionError(
             f"{title}: error is {match.by_element:.3g} of its budget by element, {match.by_row:.3g} by row\n"
-            f"  {off} of {error.numel()} elements beyond {element_budget.item():.3g}; row {int(row_error.argmax())} worst\n"
+            f"  {off} of {error.numel()} elements beyond {element_budget.item():.3g}; "
+            f"row {int(row_error.argmax())} worst\n"
             f"  at {at}: actual {actual[at].item():.9g}, oracle {oracle[at].item():.9g}, "
             f"baseline {baseline[at].item():.9g}"
         )

@@ -35,7 +35,7 @@ class LayerRun:
 
 @contextmanager
 def watch_softmax() -> Iterator[list[float]]:
-    """Sizes of the finite inputs of Tensor.softmax: exp turns a relative error of a logit into one |logit| times as large."""
+    """Sizes of the finite inputs of Tensor.softmax: exp makes the relative error of a logit |logit| times as large."""
     sizes = [0.0]
     softmax = Tensor.softmax
 

@@ -1,8 +1,8 @@
 """Hypothesis strategies: configurations that are valid by construction, small enough to run by the hundred.
 
-A case is a frozen dataclass whose repr is Python, so that a failure can be pasted back. Its data come from its seed: drawn in
-float64 on the CPU, then rounded to the dtype under test, so that every implementation and the oracle read the same
-numbers.
+A case is a frozen dataclass whose repr is Python, so that a failure can be pasted back. Its data come from its seed:
+drawn in float64 on the CPU, then rounded to the dtype under test, so that every implementation and the oracle read the
+same numbers.
 """
 
 from __future__ import annotations

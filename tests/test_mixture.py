@@ -1,7 +1,8 @@
 """The whole layer and its combination stage.
 
-Values and gradients are compared with the oracle's routes injected: which token is chosen is a step function of the logits and is
-tested in test_routing. In float64, where no logit lies within rounding of another, the routers are left in place too.
+Values and gradients are compared with the oracle's routes injected: which token is chosen is a step function of the
+logits and is tested in test_routing. In float64, where no logit lies within rounding of another, the routers are left
+in place too.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def compare(
 ) -> None:
     """amplification: by how much a relative rounding error of the routing logits grows on its way into the gradients.
 
-    Attention logits do the same to everything, and a saturated softmax cancels to almost nothing. In half precision this
-    would leave no bound worth the name; there the cases keep the attention logits small instead.
+    Attention logits do the same to everything, and a saturated softmax cancels to almost nothing. In half precision
+    this would leave no bound worth the name; there the cases keep the attention logits small instead.
     """
     precise = actual.out.dtype in (torch.float64, torch.float32)
     amplification += exact.logit_size if precise else 0.0
@@ -89,12 +90,13 @@ def compare(
 
 
 def sized_for_half(case: LayerCase) -> LayerCase:
-    """Large enough for the baseline's error to be typical rather than lucky, with attention logits that 8 bits can hold.
+    """Large enough for the baseline's error to be typical rather than lucky, with attention logits that 8 bits can
+    hold.
 
     No constant values: with all keys equal the gradient of the queries cancels to what the null key leaves, and a flash
     backward, which takes delta from an output already rounded, errs by eps of the terms that cancelled. No tiny values:
-    the gradient through the norm of a token of size 1e-3 is beyond float16. No one-hot cotangent: the gradient of a single
-    query is one such cancellation, and no statistic.
+    the gradient through the norm of a token of size 1e-3 is beyond float16. No one-hot cotangent: the gradient of a
+    single query is one such cancellation, and no statistic.
     """
     return replace(
         case,

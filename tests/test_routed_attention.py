@@ -1,7 +1,8 @@
 """Routed attention: values and gradients against the oracles, what must hold without one, and dropout.
 
-Routes are built here, not by a router: distinct tokens in random order, scores in (0, 1), any slots masked. Whatever no valid slot
-reads is NaN for the implementation under test: unrouted tokens, tokens of masked slots, the routes' logits.
+Routes are built here, not by a router: distinct tokens in random order, scores in (0, 1), any slots masked. Whatever
+no valid slot reads is NaN for the implementation under test: unrouted tokens, tokens of masked slots, the routes'
+logits.
 """
 
 from __future__ import annotations

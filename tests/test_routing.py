@@ -1,12 +1,13 @@
 """The router: logits, solvers, selection, and `route`, which puts them together.
 
-Selection is a step function and the solver has kinks, so the parts are compared apart: logits within budget; solvers and selection
-on the very same logits; gradients with the saturated sets of the implementation injected into the oracle, after these sets
-were compared with the oracle's own.
+Selection is a step function and the solver has kinks, so the parts are compared apart: logits within budget; solvers
+and selection on the very same logits; gradients with the saturated sets of the implementation injected into the
+oracle, after these sets were compared with the oracle's own.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -286,7 +287,8 @@ def test_solver_gradcheck(implementation: ModuleType, solver: str, masked: bool,
         return
     for n_iters, eps in ((1, 1.0), (2, 0.5), (12, 0.3)):
         options = {"n_iters": n_iters, "eps": eps, "eps_init": 2.0, "eps_decay": 0.7}
-        assert torch.autograd.gradcheck(lambda s: implementation.coordinate_descent(s, 3.4, mask, **options), logits)
+        solve = functools.partial(implementation.coordinate_descent, k=3.4, mask=mask, **options)
+        assert torch.autograd.gradcheck(solve, logits)
 
 
 @BOTH

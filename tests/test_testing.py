@@ -13,7 +13,6 @@ from torch import Tensor
 
 from reference.testing import STAGES, assert_identical, assert_matches
 
-
 # The router computes in float32 or float64 only, and its budgets hold for these.
 ROUTER = ("logits", "scores", "solver_gradient", "router_gradient")
 STAGE_AND_DTYPE = pytest.mark.parametrize(
@@ -144,7 +143,7 @@ def test_zeros_must_be_exact_and_nan_in_place() -> None:
         assert_matches(torch.full((4,), 1e-30), zeros, zeros.float(), stage="logits", expect="zeros")
     oracle = torch.tensor([1.0, math.nan, math.inf, -2.0], dtype=torch.float64)
     for wrong in ([1.0, 5.0, math.inf, -2.0], [1.0, math.nan, -math.inf, -2.0], [math.nan, math.nan, math.inf, -2.0]):
-        with pytest.raises(AssertionError, match="out of place|wrong sign"):
+        with pytest.raises(AssertionError, match=r"out of place|wrong sign"):
             assert_matches(torch.tensor(wrong), oracle, oracle.float(), stage="logits", expect="nan")
 
 
