@@ -179,7 +179,7 @@ def coordinate_descent(
         exponent = torch.where(counted, u / temperature[t], -torch.inf)
         a = temperature[t] * (math.log(k) - exponent.logsumexp(dim=-1, keepdim=True))
         # `where`, not minimum: autograd of minimum splits a tie in two.
-        below = s < -a if saturated is None else ~saturated[t]
+        below = valid & (s < -a if saturated is None else ~saturated[t])
         u = torch.where(below, s, -a)
     scores = torch.where(below, (s + a) / temperature[n_iters], 0).exp()
     return _zero_masked_spread_nan(scores, logits, valid)
