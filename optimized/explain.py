@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from optimized.backends import REGISTRY, Request, choose
+from optimized.backends import REGISTRY, choose
 from optimized.mixture import MixtureOfAttention
 
 
@@ -47,26 +46,8 @@ def explain(module: MixtureOfAttention, x: Tensor, **forward_arguments: Any) -> 
     a = forward_arguments
     checked = ("context", "mask", "context_mask", "num_routed_queries", "num_routed_key_values", "rotary_emb", "routes")
     module._check(x, *(a.get(name) for name in checked))
-    context = x if a.get("context") is None else a["context"]
     context_mask = a.get("mask") if a.get("context") is None else a.get("context_mask")
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    empty = x.numel() == 0
-    masked = context_mask is not None or a.get("routes") is not None
-    dropout = module.dropout if module.training else 0.0
-    flash = module.flash_attn
-    requests = {
-        "routing": Request(x.device, exact),
-        "routed_attention": Request(
-            x.device, dtype, module.dim_head, masked, dropout, empty or context.shape[0] == 0, flash
-        ),
-        "local_attention": Request(x.device, dtype, module.dim_head, True, 0.0, empty, flash),
-        "mixture": Request(x.device, exact),
-    }
-    if module.local_attn is None:
-        del requests["local_attention"]
+    requests = module._requests(x, masked=context_mask is not None or a.get("routes") is not None)
     stages = {}
     for stage, request in requests.items():
         taken = choose(stage, request).name

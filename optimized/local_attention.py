@@ -68,7 +68,7 @@ def _local_attention(
     q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, w_out.shape[1] // heads).unbind(2)
     cos, sin = rotary_tables(n, q.shape[-1], x.device)
     q, k = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
-    out = _banded(q, k, v, min(window_size, max(n - 1, 0)), mask, causal, allow_flash)
+    out = _banded(q, k, v, min(window_size, n - 1), mask, causal, allow_flash) if n else q
     out = F.linear(out.flatten(2), w_out).to(x.dtype)
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
 
@@ -76,7 +76,7 @@ def _local_attention(
 def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool, allow_flash: bool) -> Tensor:
     """(B, N, H, d) from q, k, v of that shape, with w < N."""
     batch, n, heads, dim_head = q.shape
-    block = min(max(w, MIN_BLOCK), MAX_BLOCK, max(n, 1))
+    block = min(max(w, MIN_BLOCK), MAX_BLOCK, n)
     count = -(-n // block)
     after = 0 if causal else w
     tail = count * block - n

@@ -83,7 +83,7 @@ class MixtureOfAttention(nn.Module):
         elif local_attn_window_size is not None:
             reject("local_attn_window_size", "None without local_attn=True", local_attn_window_size)
         if dtype is not None and dtype not in validation.FLOATING:
-            reject("dtype", "float64, float32, float16 or bfloat16", repr(dtype), TypeError)
+            reject("dtype", "float64, float32, float16 or bfloat16", dtype, TypeError)
         options = RouterOptions.of_module(router_options)
 
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -149,12 +149,14 @@ class MixtureOfAttention(nn.Module):
         flag("return_routes", return_routes)
         if context is None:
             context, context_mask = x, mask
+        masked = context_mask is not None or routes is not None
+        for stage, request in self._requests(x, masked).items():
+            choose(stage, request)  # a chosen backend that can't serve raises here, before any work
         if routes is None:
             q_routes = self.query_router(x, k_q, mask, query_routing_tokens)
             kv_routes = self.key_value_router(context, k_kv, context_mask, key_value_routing_tokens)
         else:
             q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
-        masked = context_mask is not None or routes is not None
 
         inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
         y = self.attn(x, context, q_routes, kv_routes, inverse, rotary_emb, masked)
@@ -162,6 +164,23 @@ class MixtureOfAttention(nn.Module):
         null = None if self.null_routed_token is None else self.null_routed_token[0, 0]
         out = _combine(y, q_routes, inverse, local, self.average_routed, null, mask).to(x.dtype)
         return (out, (q_routes, kv_routes)) if return_routes else out
+
+    def _requests(self, x: Tensor, masked: bool) -> dict[str, Request]:
+        """What a call asks of each stage. masked: keys of the routed attention may have to be hidden."""
+        dtype, device = x.dtype, x.device
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dropout = self.dropout if self.training else 0.0
+        empty, flash = x.numel() == 0, self.flash_attn
+        requests = {
+            "routing": Request(device, exact),
+            "routed_attention": Request(device, dtype, self.dim_head, masked, dropout, empty, flash),
+            "mixture": Request(device, exact),
+        }
+        if self.local_attn is not None:
+            requests["local_attention"] = Request(device, dtype, self.dim_head, True, 0.0, empty, flash)
+        return requests
 
     def _check(
         self,
@@ -192,7 +211,7 @@ class MixtureOfAttention(nn.Module):
         validation.rotary(rotary_emb, x, self.dim_head)
         if routes is not None:
             if not (isinstance(routes, (tuple, list)) and len(routes) == 2):
-                reject("routes", "a pair (query routes, key/value routes)", repr(routes), TypeError)
+                reject("routes", "a pair (query routes, key/value routes)", routes, TypeError)
             for i, tokens in enumerate((x, x if context is None else context)):
                 validation.routes(f"routes[{i}]", routes[i], x.shape[0], self.num_experts, tokens.shape[1], x)
         overrides = {"num_routed_queries": num_routed_queries, "num_routed_key_values": num_routed_key_values}
@@ -242,8 +261,7 @@ def combine(
     Raises TypeError or ValueError naming the argument.
     """
     validation.tensor("y", y, "B", "E", "Kq", "D")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        reject("n", "an integer >= 0", repr(n), ValueError if isinstance(n, int) else TypeError)
+    n = validation.integer("n", n, least=0)
     batch, experts, _, dim = y.shape
     validation.routes("q_routes", q_routes, batch, experts, n, y)
     validation.tensor("y", y, *q_routes.indices.shape, dim)

@@ -167,6 +167,8 @@ def _check(
     validation.tensor("x", x, "B", "N", "D")
     validation.tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
     validation.tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
+    if 0 in null_kv.shape:
+        validation.reject("null_kv", "at least one expert, head and channel", null_kv)
     _, experts, heads, dim_head = null_kv.shape
     dim, dim_context, inner = x.shape[2], context.shape[2], heads * dim_head
     weights = {"w_q": (w_q, inner, dim), "w_kv": (w_kv, 2 * inner, dim_context), "w_out": (w_out, dim, inner)}

@@ -71,7 +71,7 @@ def _check(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator:
     validation.token_mask("mask", mask, x)
     validation.flag("random_route", random_route)
     if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
-        validation.reject("generator", "a torch.Generator, with random_route=True only", repr(generator))
+        validation.reject("generator", "a torch.Generator, with random_route=True only", validation.describe(generator))
 
 
 def _route(
@@ -237,7 +237,11 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_experts, self.options = dim, num_experts, options
+        self.dim = validation.positive_int("dim", dim)
+        self.num_experts = validation.positive_int("num_experts", num_experts)
+        if not isinstance(options, RouterOptions):
+            validation.reject("options", "RouterOptions", validation.describe(options), TypeError)
+        self.options = options
         self.routing_token = (
             None
             if options.learned_routing_tokens
@@ -259,7 +263,8 @@ class Router(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Routes:
         """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True."""
-        validation.tensor("x", x, "B", "N", self.dim)
+        own = None if self.routing_token is None else ("the routing token", self.routing_token)
+        validation.tensor("x", x, "B", "N", self.dim, beside=self.routing_token, dtype_of=own)
         self.check_tokens("routing_tokens", routing_tokens, x)
         tokens = routing_tokens if self.routing_token is None else self.routing_token
         _check(x, tokens, k, mask, random_route, generator)

@@ -19,26 +19,33 @@ WIDE = FLOATING[:2]
 
 
 def reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise `argument: expected ..., got ...`; a string stands as it is, other values are described."""
+    raise error(f"{argument}: expected {expected}, got {value if isinstance(value, str) else describe(value)}")
+
+
+def describe(value: object) -> str:
+    """Tensors by dtype, shape and device; other values by their repr, shortened."""
     if isinstance(value, Tensor):
-        value = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-    raise error(
-        f"{argument}: expected {expected}, got {value!r}"
-        if not isinstance(value, str)
-        else f"{argument}: expected {expected}, got {value}"
-    )
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
+
+
+def integer(argument: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        reject(argument, f"an integer >= {least}", describe(value), TypeError)
+    if value < least:
+        reject(argument, f"an integer >= {least}", value)
+    return int(value)
 
 
 def positive_int(argument: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        reject(argument, "an integer >= 1", repr(value), TypeError)
-    if value < 1:
-        reject(argument, "an integer >= 1", value)
-    return int(value)
+    return integer(argument, value, least=1)
 
 
 def number(argument: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        reject(argument, expected, repr(value), TypeError)
+        reject(argument, expected, describe(value), TypeError)
     if not math.isfinite(value) or not holds(float(value)):
         reject(argument, expected, value)
     return float(value)
@@ -50,7 +57,7 @@ def probability(argument: str, value: Any) -> float:
 
 def flag(argument: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        reject(argument, "True or False", repr(value), TypeError)
+        reject(argument, "True or False", describe(value), TypeError)
     return value
 
 
@@ -67,7 +74,7 @@ def tensor(
     Under autocast `dtype_of` is not asked for: the operations convert.
     """
     if not isinstance(value, Tensor):
-        reject(argument, f"a tensor of shape ({', '.join(map(str, shape))})", repr(value), TypeError)
+        reject(argument, f"a tensor of shape ({', '.join(map(str, shape))})", describe(value), TypeError)
     if value.dtype not in dtypes:
         reject(argument, f"dtype {' or '.join(map(str, dtypes))}", value, TypeError)
     if value.ndim != len(shape) or any(
@@ -78,8 +85,10 @@ def tensor(
         reject(argument, f"device {beside.device}", value)
     if dtype_of is not None:
         name, other = dtype_of
-        if value.dtype != other.dtype and not torch.is_autocast_enabled(value.device.type):
-            reject(argument, f"dtype {other.dtype}, that of {name}, outside autocast", value, TypeError)
+        # Autocast leaves float64 alone, so it reconciles the other three only.
+        converts = torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, other.dtype)
+        if value.dtype != other.dtype and not converts:
+            reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
 
 
 def token_mask(argument: str, mask: Any, x: Tensor, dim: int = 1) -> None:
@@ -93,6 +102,8 @@ def routing_tokens(argument: str, tokens: Any, x: Tensor, experts: int | str, di
     batched = isinstance(tokens, Tensor) and tokens.ndim == 3
     shape = (x.shape[0], experts, dim) if batched else (experts, dim)
     tensor(argument, tokens, *shape, beside=x, dtype_of=("x", x))
+    if tokens.shape[-2] == 0:
+        reject(argument, "at least one expert", tokens)
 
 
 def routes(argument: str, value: Routes, batch: int, experts: int, n: int, beside: Tensor) -> None:
@@ -100,8 +111,8 @@ def routes(argument: str, value: Routes, batch: int, experts: int, n: int, besid
 
     The last two read the indices, which a traced, batched or captured call can't; there they are the caller's promise.
     """
-    if not (isinstance(value, tuple) and len(value) == 4):
-        reject(argument, "Routes(indices, mask, scores, logits)", repr(value), TypeError)
+    if not (isinstance(value, tuple) and len(value) == 4 and hasattr(type(value), "load")):
+        reject(argument, "Routes(indices, mask, scores, logits)", describe(value), TypeError)
     indices, mask, scores, _ = value
     tensor(f"{argument}.indices", indices, batch, experts, "K", dtypes=(torch.int64,), beside=beside)
     tensor(f"{argument}.mask", mask, *indices.shape, dtypes=(torch.bool,), beside=beside)
@@ -167,7 +178,7 @@ class RouterOptions:
         number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1)
         number("cosine_sim_scale", self.cosine_sim_scale, "a finite number > 0", lambda v: v > 0)
         if self.solver not in ("iterative", "exact"):
-            reject("solver", "'iterative' or 'exact'", repr(self.solver))
+            reject("solver", "'iterative' or 'exact'", describe(self.solver))
         if self.route_block_size is not None:
             positive_int("route_block_size", self.route_block_size)
 
@@ -183,5 +194,5 @@ class RouterOptions:
 
 def _parse(options: dict[str, Any], names: tuple[str, ...]) -> RouterOptions:
     for unknown in options.keys() - set(names):
-        reject("router_options", f"names among {', '.join(names)}", repr(unknown), TypeError)
+        reject("router_options", f"names among {', '.join(names)}", describe(unknown), TypeError)
     return RouterOptions(**options)

@@ -43,7 +43,7 @@ def local_attention(
     tokens are attended by none and get 0. Returns (B, N, D) in x's dtype. Raises TypeError or ValueError.
     """
     check_local_input(x, window_size, mask, causal, w_qkv, w_out, heads, norm_weight, norm_bias)
-    n = x.shape[1]
+    n, window_size, heads = x.shape[1], int(window_size), int(heads)
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     x = x.masked_fill(~valid[..., None], 0)
     normed = x if norm_weight is None else layer_norm(x, norm_weight, norm_bias)
@@ -101,7 +101,7 @@ def check_local_input(
     check_int("heads", heads)
     dim = x.shape[2]
     check_tensor("w_out", w_out, (dim, "H*d"), like=x)
-    if w_out.shape[1] % (2 * heads):
+    if w_out.shape[1] == 0 or w_out.shape[1] % (2 * heads):
         fail("w_out", f"H*d columns with heads = {heads} and an even d (rotary embedding)", tuple(w_out.shape))
     check_tensor("w_qkv", w_qkv, (3 * w_out.shape[1], dim), like=x)
     check_same_dtype("w_qkv", w_qkv, "x", x)
@@ -110,7 +110,7 @@ def check_local_input(
         if tensor is not None:
             check_tensor(name, tensor, (dim,), like=x)
     if norm_bias is not None and norm_weight is None:
-        fail("norm_bias", "None, since norm_weight is None", "a tensor")
+        fail("norm_bias", "None, since norm_weight is None", norm_bias)
 
 
 class LocalAttention(nn.Module):

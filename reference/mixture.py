@@ -17,6 +17,7 @@ from reference.local_attention import LocalAttention
 from reference.routed_attention import RoutedAttention
 from reference.routing import Router, Routes
 from reference.validation import (
+    FLOATS,
     RouterOptions,
     check_bool,
     check_int,
@@ -26,6 +27,7 @@ from reference.validation import (
     check_routes,
     check_same_dtype,
     check_tensor,
+    describe,
     fail,
 )
 
@@ -92,8 +94,8 @@ class MixtureOfAttention(nn.Module):
                 fail("dim_context", f"dim = {dim} with local_attn (self-attention only)", dim_context)
         elif local_attn_window_size is not None:
             fail("local_attn_window_size", "None with local_attn=False", local_attn_window_size)
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            fail("dtype", "a floating point torch.dtype", dtype, TypeError)
+        if dtype is not None and dtype not in FLOATS:
+            fail("dtype", "float64, float32, float16 or bfloat16", dtype, TypeError)
         options = RouterOptions.parse(router_options)
 
         where = {"device": device, "dtype": dtype}
@@ -127,7 +129,6 @@ class MixtureOfAttention(nn.Module):
         key_value_routing_tokens: Float[Tensor, "*B E Dc"] | None = None,
         routes: tuple[Routes, Routes] | None = None,
         return_routes: bool = False,
-        dropout_mask: Bool[Tensor, "B E H Kq 1+Kkv"] | None = None,
     ) -> Float[Tensor, "B N D"] | tuple[Float[Tensor, "B N D"], tuple[Routes, Routes]]:
         """Self-attention over x, or cross-attention from x to context.
 
@@ -140,7 +141,6 @@ class MixtureOfAttention(nn.Module):
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); with learned_routing_tokens=True.
             routes: (query, key/value) decisions to use instead of the routers'.
             return_routes: return (out, (query routes, key/value routes)); `.load` of each is the load per expert.
-            dropout_mask: kept probabilities, in place of a random draw (this implementation only, for tests).
         Returns (B, N, D), dtype and device of x.
         """
         self._check(x, context, mask, context_mask, rotary_emb, routes, return_routes)
@@ -156,7 +156,7 @@ class MixtureOfAttention(nn.Module):
         else:
             q_routes, kv_routes = restrict(routes[0], mask), restrict(routes[1], context_mask)
 
-        y = self.attn(x, context, q_routes, kv_routes, rotary_emb, dropout_mask)
+        y = self.attn(x, context, q_routes, kv_routes, rotary_emb)
         out = combine(
             y,
             q_routes,
@@ -176,7 +176,7 @@ class MixtureOfAttention(nn.Module):
         if routes is None:
             router.tokens(name, given, x)
         elif given is not None:
-            fail(name, "None with injected routes", "a tensor")
+            fail(name, "None with injected routes", given)
 
     def _check(
         self,
@@ -194,12 +194,12 @@ class MixtureOfAttention(nn.Module):
         check_mask("mask", mask, x)
         if context is not None:
             if self.local_attn is not None:
-                fail("context", "None with local_attn=True (self-attention only)", "a tensor")
+                fail("context", "None with local_attn=True (self-attention only)", context)
             check_tensor("context", context, (x.shape[0], "M", self.dim_context), like=x)
             check_same_dtype("context", context, "x", x)
             check_mask("context_mask", context_mask, context)
             if rotary_emb is not None:
-                fail("rotary_emb", "None with a context (self-attention only)", "a tensor")
+                fail("rotary_emb", "None with a context (self-attention only)", rotary_emb)
         elif self.dim_context != self.dim:
             fail(
                 "context",
@@ -207,12 +207,12 @@ class MixtureOfAttention(nn.Module):
                 "None",
             )
         elif context_mask is not None:
-            fail("context_mask", "None without context", "a tensor")
+            fail("context_mask", "None without context", context_mask)
         check_rotary(rotary_emb, x, self.dim_head)
         check_bool("return_routes", return_routes)
         if routes is not None:
             if not (isinstance(routes, (tuple, list)) and len(routes) == 2):
-                fail("routes", "a pair (query routes, key/value routes)", repr(routes), TypeError)
+                fail("routes", "a pair (query routes, key/value routes)", describe(routes), TypeError)
             check_routes("routes[0]", routes[0], x, self.num_experts)
             check_routes("routes[1]", routes[1], x if context is None else context, self.num_experts)
 
@@ -248,7 +248,7 @@ def combine(
     0; masked tokens become 0.
     """
     check_combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
-    dtype = torch.promote_types(y.dtype, torch.float32)
+    n, dtype = int(n), torch.promote_types(y.dtype, torch.float32)
     terms = torch.where(q_routes.mask[..., None], y.to(dtype), 0)
     place = rearrange(q_routes.indices, "b e k -> b (e k) 1")
     total = torch.zeros(y.shape[0], n, y.shape[-1], dtype=dtype, device=y.device)

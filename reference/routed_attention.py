@@ -50,6 +50,9 @@ def routed_attention(
     check_attention_input(
         x, context, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout
     )
+    if dropout_mask is not None:
+        sizes = (*null_kv.shape[1:3], q_routes.indices.shape[2], 1 + kv_routes.indices.shape[2])
+        check_tensor("dropout_mask", dropout_mask, (x.shape[0], *sizes), dtypes=(torch.bool,), like=x)
     heads = null_kv.shape[2]
     queries = rms_norm(gather(x, q_routes), gamma)
     keys_values = rms_norm(gather(context, kv_routes), context_gamma)
@@ -120,6 +123,8 @@ def check_attention_input(
     check_tensor("context", context, (x.shape[0], "M", "Dc"), like=x)
     check_same_dtype("context", context, "x", x)
     check_tensor("null_kv", null_kv, (2, "E", "H", "d"), like=x)
+    if 0 in null_kv.shape:
+        fail("null_kv", "at least one expert, head and channel", null_kv)
     _, experts, heads, dim_head = null_kv.shape
     inner, dim, dim_context = heads * dim_head, x.shape[2], context.shape[2]
     check_routes("q_routes", q_routes, x, experts)
@@ -136,7 +141,7 @@ def check_attention_input(
             check_same_dtype(name, tensor, "x", x)
     check_rotary(rotary_emb, x, dim_head)
     if rotary_emb is not None and context.shape[1] != x.shape[1]:
-        fail("rotary_emb", "self-attention (a context as long as x)", f"a context of {context.shape[1]} tokens")
+        fail("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
     check_real("dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
@@ -207,7 +212,6 @@ class RoutedAttention(nn.Module):
         q_routes: Routes,
         kv_routes: Routes,
         rotary_emb: Float[Tensor, "N d"] | None = None,
-        dropout_mask: Bool[Tensor, "B E H Kq 1+Kkv"] | None = None,
     ) -> Float[Tensor, "B E Kq D"]:
         experts = self.null_kv.shape[1]
         per_expert = {
@@ -225,5 +229,4 @@ class RoutedAttention(nn.Module):
             context_gamma=None if self.context_norm is None else self.context_norm.gamma.squeeze(-1),
             rotary_emb=rotary_emb,
             dropout=self.dropout if self.training else 0.0,
-            dropout_mask=dropout_mask,
         )

@@ -25,6 +25,7 @@ from reference.validation import (
     check_real,
     check_same_dtype,
     check_tensor,
+    describe,
     fail,
 )
 
@@ -75,11 +76,13 @@ def check_router_input(
     batched = isinstance(tokens, Tensor) and tokens.ndim == 3
     check_tensor("tokens", tokens, (x.shape[0], "E", x.shape[2]) if batched else ("E", x.shape[2]), like=x)
     check_same_dtype("tokens", tokens, "x", x)
+    if tokens.shape[-2] == 0:
+        fail("tokens", "at least one expert", tokens)
     check_int("k", k)
     check_mask("mask", mask, x)
     check_bool("random_route", random_route)
     if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
-        fail("generator", "a torch.Generator together with random_route=True", repr(generator))
+        fail("generator", "a torch.Generator together with random_route=True", describe(generator))
 
 
 def _route(
@@ -169,6 +172,7 @@ def coordinate_descent(
     `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
     """
     check_solver_input(logits, k, mask)
+    RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)  # raises where one is impossible
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid, logits, 0)
@@ -195,6 +199,7 @@ def capped_simplex(
     softmax, Martins & Kreutzer 2017). Differentiating the last step with the set held fixed is the implicit gradient.
     """
     check_solver_input(logits, k, mask)
+    RouterOptions(eps=eps)  # raises where it is impossible
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid & ~logits.isnan(), logits, 0)
@@ -263,7 +268,10 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_experts, self.options = dim, num_experts, options
+        self.dim, self.num_experts = check_int("dim", dim), check_int("num_experts", num_experts)
+        if not isinstance(options, RouterOptions):
+            fail("options", "RouterOptions", describe(options), TypeError)
+        self.options = options
         token = None
         if not options.learned_routing_tokens:
             token = nn.Parameter(torch.empty(num_experts, dim, device=device, dtype=dtype))
@@ -284,6 +292,9 @@ class Router(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Routes:
         """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True."""
+        check_tensor("x", x, ("B", "N", self.dim), like=self.routing_token)
+        if self.routing_token is not None:
+            check_same_dtype("x", x, "the routing token", self.routing_token)
         tokens = self.tokens("routing_tokens", routing_tokens, x)
         check_router_input(x, tokens, k, mask, random_route, generator)
         return _route(x, tokens, int(k), mask, self.options, random_route, generator)
@@ -292,7 +303,7 @@ class Router(nn.Module):
         """The routing tokens to use; raises if they are missing or given where the module holds its own."""
         if self.routing_token is not None:
             if routing_tokens is not None:
-                fail(argument, "None, since learned_routing_tokens=False", "a tensor")
+                fail(argument, "None, since learned_routing_tokens=False", routing_tokens)
             return self.routing_token
         if routing_tokens is None:
             fail(argument, "a tensor, since learned_routing_tokens=True", "None")

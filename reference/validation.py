@@ -13,34 +13,39 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def describe(value: object) -> str:
+    """A value for a message: tensors by dtype, shape and device, anything long by its type and beginning."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
+
+
 def fail(argument: str, expected: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{argument}: expected {expected}, got {got}")
+    """`got` is described, or, if it is a string, quoted as it stands."""
+    raise kind(f"{argument}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
 
 
 def check_int(argument: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        fail(argument, f"an integer >= {least}", repr(value), TypeError)
+        fail(argument, f"an integer >= {least}", describe(value), TypeError)
     if value < least:
-        fail(argument, f"an integer >= {least}", repr(value))
+        fail(argument, f"an integer >= {least}", describe(value))
     return int(value)
 
 
 def check_real(argument: str, value: Any, expected: str, holds: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        fail(argument, expected, repr(value), TypeError)
+        fail(argument, expected, describe(value), TypeError)
     if not (math.isfinite(value) and holds(value)):
-        fail(argument, expected, repr(value))
+        fail(argument, expected, describe(value))
     return float(value)
 
 
 def check_bool(argument: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        fail(argument, "True or False", repr(value), TypeError)
+        fail(argument, "True or False", describe(value), TypeError)
     return value
-
-
-def describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
 def check_tensor(
@@ -54,7 +59,7 @@ def check_tensor(
     """Rank, sizes (a str names a free size), dtype, and the device of `like`."""
     sizes = "(" + ", ".join(str(s) for s in shape) + ")"
     if not isinstance(value, Tensor):
-        fail(argument, f"a tensor of shape {sizes}", repr(value), TypeError)
+        fail(argument, f"a tensor of shape {sizes}", describe(value), TypeError)
     if value.dtype not in dtypes:
         fail(argument, "dtype " + " or ".join(str(t) for t in dtypes), describe(value), TypeError)
     fits = value.ndim == len(shape) and all(isinstance(w, str) or n == w for n, w in zip(value.shape, shape))
@@ -65,8 +70,10 @@ def check_tensor(
 
 
 def check_same_dtype(argument: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-        fail(argument, f"dtype {like.dtype} of {like_name} (outside autocast)", describe(value), TypeError)
+    # Autocast leaves float64 alone, so it reconciles the other three only.
+    converts = torch.is_autocast_enabled(like.device.type) and torch.float64 not in (value.dtype, like.dtype)
+    if value.dtype != like.dtype and not converts:
+        fail(argument, f"dtype {like.dtype} of {like_name}", value, TypeError)
 
 
 def check_mask(argument: str, mask: Tensor | None, x: Tensor) -> None:
@@ -76,8 +83,8 @@ def check_mask(argument: str, mask: Tensor | None, x: Tensor) -> None:
 
 def check_routes(argument: str, routes: Any, x: Tensor, experts: int) -> None:
     """Shapes and dtypes of injected routes, and that indices are in range and distinct within a row."""
-    if not (isinstance(routes, tuple) and len(routes) == 4):
-        fail(argument, "Routes(indices, mask, scores, logits)", repr(routes), TypeError)
+    if not (isinstance(routes, tuple) and len(routes) == 4 and hasattr(type(routes), "load")):
+        fail(argument, "Routes(indices, mask, scores, logits)", describe(routes), TypeError)
     indices, mask, scores, _ = routes
     check_tensor(f"{argument}.indices", indices, (x.shape[0], experts, "K"), dtypes=(torch.int64,), like=x)
     check_tensor(f"{argument}.mask", mask, tuple(indices.shape), dtypes=(torch.bool,), like=x)
@@ -132,7 +139,7 @@ class RouterOptions:
             check_real(name, getattr(self, name), "a finite number > 0", lambda v: v > 0)
         check_real("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1)
         if self.solver not in ("iterative", "exact"):
-            fail("solver", "'iterative' or 'exact'", repr(self.solver))
+            fail("solver", "'iterative' or 'exact'", describe(self.solver))
         if self.route_block_size is not None:
             check_int("route_block_size", self.route_block_size)
 
@@ -142,5 +149,5 @@ class RouterOptions:
         known = [f.name for f in fields(cls) if not (stage and f.name == "learned_routing_tokens")]
         for name in options:
             if name not in known:
-                fail("router_options", f"names among {', '.join(known)}", repr(name), TypeError)
+                fail("router_options", f"names among {', '.join(known)}", describe(name), TypeError)
         return cls(**options)

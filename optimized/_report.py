@@ -1,0 +1,155 @@
+"""What `python -m optimized` prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text as Styled
+from torch import Tensor
+
+from optimized._measure import Measured, hardware, versions
+from optimized._text import Text, typical
+from optimized.routing import Routes
+
+EXCERPT = 120  # tokens
+COLOURS = ("#3b8fd9", "#e8842c", "#3fa34d", "#c44fc4", "#d64550", "#1fa3a0", "#a8870a", "#8a6de9")
+SUPERSCRIPT = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+
+
+@dataclass
+class Row:
+    """A stage compared. verdict: largest fraction of the budget that an error took, or what else was found."""
+
+    stage: str
+    backend: str
+    dtype: str
+    verdict: str
+    failure: str | None = None
+    measured: tuple[Measured, Measured] | None = None  # reference, optimized
+
+
+def colour(expert: int) -> str:
+    return COLOURS[expert % len(COLOURS)]
+
+
+def picked(routes: Routes) -> Bool[Tensor, "B E N"]:
+    return torch.zeros_like(routes.logits, dtype=torch.bool).scatter_(-1, routes.indices, True)
+
+
+def make_console(color: bool) -> Console:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # the text may hold what the terminal's encoding lacks
+    console = Console(no_color=None if color else True, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def header(args: argparse.Namespace, text: Text) -> Table:
+    n = len(text.tokens)
+    of = f"{n} tokens, the first of {text.total}" if n < text.total else f"all {n} tokens"
+    if n < args.tokens:
+        of += f" (fewer than the {args.tokens} asked for)"
+    grid = Table.grid(padding=(0, 2))
+    for label, value in (
+        ("text", f"{text.name}: {of}, {len(set(text.tokens))} distinct"),
+        (
+            "layer",
+            f"D {args.dim}, {args.heads} heads of {args.dim // args.heads}, {args.experts} experts, {args.slots} slots "
+            f"each for queries and for keys/values, window {args.window}, cosine_sim_routing, seed {args.seed}",
+        ),
+        ("hardware", hardware(args.device)),
+        ("versions", versions()),
+    ):
+        grid.add_row(Styled(label, style="bold"), Styled(value))
+    return grid
+
+
+def results(rows: list[Row], device: torch.device) -> Table:
+    memory = "torch.cuda's allocator" if device.type == "cuda" else "resident memory of the process"
+    caption = (
+        "worst / budget: the largest error over what reference.testing allows; 1 is the limit. Time and peak memory "
+        "above the start stand in the last row of what was measured together; gradients: forward and backward. Memory: "
+        f"{memory}. The reference runs in the same dtype, with the package's decisions handed to it."
+    )
+    title = "Against the reference in float64"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for name in ("stage", "backend", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("worst / budget", "reference ms", "optimized ms", "reference peak MiB", "optimized peak MiB"):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(rows):
+        cells = [""] * 4
+        if row.measured is not None:
+            figures = [f"{m.milliseconds:.1f}" for m in row.measured]
+            cells = figures + ["n/a" if m.mebibytes is None else f"{m.mebibytes:.0f}" for m in row.measured]
+        verdict = Styled(row.verdict, style="bold red" if row.failure else "green")
+        last = i + 1 == len(rows) or rows[i + 1].dtype != row.dtype
+        table.add_row(row.stage, row.backend, row.dtype, verdict, *cells, end_section=last)
+    return table
+
+
+def show_routing(console: Console, text: Text, routes: tuple[Routes, Routes]) -> None:
+    """An excerpt coloured by the experts that picked its tokens, and what each expert picked. routes: of one item."""
+    plain = console.no_color or console.color_system is None
+    queries, keys_values = (picked(r)[0].cpu() for r in routes)
+    logits = routes[0].logits[0].cpu()
+    where, shown = excerpt(text, queries, logits, plain)
+    console.print(Styled(f"Who picked what as a query ({where})", style="italic"))
+    if plain:
+        console.print("superscripts: the experts that picked the token; none: no expert")
+    else:
+        legend = [Styled(f"expert {e + 1}", style=colour(e)) for e in range(len(logits))]
+        legend += [Styled("several (colour: the highest logit)", style="bold underline"), Styled("none", style="dim")]
+        console.print(Styled("  ").join(legend))
+    console.print(shown)
+    console.print()
+    console.print(experts_table(text, queries, keys_values, logits))
+    counts = enumerate(queries.sum(0).bincount().tolist())
+    console.print("tokens by number of experts that picked them: " + ", ".join(f"{n}: {count}" for n, count in counts))
+
+
+def excerpt(text: Text, picked: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"], plain: bool) -> tuple[str, Styled]:
+    """Legend and text of the stretch in which the expert seen least is seen most. plain: superscripts for colours."""
+    length = min(EXCERPT, len(text.tokens))
+    start = int(picked.float().unfold(-1, length, 1).sum(-1).amin(0).argmax())
+    best = logits.masked_fill(~picked, -torch.inf).argmax(0)
+    shown = Styled()
+    for i in range(start, start + length):
+        owners = picked[:, i].nonzero().flatten().tolist()
+        style = Style(dim=True)
+        if owners:
+            style = Style(color=colour(int(best[i])), bold=len(owners) > 1, underline=len(owners) > 1)
+        shown.append(" " * (text.spaced[i] and i > start))
+        shown.append(text.tokens[i], None if plain else style)
+        if plain:
+            shown.append("\u00b7".join(str(e + 1) for e in owners).translate(SUPERSCRIPT))
+    return f"tokens {start + 1} to {start + length}", shown
+
+
+def experts_table(
+    text: Text, queries: Bool[Tensor, "E N"], keys_values: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"]
+) -> Table:
+    """Load of each expert, the share of the text's distinct words that it queries with, and its most typical words."""
+    table = Table(title="Experts (their routers are seeded, not trained)", title_justify="left")
+    table.add_column("expert")
+    for name in ("queries", "keys/values", "both", "distinct words"):
+        table.add_column(name, justify="right")
+    table.add_column("most typical words (highest logits)")
+    distinct = len(set(text.tokens))
+    for e, (q, kv) in enumerate(zip(queries, keys_values)):
+        words = {text.tokens[i] for i in q.nonzero().flatten().tolist()}
+        table.add_row(
+            Styled(f"expert {e + 1}", style=colour(e)),
+            *(str(int(count)) for count in (q.sum(), kv.sum(), (q & kv).sum())),
+            f"{100 * len(words) / distinct:.0f} %",
+            Styled(", ".join(typical(text.tokens, logits[e], 6))),
+        )
+    return table

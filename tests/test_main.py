@@ -1,0 +1,317 @@
+"""`python -m optimized`: what it prints, when it passes, fails and refuses, and that a broken stage is named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import optimized
+import reference
+from optimized import __main__ as program
+from optimized import _plot, _text
+
+SMALL = ("--dim", "16", "--heads", "1", "--experts", "2", "--window", "9", "--device", "cpu")
+STAGES = (
+    "routing logits",
+    "routing scores",
+    "selection",
+    "routed attention",
+    "local attention",
+    "combination",
+    "layer output",
+    "gradients (x)",
+    "gradients (parameters)",
+    "gradients (routers)",
+)
+LINES = """It is a truth universally acknowledged, that a single man in possession of a good fortune,
+must be in want of a wife. "My dear Mr. Bennet," said his lady to him one day, "have you heard ...?"
+"""
+
+
+def run(*argv: str) -> tuple[int, str]:
+    """Exit status and what was printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = program.main(argv)
+    return status, printed.getvalue()
+
+
+def verdicts(printed: str) -> dict[str, str]:
+    """Worst / budget by stage and dtype, from the table."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    return {f"{row[0]} {row[2]}": row[3] for row in rows if row[0] in STAGES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread gains nothing at these sizes, and on a busy machine waiting for it takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(f"Chapter {i}. {LINES}" for i in range(12)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def passed(book: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a run in two dtypes prints, and its plot."""
+    image = tmp_path_factory.mktemp("plot") / "map.png"
+    status, printed = run(book, *SMALL, "--tokens", "9999", "--dtype", "float32", "bfloat16", "--plot", str(image))
+    assert status == 0, printed
+    return printed, image
+
+
+def test_every_stage_is_within_budget(passed: tuple[str, Path]) -> None:
+    found = verdicts(passed[0])
+    assert list(found) == [f"{stage} {dtype}" for dtype in ("float32", "bfloat16") for stage in STAGES]
+    for stage, verdict in found.items():
+        if stage.startswith("selection"):
+            assert re.fullmatch(r"identical|\d+ near ties", verdict)
+        else:
+            assert 0 < float(verdict) <= 1, stage
+    assert re.search(r"^PASS  20 rows within budget", passed[0], re.MULTILINE)
+    assert "FAIL" not in passed[0]
+
+
+def test_output_describes_the_run(passed: tuple[str, Path], book: str) -> None:
+    printed = re.sub(r"\s+", " ", passed[0])
+    n = len(_text.read(Path(book), 9999).tokens)
+    assert f"all {n} tokens (fewer than the 9999 asked for)" in printed
+    assert f"2 experts, {n // 8} slots" in printed
+    assert f"torch {torch.__version__}" in printed
+    assert "routing torch, routed_attention" in printed  # from optimized.explain
+    assert re.search(rf"expert 2 │ {n // 8} │ {n // 8} │ \d+ │ \d+ % │ \w+", printed)
+    assert "superscripts" in printed
+    assert "²" in printed
+    counts = dict(re.findall(r"(\d): (\d+)", printed[printed.index("number of experts") :]))
+    assert sum(int(count) for count in counts.values()) == n
+    assert sum(int(experts) * int(count) for experts, count in counts.items()) == 2 * (n // 8)
+
+
+def test_plot(passed: tuple[str, Path]) -> None:
+    data = passed[1].read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 20_000
+
+
+def test_colours(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal words are coloured; with --no-color no colour is left."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    colour = re.compile(r"\x1b\[[\d;]*38;")
+    status, printed = run(book, *SMALL, "--tokens", "256")
+    assert status == 0
+    assert colour.search(printed)
+    assert "several" in printed
+    status, printed = run(book, *SMALL, "--tokens", "256", "--no-color")
+    assert status == 0
+    assert not colour.search(printed)
+    assert "superscripts" in printed
+
+
+def scale(factor: float) -> Callable[[Any], Any]:
+    return lambda original: lambda *args, **kwargs: original(*args, **kwargs) * factor
+
+
+def drop_an_expert(original: Any) -> Any:
+    def combine(y: Tensor, *rest: Any) -> Tensor:
+        return original(torch.cat((y[:-1], torch.zeros_like(y[-1:]))), *rest)
+
+    return combine
+
+
+def pick_the_least(original: Any) -> Any:
+    return lambda logits, mask, k: original(-logits, mask, k)
+
+
+def scale_the_first(original: Any) -> Any:
+    def descend(*args: Any) -> tuple[Tensor, ...]:
+        scores, *rest = original(*args)
+        return scores * 0.99, *rest
+
+    return descend
+
+
+def widen(original: Any) -> Any:
+    return lambda q, k, v, w, *rest: original(q, k, v, w + 1, *rest)
+
+
+LAYER = {"layer output", "gradients (x)", "gradients (parameters)", "gradients (routers)"}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "fault", "stage", "others"),
+    [
+        ("mixture", "_combine", drop_an_expert, "combination", LAYER),
+        ("routed_attention", "rms_norm", scale(16**-0.5), "routed attention", LAYER),
+        ("local_attention", "_banded", widen, "local attention", LAYER),
+        ("ops", "select", pick_the_least, "selection", set()),
+        ("ops", "descend", scale_the_first, "routing scores", {"gradients (x)", "gradients (routers)"}),
+        (
+            "routing",
+            "_logits",
+            scale(1.001),
+            "routing logits",
+            {"routing scores", "gradients (x)", "gradients (routers)"},
+        ),
+    ],
+)
+def test_a_broken_stage_is_named(
+    place: str, name: str, fault: Any, stage: str, others: set[str], book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage fails, and beside it at most what is computed from it: decisions and inputs are the oracle's."""
+    module = sys.modules[f"optimized.{place}"]
+    monkeypatch.setattr(module, name, fault(getattr(module, name)))
+    status, printed = run(book, *SMALL, "--tokens", "256")
+    assert status == 1
+    failed = {row.removesuffix(" float32") for row, verdict in verdicts(printed).items() if verdict == "FAIL"}
+    assert stage in failed
+    assert failed <= others | {stage}
+    assert re.search(rf"^FAIL  {len(failed)} of 10 rows", printed, re.MULTILINE)
+    assert "PASS" not in printed
+
+
+def routes(logits: list[float], k: int) -> reference.Routes:
+    s = torch.tensor(logits, dtype=torch.float64)[None, None]
+    indices, mask = reference.select(s, k)
+    return reference.Routes(indices, mask, mask.double(), s)
+
+
+def test_selection_may_differ_only_within_rounding() -> None:
+    exact = routes([1.0, 3.0, 2.0, 2.0 - 1e-9], 2)
+    pair = (exact, exact)
+    assert program.check_selection(pair, pair) == ("identical", None)
+    rounded = routes([1.0, 3.0, 2.0, 2.0 + 1e-9], 2)
+    assert program.check_selection((exact, rounded), pair) == ("2 near ties", None)
+    for fault, message in (
+        (rounded._replace(logits=exact.logits), "chosen otherwise"),
+        (exact._replace(indices=exact.indices.flip(-1)), "declared order"),
+        (exact._replace(scores=0.5 * exact.scores), "straight-through"),
+        (exact._replace(mask=~exact.mask), "masked"),
+    ):
+        verdict, failure = program.check_selection((exact, fault), pair)
+        assert verdict == "FAIL"
+        assert failure.startswith("selection key_value")
+        assert message in failure
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["/nowhere/book.txt"], "FILE: expected a readable UTF-8 file, got /nowhere/book.txt"),
+        (["--tokens", "0"], "argument --tokens: expected an integer >= 1, got '0'"),
+        (["--tokens", "many"], "argument --tokens: expected an integer >= 1, got 'many'"),
+        (["--tokens", "255"], "--tokens: expected at least 256, got 255"),
+        (["--dim", "60", "--heads", "4"], "--dim: expected a multiple of 2 H = 8, got 60"),
+        (["--tokens", "600", "--slots", "301"], "--slots: expected at most half of the 600 tokens, got 301"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["--plot", "map.gif"], "--plot: expected a name that ends in .png, .pdf, .svg, got map.gif"),
+        (["--plot", "/nowhere/map.png"], "--plot: expected a file in an existing folder, got /nowhere/map.png"),
+        (["--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unusable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
+    short.write_text("Three words only", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (short, "FILE: expected at least 256 tokens, got 3"),
+        (binary, "expected a readable UTF-8 file"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            program.main([str(path)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_plot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--plot", "map.png"])
+    assert stop.value.code == 2
+    assert "[plots]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "got 'cuda' without CUDA" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(book: str) -> None:
+    """float32 and bfloat16 by default."""
+    status, printed = run(book, "--dim", "64", "--experts", "2")
+    assert status == 0, printed
+    assert len(verdicts(printed)) == 20
+
+
+def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--help"])
+    assert stop.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for option in vars(program.parse([])[0]):
+        assert (f"--{option}".replace("_", "-") if option != "file" else "FILE") in text
+    assert text.count("default:") == 10
+
+
+def test_default_text_is_long_enough() -> None:
+    text = _text.read(None, 8192)
+    assert len(text.tokens) == len(text.spaced) == 8192 < text.total
+    assert len(set(text.tokens)) > 1000
+
+
+def test_tokens() -> None:
+    text = _text.tokenize("", "Don't  stop -- ever (he\nsaid)!!", 8)
+    assert text.tokens == ["Don't", "stop", "--", "ever", "(", "he", "said", ")"]
+    assert text.spaced == [False, True, True, True, True, False, True, False]
+    assert text.total == 9
+
+
+def test_embedding_tells_all_tokens_apart() -> None:
+    tokens = ["routing", "router", "tree", "routing", ",", "tree"] * 50
+    x = _text.embed(tokens, 32, seed=0)
+    assert x.shape == (300, 32)
+    assert len(x.bfloat16().unique(dim=0)) == 300
+    assert torch.equal(x, _text.embed(tokens, 32, seed=0))
+    assert not torch.equal(x, _text.embed(tokens, 32, seed=1))
+    routing, router, tree = x[:3] - _text.embed(["x"] * 3, 32, seed=0)
+    near = torch.cosine_similarity(routing, router, dim=0)
+    assert near > torch.cosine_similarity(routing, tree, dim=0) + 0.1
+
+
+def test_only_the_program_needs_the_reference() -> None:
+    folder = Path(optimized.__file__).parent
+    importing = [
+        path.name
+        for path in sorted(folder.rglob("*.py"))
+        if re.search(r"^\s*(from|import) reference\b", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == ["__main__.py"]
