@@ -62,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device: expected a device that is there, got 'cuda' without CUDA")
+    # Small tensors: on a busy machine more threads would mostly wait for one another.
+    torch.set_num_threads(1)
     common = {
         "deadline": None,
         "print_blob": True,

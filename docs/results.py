@@ -32,7 +32,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
         cells = []
         for dtype in DTYPES:
             values = [r["worst_fraction"].get(f"{stage} {dtype}") for r in reports.values()]
-            cells.append(" / ".join("–" if v is None else f"{v:.2f}" for v in values))
+            cells.append(" / ".join("-" if v is None else f"{v:.2f}" for v in values))
         lines.append(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

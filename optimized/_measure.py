@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("torch", "triton", "flash-attn", "numpy", "verified-mixture-of-attention")
+PACKAGES = ("triton", "flash-attn", "numpy", "verified-mixture-of-attention")
 
 
 class Measured(NamedTuple):
@@ -81,7 +81,7 @@ def hardware(device: torch.device) -> str:
 
 
 def versions() -> str:
-    found = [f"Python {platform.python_version()}"]
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")

@@ -75,15 +75,15 @@ def header(args: argparse.Namespace, text: Text) -> Table:
 def results(rows: list[Row], device: torch.device) -> Table:
     memory = "torch.cuda's allocator" if device.type == "cuda" else "resident memory of the process"
     caption = (
-        "worst / budget: the largest error over what reference.testing allows; 1 is the limit. Time and peak memory "
-        "above the start stand in the last row of what was measured together; gradients: forward and backward. Memory: "
-        f"{memory}. The reference runs in the same dtype, with the package's decisions handed to it."
+        "worst / budget: the largest error over what reference.testing allows; 1 is the limit. ref.: the reference in "
+        "the same dtype, with this package's decisions handed to it; opt.: this package. Time, and peak memory above "
+        f"the start ({memory}), stand in the last row of what was measured together; gradients: forward and backward."
     )
     title = "Against the reference in float64"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for name in ("stage", "backend", "dtype"):
         table.add_column(name, no_wrap=True)
-    for name in ("worst / budget", "reference ms", "optimized ms", "reference peak MiB", "optimized peak MiB"):
+    for name in ("worst / budget", "ref. ms", "opt. ms", "ref. MiB", "opt. MiB"):
         table.add_column(name, justify="right")
     for i, row in enumerate(rows):
         cells = [""] * 4
@@ -116,14 +116,14 @@ def show_routing(console: Console, text: Text, routes: tuple[Routes, Routes]) ->
     console.print("tokens by number of experts that picked them: " + ", ".join(f"{n}: {count}" for n, count in counts))
 
 
-def excerpt(text: Text, picked: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"], plain: bool) -> tuple[str, Styled]:
+def excerpt(text: Text, chosen: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"], plain: bool) -> tuple[str, Styled]:
     """Legend and text of the stretch in which the expert seen least is seen most. plain: superscripts for colours."""
     length = min(EXCERPT, len(text.tokens))
-    start = int(picked.float().unfold(-1, length, 1).sum(-1).amin(0).argmax())
-    best = logits.masked_fill(~picked, -torch.inf).argmax(0)
+    start = int(chosen.float().unfold(-1, length, 1).sum(-1).amin(0).argmax())
+    best = logits.masked_fill(~chosen, -torch.inf).argmax(0)
     shown = Styled()
     for i in range(start, start + length):
-        owners = picked[:, i].nonzero().flatten().tolist()
+        owners = chosen[:, i].nonzero().flatten().tolist()
         style = Style(dim=True)
         if owners:
             style = Style(color=colour(int(best[i])), bold=len(owners) > 1, underline=len(owners) > 1)
