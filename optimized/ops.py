@@ -24,7 +24,11 @@ def temperature(t: int, eps: float, eps_init: float, eps_decay: float) -> float:
 
 
 def _fill(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """A masked token at -inf has weight exp(-inf) = 0 in every sum below, so no step needs the mask again."""
+    """A masked token at -inf has weight exp(-inf) = 0 in every sum below, so no step needs the mask again.
+
+    Contiguous, and so is all that is computed from it, as the fake kernels promise.
+    """
+    logits = logits.contiguous()
     return logits if mask is None else logits.masked_fill(~mask[:, None], -math.inf)
 
 
@@ -45,7 +49,7 @@ def coordinate_descent(
     s = _fill(logits, mask)
     a = logits.new_empty(n_iters, *logits.shape[:2])
     counts = torch.zeros_like(a)
-    u = _fill(torch.zeros_like(logits), mask)
+    u = _fill(torch.zeros_like(s), mask)
     for t in range(n_iters):
         if t > 0:
             bound = -a[t - 1, ..., None]
@@ -95,6 +99,7 @@ def coordinate_descent_backward(
     s = _fill(logits, mask)
     n_iters = a.shape[0]
     bound = -a[..., None]
+    grad = grad.contiguous()
     if mask is not None:
         grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN
     ds = (grad * scores).div_(temperature(n_iters, eps, eps_init, eps_decay))
@@ -122,7 +127,7 @@ def _descent_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _descent_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     logits, mask, scores, a, counts = ctx.saved_tensors
-    ds = descend_backward(grad.contiguous(), logits, mask, scores, a, counts, *ctx.constants)
+    ds = descend_backward(grad, logits, mask, scores, a, counts, *ctx.constants)
     return ds, None, None, None, None, None, None
 
 
@@ -137,6 +142,8 @@ def capped_simplex(logits: Tensor, mask: Tensor | None, k: float, eps: float) ->
     Sorted in descending order, j saturated tokens leave a_j = eps (log(k - j) - logsumexp of the rest); the answer is
     the first j whose next token stays below 1. Tokens at or below the threshold are unsaturated.
     """
+    if logits.numel() == 0:
+        return torch.empty_like(logits), logits.new_full(logits.shape[:2], -math.inf)
     poisoned = logits.isnan()
     if mask is not None:
         poisoned &= mask[:, None]
@@ -183,7 +190,7 @@ def capped_simplex_backward(
     if mask is not None:
         grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN
     mean = (w * grad).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return w * (grad - mean) / eps
+    return w * (grad.contiguous() - mean) / eps
 
 
 @capped_simplex_backward.register_fake
@@ -198,7 +205,7 @@ def _capped_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _capped_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    return cap_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None, None
+    return cap_backward(grad, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
 @custom_op("moa::select", mutates_args=(), schema="(Tensor logits, Tensor? mask, SymInt k) -> (Tensor, Tensor)")
@@ -338,18 +345,17 @@ def _differentiable(
     name = op._opoverload.name()
 
     def call(*args: Any) -> Any:
-        transformed = not torch.compiler.is_compiling() and (
-            torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
-        )
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        compiling = torch.compiler.is_compiling()
+        transformed = forward_mode or (not compiling and torch._C._functorch.maybe_current_level() is not None)
         return function.apply(*args) if transformed else op(*args)
 
-    rule = _fold_rule(call, places, out_places)
-    op.register_vmap(rule)
+    op.register_vmap(_fold_rule(op, places, out_places))
     methods = {
         "forward": lambda *args: op(*args),
         "setup_context": setup,
         "backward": backward,
-        "vmap": rule,
+        "vmap": _fold_rule(call, places, out_places),
         "jvp": _refuse(name, "forward-mode differentiation"),
     }
     function = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
