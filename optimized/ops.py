@@ -339,15 +339,19 @@ def _differentiable(
     """Register the gradient of an operator, and let torch.func see it.
 
     An operator of torch.library refuses torch.func.grad and drops forward-mode tangents without a word. So inside a
-    transform, or a forward-mode level, the same formulas go through an autograd.Function.
+    transform, or a forward-mode level, the same formulas go through an autograd.Function, which refuses a tangent.
     """
     op.register_autograd(backward, setup_context=setup)
     name = op._opoverload.name()
+    refuse_forward_mode = _refuse(name, "forward-mode differentiation")
 
     def call(*args: Any) -> Any:
         forward_mode = torch.autograd.forward_ad._current_level >= 0
-        compiling = torch.compiler.is_compiling()
-        transformed = forward_mode or (not compiling and torch._C._functorch.maybe_current_level() is not None)
+        if torch.compiler.is_compiling():
+            if forward_mode:
+                refuse_forward_mode(None)
+            return op(*args)
+        transformed = forward_mode or torch._C._functorch.maybe_current_level() is not None
         return function.apply(*args) if transformed else op(*args)
 
     op.register_vmap(_fold_rule(op, places, out_places))
@@ -355,8 +359,8 @@ def _differentiable(
         "forward": lambda *args: op(*args),
         "setup_context": setup,
         "backward": backward,
+        "jvp": refuse_forward_mode,
         "vmap": _fold_rule(call, places, out_places),
-        "jvp": _refuse(name, "forward-mode differentiation"),
     }
     function = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
     call.__doc__ = op.__doc__
