@@ -1,0 +1,363 @@
+"""Known defects of public packages, each as a property that this layer has and the defect breaks.
+
+Where it is cheap the defect is re-enacted, and the property must reject it: a check that can't fail proves nothing. Numbers
+are those of the table in README.md. Each configuration is one in which the other defects can't fire.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from harness import check, check_identical
+from strategies import generator
+from torch import Tensor
+
+import optimized
+import reference
+
+BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
+
+
+def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(device)
+
+
+def routes(implementation: ModuleType, indices: Tensor, n: int) -> Any:
+    mask = torch.ones_like(indices, dtype=torch.bool)
+    logits = torch.zeros(*indices.shape[:2], n, dtype=torch.float64, device=indices.device)
+    return implementation.Routes(indices, mask, torch.ones(indices.shape, dtype=torch.float64, device=indices.device), logits)
+
+
+def attention_weights(experts: int, dim: int, heads: int, dim_head: int, device: torch.device) -> dict[str, Tensor]:
+    inner = heads * dim_head
+    return {
+        "w_q": randn(experts, inner, dim, seed=1, device=device) / dim**0.5,
+        "w_kv": randn(experts, 2 * inner, dim, seed=2, device=device) / dim**0.5,
+        "w_out": randn(experts, dim, inner, seed=3, device=device) / inner**0.5,
+        "null_kv": randn(2, experts, heads, dim_head, seed=4, device=device),
+    }
+
+
+@BOTH
+def test_defect_01_documented_constructor_arguments(implementation: ModuleType) -> None:
+    """zetascale 2.8.8: all documented examples raise TypeError. Every documented argument is accepted, with its default."""
+    parameters = inspect.signature(implementation.MixtureOfAttention).parameters
+    documented = {
+        "dim_context": None,
+        "local_attn": False,
+        "local_attn_window_size": None,
+        "dim_head": 64,
+        "heads": 8,
+        "dropout": 0.1,
+        "use_triton": True,
+        "flash_attn": True,
+        "prenorm": True,
+        "average_routed": False,
+    }
+    assert {name: parameters[name].default for name in documented} == documented
+    layer = implementation.MixtureOfAttention(16, num_routed_queries=5, num_routed_key_values=5, num_experts=2, **documented)
+    assert layer(torch.randn(2, 20, 16)).shape == (2, 20, 16)
+
+
+def assert_unit_rms(attend: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> None:
+    """v = W_v norm(x) with W_v the identity is read off the attention of a single token whose null value is 0.
+
+    With a null key that never wins (logit -inf is out of reach, so it is subtracted) the output is p * norm(x), p known.
+    """
+    x = 7.3 * randn(1, 1, dim, seed=5, device=device)
+    normed = 2 * attend(x)[0, 0, 0]  # q = 0, so the null key and the token share the weight: one half each
+    assert abs(normed.square().mean().sqrt().item() - 1) < 1e-9
+    assert torch.allclose(normed, x[0, 0] / x.square().mean().sqrt())
+
+
+@BOTH
+def test_defect_02_unit_rms(implementation: ModuleType, device: torch.device) -> None:
+    """zetascale 2.8.8: RMSNorm scales by D**-0.5 instead of D**0.5."""
+    dim = 8
+    eye = torch.eye(dim, dtype=torch.float64, device=device)[None]
+    zero = torch.zeros_like(eye)
+
+    def attend(x: Tensor, gamma: float = 1.0) -> Tensor:
+        pick = routes(implementation, torch.zeros(1, 1, 1, dtype=torch.long, device=device), 1)
+        scale = torch.full((1, dim), gamma, dtype=torch.float64, device=device)
+        null = torch.zeros(2, 1, 1, dim, dtype=torch.float64, device=device)
+        return implementation.routed_attention(
+            x, x, pick, pick, w_q=zero, w_kv=torch.cat((eye, eye), 1), w_out=eye, null_kv=null, gamma=scale, context_gamma=scale
+        )
+
+    assert_unit_rms(attend, dim, device)
+    with pytest.raises(AssertionError):
+        assert_unit_rms(lambda x: attend(x, gamma=1 / dim), dim, device)
+
+
+def assert_expert_isolation(attend: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Expert 0 reads tokens 0-3, expert 1 tokens 4-7: changing 4-7 leaves expert 0 as it was, bit for bit."""
+    x = randn(1, 8, 12, seed=6, device=device)
+    changed = x.clone()
+    changed[:, 4:] = randn(1, 4, 12, seed=7, device=device)
+    before, after = attend(x), attend(changed)
+    check_identical(after[:, 0].clone(), before[:, 0].clone())
+    assert not torch.equal(after[:, 1], before[:, 1])
+
+
+@BOTH
+def test_defect_03_expert_isolation(implementation: ModuleType, device: torch.device) -> None:
+    """mixture-of-attention 0.0.25: chunk(2, dim=1) over grouped channels takes all keys from the first expert."""
+    weights = attention_weights(2, 12, 2, 4, device)
+    indices = torch.arange(8, device=device).view(1, 2, 4)
+
+    def attend(x: Tensor) -> Tensor:
+        pick = routes(implementation, indices, 8)
+        return implementation.routed_attention(x, x, pick, pick, **weights)
+
+    assert_expert_isolation(attend, device)
+
+    def mixed_up(x: Tensor) -> Tensor:
+        """Grouped projection to (expert, k then v), then cut in two halves: keys of expert 0, values of expert 1."""
+        tokens = x[:, indices[0]]
+        kv = torch.einsum("beki,eoi->beok", tokens, weights["w_kv"]).flatten(1, 2)
+        k, v = (t.unflatten(1, (2, 8)).transpose(2, 3) for t in kv.chunk(2, dim=1))
+        q = torch.einsum("beki,eoi->beko", tokens, weights["w_q"])
+        return (q @ k.mT).softmax(-1) @ v
+
+    with pytest.raises(AssertionError):
+        assert_expert_isolation(mixed_up, device)
+
+
+def assert_one_combination_rule(run: Callable[[bool, bool], Tensor], local: Tensor, experts: int) -> None:
+    """run(with_local, average). N <= K: every expert and the local attention are terms of one sum, or of one mean."""
+    total = run(True, False)
+    torch.testing.assert_close(total - run(False, False), local, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(True, True) * (experts + 1), total, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(False, True) * experts, run(False, False), rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+def test_defect_04_one_combination_rule(implementation: ModuleType, device: torch.device) -> None:
+    """mixture-of-attention 0.0.25: with N <= Kq local attention is thrown away and experts are averaged unasked."""
+    arguments = {"num_routed_queries": 20, "num_routed_key_values": 20, "num_experts": 3, "dim_head": 4, "heads": 2}
+    x = randn(1, 12, 16, device=device)
+    full = implementation.MixtureOfAttention(
+        16, **arguments, local_attn=True, local_attn_window_size=3, dropout=0.0, device=device, dtype=torch.float64
+    )
+    state = full.state_dict()
+
+    def run(with_local: bool, average: bool, fault: bool = False) -> Tensor:
+        local = {"local_attn": True, "local_attn_window_size": 3} if with_local and not fault else {}
+        layer = implementation.MixtureOfAttention(
+            16, **arguments, **local, dropout=0.0, average_routed=average or fault, device=device, dtype=torch.float64
+        )
+        layer.load_state_dict({k: v for k, v in state.items() if k in layer.state_dict()}, strict=False)
+        return layer(x)
+
+    local = full.local_attn(x)
+    assert_one_combination_rule(run, local, 3)
+    with pytest.raises(AssertionError):
+        assert_one_combination_rule(lambda *flags: run(*flags, fault=True), local, 3)
+    full(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in full.local_attn.parameters())
+
+
+def local_weights(dim: int, heads: int, dim_head: int, device: torch.device) -> dict[str, Any]:
+    inner = heads * dim_head
+    w_qkv, w_out = randn(3 * inner, dim, seed=8, device=device) / 2, randn(dim, inner, seed=9, device=device) / 2
+    return {"w_qkv": w_qkv, "w_out": w_out, "heads": heads}
+
+
+def assert_padding_invariance(attend: Callable[[Tensor, Tensor | None], Tensor], device: torch.device) -> None:
+    """N = 13 is no multiple of the window 5; neither are 14, 15 (a multiple) and 33."""
+    x = randn(1, 13, 8, seed=10, device=device)
+    expected = attend(x, None)
+    for n in (14, 15, 33):
+        padded = torch.cat((x, torch.zeros(1, n - 13, 8, dtype=x.dtype, device=device)), 1)
+        mask = torch.arange(n, device=device)[None] < 13
+        torch.testing.assert_close(attend(padded, mask)[:, :13], expected, rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+def test_defect_05_padding_invariance(implementation: ModuleType, device: torch.device) -> None:
+    """local-attention 1.11.2: when N is no multiple of the window, zero padding keys take softmax mass."""
+    weights = local_weights(8, 2, 4, device)
+
+    def attend(x: Tensor, mask: Tensor | None) -> Tensor:
+        return implementation.local_attention(x, 5, mask, **weights)
+
+    assert_padding_invariance(attend, device)
+
+    def padded_to_the_window(x: Tensor, mask: Tensor | None) -> Tensor:
+        n = x.shape[1]
+        extra = math.ceil(n / 5) * 5 - n if mask is None else 0
+        return attend(torch.nn.functional.pad(x, (0, 0, 0, extra)), mask)[:, :n]
+
+    with pytest.raises(AssertionError):
+        assert_padding_invariance(padded_to_the_window, device)
+
+
+def assert_relative_positions(attend: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
+    """The same tokens further right in a masked sequence have the same outputs: scores depend on i - j alone.
+
+    And they depend on it as rotary positions do: at a distance of 0 nothing is rotated, so a window of tokens that are all
+    equal is attended to with the logits q k cos(frequency * distance).
+    """
+    x = randn(1, 15, 8, seed=11, device=device)
+    expected = None
+    for shift in (0, 1, 5, 7, 40):
+        long = torch.zeros(1, 60, 8, dtype=x.dtype, device=device)
+        mask = torch.zeros(1, 60, dtype=torch.bool, device=device)
+        long[:, shift : shift + 15], mask[:, shift : shift + 15] = x, True
+        out = attend(long, mask)[:, shift : shift + 15]
+        expected = out if expected is None else expected
+        torch.testing.assert_close(out, expected, rtol=1e-8, atol=1e-9)
+    alone = torch.zeros(1, 60, dtype=torch.bool, device=device)
+    alone[:, 20] = alone[:, 22] = True
+    two = attend(torch.ones(1, 60, 8, dtype=x.dtype, device=device), alone)
+    # Two equal tokens at distance 2: the same value whatever the weights, in both directions.
+    torch.testing.assert_close(two[:, 20], two[:, 22], rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+def test_defect_06_relative_position(implementation: ModuleType, device: torch.device) -> None:
+    """local-attention 1.11.2: queries are rotated one window too far, so that scores depend on i - j + w."""
+    weights = local_weights(8, 2, 4, device)
+    assert_relative_positions(lambda x, mask: implementation.local_attention(x, 5, mask, **weights), device)
+    # By hand: one head of two channels, frequency 1. Token 0 sees itself and token 1 with logits s and s cos(1) ...
+    eye = torch.eye(2, dtype=torch.float64, device=device)
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [3.0, 4.0]]], dtype=torch.float64, device=device)
+    w_qkv = torch.cat((eye, torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64, device=device), eye))
+    out = implementation.local_attention(x, 1, w_qkv=w_qkv, w_out=eye, heads=1)
+
+    def mean_of(offset: int) -> Tensor:
+        """Token 1: q = (1, 0); keys (1, 0), (1, 0), (3, 0) at distances 1, 0, -1."""
+        logits = [math.cos(d + offset) * size / math.sqrt(2) for d, size in ((1, 1.0), (0, 1.0), (-1, 3.0))]
+        p = torch.tensor(logits, dtype=torch.float64, device=device).softmax(-1)
+        return p @ x[0]
+
+    torch.testing.assert_close(out[0, 1], mean_of(0), rtol=1e-9, atol=1e-9)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(out[0, 1], mean_of(1), rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [40, 43])
+def test_defect_09_blocks(implementation: ModuleType, n: int, device: torch.device) -> None:
+    """colt5-attention 0.11.2: route_block_size raises IndexError for more than one block. N = 43 has a tail of 3."""
+    x, tokens = randn(1, n, 8, device=device), randn(2, 8, seed=1, device=device)
+    found = implementation.route(x, tokens, 10, route_block_size=10)
+    per_block = math.ceil(10 / math.ceil(n / 10))
+    for row, logits in zip(found.indices[0], found.logits[0]):
+        for start in range(0, n, 10):
+            length = min(10, n - start)
+            inside = row[(row >= start) & (row < start + 10)]
+            best = logits[start : start + length].topk(min(per_block, length)).indices.sort().values + start
+            check_identical(inside, best)
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [False, True])
+def test_defect_10_negative_control(implementation: ModuleType, masked: bool, device: torch.device) -> None:
+    """colt5-attention 0.11.2: random_route without a mask raises TypeError."""
+    x, tokens = randn(1, 20, 8, device=device), randn(1, 8, seed=1, device=device)
+    mask = torch.arange(20, device=device)[None] % 5 != 0 if masked else None
+    count = torch.zeros(20, device=device)
+    g = torch.Generator(device=device).manual_seed(0)
+    for _ in range(400):
+        row = implementation.route(x, tokens, 5, mask, random_route=True, generator=g).indices[0, 0]
+        assert len(set(row.tolist())) == 5
+        count[row] += 1
+    valid = torch.ones(20, dtype=torch.bool, device=device) if mask is None else mask[0]
+    assert not count[~valid].any()
+    # 400 draws of 5 among 20 (16): 100 (125) each, standard deviation about 9; five of them.
+    expected = 400 * 5 / valid.sum()
+    assert (count[valid] - expected).abs().max() < 45
+
+
+@BOTH
+@pytest.mark.parametrize("per_item", [False, True])
+def test_defect_11_routing_tokens_at_forward(implementation: ModuleType, per_item: bool, device: torch.device) -> None:
+    """colt5-attention 0.11.2: learned_routing_tokens can't be used from the layer."""
+    layer = implementation.MixtureOfAttention(
+        16, num_routed_queries=5, num_routed_key_values=5, num_experts=1, learned_routing_tokens=True,
+        cosine_sim_routing=True, dropout=0.0, device=device, dtype=torch.float64,
+    )  # fmt: skip
+    assert not any("routing_token" in name for name in layer.state_dict())
+    x = randn(2, 30, 16, device=device)
+    shape = (2, 1, 16) if per_item else (1, 16)
+    q_tokens, kv_tokens = (randn(*shape, seed=s, device=device).requires_grad_() for s in (1, 2))
+    out, (q_routes, kv_routes) = layer(
+        x, query_routing_tokens=q_tokens, key_value_routing_tokens=kv_tokens, return_routes=True
+    )
+    for side, tokens in ((q_routes, q_tokens), (kv_routes, kv_tokens)):
+        cosine = torch.nn.functional.cosine_similarity(x, tokens.expand(2, 1, 16), dim=-1)
+        check_identical(side.indices[:, 0], cosine.topk(5).indices.sort().values)
+    out.square().sum().backward()
+    assert q_tokens.grad.any()
+    assert kv_tokens.grad.any()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_defect_13_every_dtype_with_local_attention(
+    implementation: ModuleType, dtype: torch.dtype, device: torch.device
+) -> None:
+    """mixture-of-attention 0.0.25: bfloat16 with local attention raises a dtype error."""
+    arguments = {"num_routed_queries": 8, "num_routed_key_values": 8, "num_experts": 1, "dim_head": 8, "heads": 2}
+    local = {"local_attn": True, "local_attn_window_size": 4, "dropout": 0.0}
+    layer = implementation.MixtureOfAttention(32, **arguments, **local, device=device, dtype=dtype)
+    low = torch.float32 if dtype == torch.float64 else dtype
+    exact, baseline = (
+        reference.MixtureOfAttention(32, **arguments, **local, device=device, dtype=t) for t in (torch.float64, low)
+    )
+    exact.load_state_dict(layer.state_dict())
+    baseline.load_state_dict(layer.state_dict())
+    x = torch.randn(1, 32, 32, dtype=dtype, device=device).requires_grad_()
+    out, found = layer(x, return_routes=True)
+    assert out.dtype == dtype
+    out.float().square().sum().backward()
+    assert x.grad.dtype == dtype
+    assert all(p.grad is None or p.grad.dtype == dtype for p in layer.parameters())
+    if implementation is reference and dtype != torch.float64:
+        return  # it would be compared with itself
+    oracle = exact(x.detach().double(), routes=[r._replace(scores=r.scores.detach().double()) for r in found])
+    wide = torch.promote_types(low, torch.float32)
+    plain = baseline(x.detach().to(low), routes=[r._replace(scores=r.scores.detach().to(wide)) for r in found])
+    check(out, oracle.detach().clone(), plain, stage="mixture", backend=implementation.__name__)
+
+
+def assert_batch_isolation(gather: Callable[[Tensor], Tensor]) -> None:
+    x = randn(3, 20, 16, seed=13)
+    changed = x.clone()
+    changed[0] = randn(20, 16, seed=14)
+    before, after = gather(x), gather(changed)
+    check_identical(after[1:].clone(), before[1:].clone())
+    assert not torch.equal(after[0], before[0])
+
+
+@BOTH
+def test_defect_15_batch_isolation_and_invariance(implementation: ModuleType, device: torch.device) -> None:
+    """colt5-attention 0.11.2: with E >= 2 batch item b is given the tokens of item b // E."""
+    layer = implementation.MixtureOfAttention(
+        16, num_routed_queries=5, num_routed_key_values=6, num_experts=2, dropout=0.0, device=device, dtype=torch.float64
+    )
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x.to(device))
+
+    assert_batch_isolation(run)
+    x = randn(3, 20, 16, seed=15, device=device)
+    out, found = layer(x, return_routes=True)
+    for b in range(3):
+        one = tuple(implementation.Routes(*(t[b : b + 1] for t in side)) for side in found)
+        torch.testing.assert_close(layer(x[b : b + 1], routes=one), out[b : b + 1], rtol=1e-10, atol=1e-12)
+
+    def wrong_item(x: Tensor) -> Tensor:
+        expanded = x.repeat_interleave(2, dim=0)  # (batch expert) n d, indexed by batch
+        return expanded[: len(x), :5]
+
+    with pytest.raises(AssertionError):
+        assert_batch_isolation(wrong_item)
