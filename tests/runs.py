@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from harness import check, expectation
 from strategies import LayerCase, RouterCase, cotangent, lay_out
 from torch import Tensor
 
@@ -119,3 +120,58 @@ def oracle_layer(case: LayerCase, under_test: torch.dtype, device: torch.device,
 def baseline_layer(case: LayerCase, under_test: torch.dtype, device: torch.device, **kwargs: Any) -> LayerRun:
     """The reference in the dtype under test (float32 on float64 data, whose error is then scaled)."""
     return run_layer(reference, case, under_test, device, dtype=BASELINE_OF.get(under_test, under_test), **kwargs)
+
+
+def compare(
+    actual: Any,
+    exact: Any,
+    baseline: Any,
+    *,
+    stage: str,
+    dtype: torch.dtype,
+    backend: str = "torch",
+    amplification: float = 1.0,
+) -> None:
+    """Output (`.out`) and gradients (`.grads`, by name) of a run in `dtype` against those of the oracle.
+
+    amplification: by how much a relative rounding error of the routing logits grows on its way into the gradients.
+    Attention logits (`exact.logit_size`) do the same to everything, and a saturated softmax cancels to almost nothing.
+    In half precision this would leave no bound worth the name; there the cases keep the attention logits small instead.
+    """
+    precise = dtype in (torch.float64, torch.float32)
+    amplification += exact.logit_size if precise else 0.0
+    largest = max((g.abs().max().item() for g in exact.grads.values() if g is not None and g.numel()), default=0.0)
+    scale = (1 + exact.logit_size) * exact.out.abs().max().item() if precise and exact.out.numel() else 0.0
+    check(
+        actual.out,
+        exact.out,
+        baseline.out,
+        stage=stage,
+        name="out",
+        backend=backend,
+        expect=expectation(exact.out),
+        scale=scale,
+    )
+    for name, got in actual.grads.items():
+        gradient, base = exact.grads[name], baseline.grads[name]
+        if gradient is None or got is None:
+            given = got if gradient is None else gradient
+            assert given is None or not given.any(), f"{name}: one has a gradient, the other has none"
+            continue
+        expect = expectation(gradient)
+        if expect == "zeros" and got.any():
+            # Softmax over the null key alone: its gradient is zero by cancellation, up to rounding.
+            bound = 8 * torch.finfo(dtype).eps * largest * amplification
+            assert got.abs().max().item() <= bound, f"{name}: should cancel"
+            continue
+        check(
+            got,
+            gradient,
+            base,
+            stage=f"{stage}_gradient",
+            name=name,
+            backend=backend,
+            expect=expect,
+            scale=amplification * largest if precise else 0.0,
+            precision=dtype,
+        )

@@ -31,7 +31,9 @@ def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Ten
 def routes(implementation: ModuleType, indices: Tensor, n: int) -> Any:
     mask = torch.ones_like(indices, dtype=torch.bool)
     logits = torch.zeros(*indices.shape[:2], n, dtype=torch.float64, device=indices.device)
-    return implementation.Routes(indices, mask, torch.ones(indices.shape, dtype=torch.float64, device=indices.device), logits)
+    return implementation.Routes(
+        indices, mask, torch.ones(indices.shape, dtype=torch.float64, device=indices.device), logits
+    )
 
 
 def attention_weights(experts: int, dim: int, heads: int, dim_head: int, device: torch.device) -> dict[str, Tensor]:
@@ -61,7 +63,9 @@ def test_defect_01_documented_constructor_arguments(implementation: ModuleType) 
         "average_routed": False,
     }
     assert {name: parameters[name].default for name in documented} == documented
-    layer = implementation.MixtureOfAttention(16, num_routed_queries=5, num_routed_key_values=5, num_experts=2, **documented)
+    layer = implementation.MixtureOfAttention(
+        16, num_routed_queries=5, num_routed_key_values=5, num_experts=2, **documented
+    )
     assert layer(torch.randn(2, 20, 16)).shape == (2, 20, 16)
 
 
@@ -88,7 +92,16 @@ def test_defect_02_unit_rms(implementation: ModuleType, device: torch.device) ->
         scale = torch.full((1, dim), gamma, dtype=torch.float64, device=device)
         null = torch.zeros(2, 1, 1, dim, dtype=torch.float64, device=device)
         return implementation.routed_attention(
-            x, x, pick, pick, w_q=zero, w_kv=torch.cat((eye, eye), 1), w_out=eye, null_kv=null, gamma=scale, context_gamma=scale
+            x,
+            x,
+            pick,
+            pick,
+            w_q=zero,
+            w_kv=torch.cat((eye, eye), 1),
+            w_out=eye,
+            null_kv=null,
+            gamma=scale,
+            context_gamma=scale,
         )
 
     assert_unit_rms(attend, dim, device)
@@ -342,7 +355,13 @@ def assert_batch_isolation(gather: Callable[[Tensor], Tensor]) -> None:
 def test_defect_15_batch_isolation_and_invariance(implementation: ModuleType, device: torch.device) -> None:
     """colt5-attention 0.11.2: with E >= 2 batch item b is given the tokens of item b // E."""
     layer = implementation.MixtureOfAttention(
-        16, num_routed_queries=5, num_routed_key_values=6, num_experts=2, dropout=0.0, device=device, dtype=torch.float64
+        16,
+        num_routed_queries=5,
+        num_routed_key_values=6,
+        num_experts=2,
+        dropout=0.0,
+        device=device,
+        dtype=torch.float64,
     )
 
     def run(x: Tensor) -> Tensor:

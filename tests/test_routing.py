@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from harness import DTYPES, check, check_identical, counted
+from harness import DTYPES, check, check_identical, counted, expectation
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import BASELINE_OF, router_tensors
@@ -140,15 +140,6 @@ def solver_problems(draw_: st.DrawFn) -> dict:
 
 def to_device(mask: Tensor | None, device: torch.device) -> Tensor | None:
     return None if mask is None else mask.to(device)
-
-
-def expectation(exact: Tensor) -> str | None:
-    """What the comparator must be told of a degenerate but legitimate oracle."""
-    if exact.numel() == 0:
-        return "empty"
-    if not exact.any():
-        return "zeros"
-    return "constant" if exact.numel() > 1 and bool((exact == exact.flatten()[0]).all()) else None
 
 
 @given(problem=solver_problems())

@@ -57,7 +57,10 @@ class Watch(TorchDispatchMode):
         reads = any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves)
         harmless = func.is_view or "empty" in str(func) or func is torch.ops.aten.detach.default
         # The test itself moves tensors to the device under test.
-        harmless |= func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") not in (None, args[0].device)
+        harmless |= func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") not in (
+            None,
+            args[0].device,
+        )
         if torch.Tag.nondeterministic_seeded in func.tags or (reads and not harmless):
             self.work.append(str(func))
         return func(*args, **(kwargs or {}))
