@@ -49,7 +49,7 @@ FILE_BUDGET_SECONDS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mixture of attention")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the tests run on (default: cpu)")
-    group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 25; nightly: 1000)")
+    group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 100; nightly: 1000)")
     group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")
 
 
@@ -73,8 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
             hypothesis.HealthCheck.differing_executors,
         ],
     }
-    hypothesis.settings.register_profile("dev", max_examples=25, **common)
-    hypothesis.settings.register_profile("ci", max_examples=25, derandomize=True, **common)
+    hypothesis.settings.register_profile("dev", max_examples=100, **common)
+    hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **common)
     hypothesis.settings.register_profile("nightly", max_examples=1000, **common)
     name = "ci" if os.environ.get("CI") else "dev"
     name = "nightly" if _asks_for_nightly(config) else name

@@ -125,8 +125,8 @@ class MixtureOfAttention(nn.Module):
         num_routed_queries: int | None = None,
         num_routed_key_values: int | None = None,
         rotary_emb: Float[Tensor, "N d"] | None = None,
-        query_routing_tokens: Float[Tensor, "*B E D"] | None = None,
-        key_value_routing_tokens: Float[Tensor, "*B E Dc"] | None = None,
+        query_routing_tokens: Float[Tensor, "*Bq E D"] | None = None,
+        key_value_routing_tokens: Float[Tensor, "*Bkv E Dc"] | None = None,
         routes: tuple[Routes, Routes] | None = None,
         return_routes: bool = False,
     ) -> Float[Tensor, "B N D"] | tuple[Float[Tensor, "B N D"], tuple[Routes, Routes]]:

@@ -29,15 +29,15 @@ def routed_attention(
     q_routes: Routes,
     kv_routes: Routes,
     *,
-    w_q: Float[Tensor, "E H*d D"],
-    w_kv: Float[Tensor, "E 2*H*d Dc"],
-    w_out: Float[Tensor, "E D H*d"],
+    w_q: Float[Tensor, "E Hd D"],
+    w_kv: Float[Tensor, "E 2*Hd Dc"],
+    w_out: Float[Tensor, "E D Hd"],
     null_kv: Float[Tensor, "2 E H d"],
     gamma: Float[Tensor, "E D"] | None = None,
     context_gamma: Float[Tensor, "E Dc"] | None = None,
     rotary_emb: Float[Tensor, "N d"] | None = None,
     dropout: float = 0.0,
-    dropout_mask: Bool[Tensor, "B E H Kq 1+Kkv"] | None = None,
+    dropout_mask: Bool[Tensor, "B E H Kq S"] | None = None,
 ) -> Float[Tensor, "B E Kq D"]:
     """Attention of every expert over its own routed tokens, already times the query scores.
 

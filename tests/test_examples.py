@@ -1,4 +1,4 @@
-"""The three documented examples of the layer run as they stand, but for the import; with N = 400 its routers work too."""
+"""The three documented examples run as they stand, but for the import; with N = 400 the routers work too."""
 
 from __future__ import annotations
 

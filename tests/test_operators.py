@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from harness import check_identical
-from runs import baseline_layer, oracle_layer, run_layer
+from runs import baseline_layer, compare, oracle_layer, run_layer
 from strategies import LayerCase, draw, draw_mask, generator, lay_out
-from test_mixture import compare
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -285,7 +284,7 @@ def test_dispatch_and_collect_are_transposed(sample: Sample, device: torch.devic
     """<dispatch(x), y> == <x, collect(y)>, exactly: the numbers are integers. What no valid slot holds may be NaN."""
     x, *routing = arguments_of("dispatch", sample, device)
     y = arguments_of("collect", sample, device)[0]
-    indices, mask, inverse = routing
+    _, mask, inverse = routing
     x, y = (10 * x).round(), (10 * y).round()
     slots = mask.transpose(0, 1)[..., None]
     held = (inverse >= 0).any(1)[..., None]
@@ -456,7 +455,7 @@ def test_inductor(device: torch.device) -> None:
         exact = oracle_layer(case, torch.float32, device, routes=routes)
         baseline = baseline_layer(case, torch.float32, device, routes=routes)
         actual = run_layer(compiled, case, torch.float32, device, routes=routes)
-        compare(actual, exact, baseline, backend="inductor")
+        compare(actual, exact, baseline, stage="mixture", dtype=torch.float32, backend="inductor")
     assert counters["stats"]["unique_graphs"] - before <= 2
 
 
@@ -569,8 +568,8 @@ def test_forward_mode_is_refused_or_right(name: str, backend: str | None, device
                 moved = values | {key: forward_ad.make_dual(value, tangent)}
                 actual = forward_ad.unpack_dual(call_with(layer, case, moved, device)).tangent
         except RuntimeError as error:
-            assert "moa::" in str(error) or "_scaled_dot_product" in str(error), error
-            assert "forward" in str(error), error
+            assert "moa::" in str(error) or "_scaled_dot_product" in str(error), error  # noqa: PT017
+            assert "forward" in str(error), error  # noqa: PT017
             refused.add(key)
         else:
             actual = torch.zeros_like(out) if actual is None else actual
@@ -623,7 +622,7 @@ def test_double_backward_is_refused_or_right(name: str, backend: str | None, dev
         except RuntimeError as error:
             text = str(error)
             ours = text.startswith("moa::") and "double backward is not supported" in text
-            assert ours or ("_scaled_dot_product" in text and "not implemented" in text), error
+            assert ours or ("_scaled_dot_product" in text and "not implemented" in text), error  # noqa: PT017
             refused.add(key)
         else:
             assert (actual is None) == (expected is None), key

@@ -1,7 +1,7 @@
 """Known defects of public packages, each as a property that this layer has and the defect breaks.
 
-Where it is cheap the defect is re-enacted, and the property must reject it: a check that can't fail proves nothing. Numbers
-are those of the table in README.md. Each configuration is one in which the other defects can't fire.
+Where it is cheap the defect is re-enacted, and the property must reject it: a check that can't fail proves nothing.
+Numbers are those of the table in README.md. Each configuration is one in which the other defects can't fire.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def attention_weights(experts: int, dim: int, heads: int, dim_head: int, device:
 
 @BOTH
 def test_defect_01_documented_constructor_arguments(implementation: ModuleType) -> None:
-    """zetascale 2.8.8: all documented examples raise TypeError. Every documented argument is accepted, with its default."""
+    """zetascale 2.8.8: all documented examples raise TypeError. Documented arguments and defaults are accepted."""
     parameters = inspect.signature(implementation.MixtureOfAttention).parameters
     documented = {
         "dim_context": None,
@@ -72,7 +72,8 @@ def test_defect_01_documented_constructor_arguments(implementation: ModuleType) 
 def assert_unit_rms(attend: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> None:
     """v = W_v norm(x) with W_v the identity is read off the attention of a single token whose null value is 0.
 
-    With a null key that never wins (logit -inf is out of reach, so it is subtracted) the output is p * norm(x), p known.
+    With a null key that never wins (logit -inf is out of reach, so it is subtracted) the output is p * norm(x), p
+    known.
     """
     x = 7.3 * randn(1, 1, dim, seed=5, device=device)
     normed = 2 * attend(x)[0, 0, 0]  # q = 0, so the null key and the token share the weight: one half each
@@ -215,8 +216,8 @@ def test_defect_05_padding_invariance(implementation: ModuleType, device: torch.
 def assert_relative_positions(attend: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> None:
     """The same tokens further right in a masked sequence have the same outputs: scores depend on i - j alone.
 
-    And they depend on it as rotary positions do: at a distance of 0 nothing is rotated, so a window of tokens that are all
-    equal is attended to with the logits q k cos(frequency * distance).
+    And they depend on it as rotary positions do: at a distance of 0 nothing is rotated, so a window of tokens that are
+    all equal is attended to with the logits q k cos(frequency * distance).
     """
     x = randn(1, 15, 8, seed=11, device=device)
     expected = None
@@ -259,7 +260,7 @@ def test_defect_06_relative_position(implementation: ModuleType, device: torch.d
 @BOTH
 @pytest.mark.parametrize("n", [40, 43])
 def test_defect_09_blocks(implementation: ModuleType, n: int, device: torch.device) -> None:
-    """colt5-attention 0.11.2: route_block_size raises IndexError for more than one block. N = 43 has a tail of 3."""
+    """colt5-attention 0.11.2: route_block_size raises IndexError with several blocks. N = 43 has a tail of 3."""
     x, tokens = randn(1, n, 8, device=device), randn(2, 8, seed=1, device=device)
     found = implementation.route(x, tokens, 10, route_block_size=10)
     per_block = math.ceil(10 / math.ceil(n / 10))

@@ -1,0 +1,436 @@
+"""Backends, and the layer as a citizen of PyTorch: autocast, state, copies, determinism, imports, signatures."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from harness import DTYPES, check_identical
+from runs import baseline_layer, compare, oracle_layer, run_layer
+from strategies import LayerCase, generator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import optimized
+import reference
+
+BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
+ROOT = Path(optimized.__file__).parent.parent
+ATTENTION = optimized.backends()["routed_attention"]
+KERNELS = {  # what PyTorch calls the kernel of a backend, on the CPU and on CUDA
+    "torch_flash": ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
+    "torch_cudnn": (None, "_scaled_dot_product_cudnn_attention"),
+    "torch_efficient": (None, "_scaled_dot_product_efficient_attention"),
+    "math": ("_scaled_dot_product_attention_math", "_scaled_dot_product_attention_math"),
+}
+CASE = LayerCase(n=40, k_q=9, k_kv=11, dim_head=8, options={"cosine_sim_routing": True})
+LOCAL = replace(CASE, window=6)
+
+
+def build(
+    implementation: ModuleType,
+    case: LayerCase,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    **arguments: object,
+) -> nn.Module:
+    layer = implementation.MixtureOfAttention(**(case.arguments() | arguments), device=device, dtype=dtype)
+    layer.load_state_dict({name: t.to(dtype) for name, t in case.state().items()})
+    return layer.eval()
+
+
+def inputs(case: LayerCase, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return case.inputs()["x"].to(dtype).to(device)
+
+
+# --- choosing a backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", ["none", "random"])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_backend_matches_or_refuses(
+    name: str, window: int | None, mask: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Values and every gradient; a backend that can't serve says so and computes nothing."""
+    case = replace(CASE, window=window, mask=mask, seed=3)
+    layer = build(optimized, case, device, dtype)
+    given = {"mask": case.inputs()["mask"].to(device)} if mask != "none" else {}
+    report = optimized.explain(layer, inputs(case, device, dtype), **given).stages["routed_attention"]
+    refusal = None if report.backend == name else report.reasons[name]
+    routes = oracle_layer(case, dtype, device).routes
+    able = refusal is None or refusal.endswith("is preferred")
+    if not able:
+        refused = pytest.raises(ValueError, match="routed_attention: expected a backend that can run")
+        with refused, optimized.use_backends(routed_attention=name):
+            layer(inputs(case, device, dtype), **given)
+        return
+    with optimized.use_backends(routed_attention=name):
+        # Its own routes keep the layer on the path without a mask.
+        own = layer(inputs(case, device, dtype), **given)
+        if mask == "none" and name in ("torch_flash", "torch_cudnn") and device.type == "cuda":
+            assert own.isfinite().all()
+            return  # injected routes come with a mask, which these kernels don't take
+        actual = run_layer(optimized, case, dtype, device, routes=routes)
+    exact = oracle_layer(case, dtype, device, routes=routes)
+    baseline = baseline_layer(case, dtype, device, routes=routes)
+    compare(actual, exact, baseline, stage="mixture", dtype=dtype, backend=name)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_explain_tells_what_runs(name: str, device: torch.device) -> None:
+    """The kernel that the profiler sees is the one that `explain` names."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layer, x = build(optimized, CASE, device, dtype), inputs(CASE, device, dtype)
+    reasons = optimized.explain(layer, x).stages["routed_attention"].reasons
+    if not reasons.get(name, "is preferred").endswith("is preferred"):
+        return  # covered by test_every_backend_matches_or_refuses
+    kernel = KERNELS[name][device.type == "cuda"]
+    with optimized.use_backends(routed_attention=name):
+        assert optimized.explain(layer, x).stages["routed_attention"].backend == name
+        with torch.profiler.profile() as profile, torch.no_grad():
+            layer(x)
+    seen = {event.key.removeprefix("aten::") for event in profile.key_averages()}
+    assert kernel in seen
+    assert not seen & ({k for pair in KERNELS.values() for k in pair if k} - {kernel})
+
+
+def test_explain_prints_an_aligned_table(device: torch.device) -> None:
+    layer = build(optimized, LOCAL, device)
+    explanation = optimized.explain(layer, inputs(LOCAL, device))
+    assert set(explanation.stages) == {"routing", "routed_attention", "local_attention", "mixture"}
+    lines = str(explanation).splitlines()
+    column = lines[0].index("why")
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    assert "local_attention" not in optimized.explain(build(optimized, CASE, device), inputs(CASE, device)).stages
+    with pytest.raises(TypeError, match="module"):
+        optimized.explain(nn.Linear(2, 2), inputs(CASE, device))
+    with pytest.raises(ValueError, match="x: expected"):
+        optimized.explain(layer, inputs(CASE, device)[0])
+
+
+def test_flash_attn_false_keeps_flash_out(device: torch.device) -> None:
+    layer = build(optimized, LOCAL, device, flash_attn=False)
+    stages = optimized.explain(layer, inputs(LOCAL, device)).stages
+    for stage in ("routed_attention", "local_attention"):
+        assert "flash" not in stages[stage].backend
+        assert any(reason == "flash_attn=False" for reason in stages[stage].reasons.values())
+    with pytest.raises(ValueError, match="flash_attn=False"), optimized.use_backends(routed_attention="torch_flash"):
+        layer(inputs(LOCAL, device))
+
+
+def test_use_backends_sets_restores_and_refuses(device: torch.device) -> None:
+    layer, x = build(optimized, CASE, device), inputs(CASE, device)
+    automatic = optimized.explain(layer, x).stages["routed_attention"].backend
+
+    def current() -> str:
+        return optimized.explain(layer, x).stages["routed_attention"].backend
+
+    with optimized.use_backends(routed_attention="math"):
+        assert current() == "math"
+        with optimized.use_backends(routed_attention=None):
+            assert current() == automatic
+        assert current() == "math"
+    assert current() == automatic
+    with pytest.raises(RuntimeError), optimized.use_backends(routed_attention="math"):
+        raise RuntimeError
+    assert current() == automatic
+    optimized.use_backends(routed_attention="math")  # for good
+    assert current() == "math"
+    optimized.use_backends(routed_attention=None)
+    assert current() == automatic
+    with pytest.raises(TypeError, match="routed_attention, local_attention"):
+        optimized.use_backends(attention="math")
+    with pytest.raises(ValueError, match="routing: expected one of torch or None, got 'triton'"):
+        optimized.use_backends(routing="triton")
+    assert current() == automatic
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="got 'torch_cudnn': runs on CUDA"):
+            optimized.use_backends(routed_attention="torch_cudnn")
+
+
+def test_a_chosen_backend_never_gives_way(device: torch.device) -> None:
+    """Dropout rules flash out on the CPU, a mask on CUDA: explicitly chosen, it raises; by itself, another serves."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layer = build(optimized, CASE, device, dtype, dropout=0.5).train(device.type == "cpu")
+    x = inputs(CASE, device, dtype)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+    reason = "no dropout on the CPU" if device.type == "cpu" else "takes no mask"
+    assert layer(x, mask=mask).shape == x.shape
+    with optimized.use_backends(routed_attention="torch_flash"), pytest.raises(ValueError, match=reason):
+        layer(x, mask=mask)
+
+
+# --- autocast --------------------------------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
+def test_autocast(implementation: ModuleType, case: LayerCase, low: torch.dtype, device: torch.device) -> None:
+    """Output in x's dtype, gradients in the parameters'; the routers decide in float32 all the same."""
+    layer, x = build(implementation, case, device), inputs(case, device).requires_grad_()
+    plain, (q_plain, kv_plain) = layer(x, return_routes=True)
+    with torch.autocast(device.type, dtype=low):
+        out, (q_routes, kv_routes) = layer(x, return_routes=True)
+    for a, b in ((q_routes, q_plain), (kv_routes, kv_plain)):
+        check_identical(a.indices, b.indices)
+        check_identical(a.logits.detach(), b.logits.detach())
+    assert out.dtype == torch.float32
+    assert not torch.equal(out, plain), "autocast changed nothing"
+    assert (out - plain).norm() / plain.norm() < 0.03
+    out.square().sum().backward()
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in (x, *layer.parameters()))
+    # Half-precision input beside float32 parameters is autocast's business too.
+    with torch.autocast(device.type, dtype=low):
+        assert layer(x.detach().to(low)).dtype == low
+
+
+# --- state and copies ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, prenorm=False, dim_context=6, context=9)], ids=repr)
+def test_state_dict_both_ways(case: LayerCase, device: torch.device) -> None:
+    """The documented names and shapes; each implementation loads the other's, and computes the same with it."""
+    layers = {}
+    for implementation, other in ((reference, optimized), (optimized, reference)):
+        source = implementation.MixtureOfAttention(**case.arguments(), device=device)
+        assert {k: tuple(v.shape) for k, v in source.state_dict().items()} == {
+            k: tuple(v.shape) for k, v in case.state().items()
+        }
+        buffer = io.BytesIO()
+        torch.save(source.state_dict(), buffer)
+        buffer.seek(0)
+        target = other.MixtureOfAttention(**case.arguments(), device=device)
+        target.load_state_dict(torch.load(buffer, weights_only=True))
+        given = {k: v.to(device).float() if v.is_floating_point() else v.to(device) for k, v in case.inputs().items()}
+        torch.testing.assert_close(target.eval()(**given), source.eval()(**given), rtol=1e-4, atol=1e-5)
+        layers[implementation] = source
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layers[optimized].load_state_dict(layers[reference].state_dict() | {"surplus": torch.zeros(1)})
+
+
+@BOTH
+def test_public_checkpoint_loads(implementation: ModuleType, device: torch.device) -> None:
+    """Checkpoints of mixture-of-attention 0.0.25 hold the rotary frequencies, which are dropped; nothing else is."""
+    layer = implementation.MixtureOfAttention(**LOCAL.arguments(), device=device)
+    state = LOCAL.state()
+    public = state | {"local_attn.attn_fn.rel_pos.inv_freq": torch.arange(4.0)}
+    layer.load_state_dict(public)
+    assert "local_attn.attn_fn.rel_pos.inv_freq" in public, "the caller's dict is left alone"
+    with pytest.raises(RuntimeError, match="inv_freq"):
+        layer.load_state_dict(state | {"local_attn.other.inv_freq": torch.arange(4.0)})
+
+
+@BOTH
+def test_copies(implementation: ModuleType, device: torch.device) -> None:
+    layer, x = build(implementation, LOCAL, device), inputs(LOCAL, device)
+    out = layer(x).detach()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        check_identical(twin(x).detach(), out.clone())
+        with torch.no_grad():
+            twin.attn.to_q.weight.add_(1.0)
+        check_identical(layer(x).detach(), out.clone())
+    double = copy.deepcopy(layer).to(torch.float64)
+    torch.testing.assert_close(double(x.double()).float(), out, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_meta_construction_and_reset(implementation: ModuleType, device: torch.device) -> None:
+    """Built without memory, materialised, initialised: as if built at once, with the same random numbers."""
+    arguments = LOCAL.arguments()
+    layer = implementation.MixtureOfAttention(**arguments, device="meta")
+    assert all(p.is_meta for p in layer.parameters())
+    layer.to_empty(device=device)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(float("nan"))
+    layer.reset_parameters()
+    assert all(p.isfinite().all() for p in layer.parameters())
+    bound = arguments["dim"] ** -0.5
+    assert layer.attn.to_q.weight.abs().max() <= bound
+    assert layer.attn.to_q.weight.abs().max() > 0.8 * bound
+    assert 0.5 < layer.attn.null_kv.std() < 1.5
+
+
+@BOTH
+def test_functional_forms_agree(implementation: ModuleType, device: torch.device) -> None:
+    """no_grad, inference_mode, functional_call: the same output; checkpointing: the same gradients too."""
+    layer, x = build(implementation, LOCAL, device), inputs(LOCAL, device).requires_grad_()
+    out = layer(x)
+    with torch.no_grad():
+        check_identical(layer(x), out.detach().clone())
+    with torch.inference_mode():
+        check_identical(layer(x).clone(), out.detach().clone())
+    check_identical(
+        torch.func.functional_call(layer, dict(layer.named_parameters()), (x,)).detach(), out.detach().clone()
+    )
+    g = torch.randn(out.shape, generator=generator(1)).to(device)
+    leaves = [x, *layer.parameters()]
+    recomputed = checkpoint(layer, x, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(recomputed, leaves, g), torch.autograd.grad(out, leaves, g)):
+        check_identical(a, b)
+
+
+@BOTH
+def test_subsets_of_gradients(implementation: ModuleType, device: torch.device) -> None:
+    """A gradient exactly where one is asked for, equal to that of the full run."""
+    layer, x = build(implementation, LOCAL, device), inputs(LOCAL, device).requires_grad_()
+    g = torch.randn(x.shape, generator=generator(1)).to(device)
+    names = {"x": x, **dict(layer.named_parameters())}
+    full = dict(zip(names, torch.autograd.grad(layer(x), list(names.values()), g)))
+    for wanted in names:
+        for name, t in names.items():
+            t.requires_grad_(name == wanted)
+        layer(x).backward(g)
+        for name, t in names.items():
+            assert (t.grad is not None) == (name == wanted), f"{wanted} wanted, {name} looked at"
+        torch.testing.assert_close(names[wanted].grad, full[wanted], rtol=1e-4, atol=1e-5)
+        names[wanted].grad = None
+
+
+@BOTH
+def test_inputs_are_left_alone_and_calls_repeat(implementation: ModuleType, device: torch.device) -> None:
+    case = replace(CASE, mask="random", rotary=True)
+    layer = build(implementation, case, device)
+    given = {k: (v.float() if v.is_floating_point() else v).to(device) for k, v in case.inputs().items()}
+    before = {k: v.clone() for k, v in given.items()}
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    first = layer(**given)
+    first.sum().backward()
+    check_identical(layer(**given).detach(), first.detach().clone())
+    for name, t in given.items():
+        check_identical(t, before[name])
+    for name, t in layer.state_dict().items():
+        check_identical(t, state[name])
+
+
+@BOTH
+@pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
+def test_determinism(
+    implementation: ModuleType, case: LayerCase, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward bitwise always; backward under use_deterministic_algorithms, which fills new memory with NaN."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    layer, x = build(implementation, case, device), inputs(case, device).requires_grad_()
+    g = torch.randn(x.shape, generator=generator(1)).to(device)
+    out = layer(x).detach()
+    for _ in range(3):
+        check_identical(layer(x).detach(), out.clone())
+    leaves = [x, *layer.parameters()]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        runs = [torch.autograd.grad(layer(x), leaves, g) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in runs[1:]:
+        for a, b in zip(other, runs[0]):
+            assert a.isfinite().all()
+            check_identical(a, b)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_new_values(device: torch.device) -> None:
+    layer, x = build(optimized, LOCAL, device, torch.bfloat16), inputs(LOCAL, device, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        out = layer(x)
+    for seed in (1, 2):
+        x.copy_(torch.randn(x.shape, generator=generator(seed)))
+        graph.replay()
+        with torch.no_grad():
+            check_identical(out, layer(x))
+
+
+# --- the packages ----------------------------------------------------------------------------------------------------
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_packages_share_no_code() -> None:
+    """Neither package imports the other, but for the job that compares them."""
+    for path in (ROOT / "reference").rglob("*.py"):
+        assert "optimized" not in imported(path), path.name
+    importers = {p.name for p in (ROOT / "optimized").rglob("*.py") if "reference" in imported(p)}
+    assert importers == {"__main__.py"}
+    assert imported(ROOT / "reference" / "oracle.py") <= {"__future__", "math", "numpy", "typing", "collections"}
+
+
+def child(program: str) -> str:
+    """Output of a Python program run from the checkout."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_optional_parts_are_imported_lazily() -> None:
+    out = child("""
+        import sys
+        import optimized, reference, reference.testing, reference.oracle
+        print([name for name in ("matplotlib", "flash_attn", "hypothesis", "pytest", "rich") if name in sys.modules])
+    """)
+    assert out.strip() == "[]"
+
+
+def test_signatures_hold_at_run_time() -> None:
+    """jaxtyping checks every annotated shape and dtype while both layers run, and rejects a wrong one."""
+    out = child("""
+        from jaxtyping import install_import_hook
+        with install_import_hook(["reference", "optimized"], "beartype.beartype"):
+            import optimized, reference
+            from optimized.routed_attention import rms_norm
+        import torch
+        torch.set_num_threads(1)
+        runs = 0
+        for package in (reference, optimized):
+            for options in (
+                {}, {"local_attn": True, "local_attn_window_size": 3}, {"solver": "exact", "route_block_size": 7},
+                {"dim_context": 6}, {"learned_routing_tokens": True}, {"num_routed_queries": 50, "prenorm": False},
+            ):
+                arguments = {"num_routed_queries": 5, "num_routed_key_values": 4, "num_experts": 3} | options
+                layer = package.MixtureOfAttention(16, **arguments, dim_head=4, heads=2)
+                x = torch.randn(2, 20, 16, requires_grad=True)
+                given = {"mask": torch.rand(2, 20) < 0.8}
+                if "dim_context" in options:
+                    given |= {"context": torch.randn(2, 9, 6), "context_mask": torch.rand(2, 9) < 0.8}
+                else:
+                    given["rotary_emb"] = torch.randn(20, 4)
+                if "learned_routing_tokens" in options:
+                    given["query_routing_tokens"] = torch.randn(3, 16)
+                    given["key_value_routing_tokens"] = torch.randn(2, 3, 16)
+                out, routes = layer(x, **given, return_routes=True)
+                out.square().sum().backward()
+                runs += 1
+        try:
+            rms_norm(torch.randn(3, 2, 4, 16), torch.randn(3, 15))
+        except Exception as error:
+            print(runs, type(error).__name__)
+    """)
+    assert out.split() == ["12", "TypeCheckError"]
