@@ -36,11 +36,11 @@ FILE_BUDGET_SECONDS = {
     "test_routing.py": 120,
     "test_local_attention.py": 60,
     "test_routed_attention.py": 90,
-    "test_mixture.py": 180,
+    "test_mixture.py": 150,
     "test_validation.py": 40,
     "test_public_defects.py": 40,
     "test_backends.py": 60,
-    "test_operators.py": 60,
+    "test_operators.py": 90,
     "test_examples.py": 20,
     "test_main.py": 30,
 }

@@ -69,7 +69,7 @@ def _efficient(r: Request) -> str | None:
 def _cudnn(r: Request) -> str | None:
     if not r.allow_flash:
         return "flash_attn=False"
-    if r.device.type == "cuda" and not torch.backends.cudnn.is_available():
+    if r.device.type == "cuda" and not _cudnn_available():
         return "cuDNN is not available"
     if r.dim_head % 8:
         return f"dim_head {r.dim_head} is no multiple of 8"
@@ -78,12 +78,22 @@ def _cudnn(r: Request) -> str | None:
     return _cuda_half(r, max_dim_head=128)
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_available() -> bool:
+    return torch.backends.cudnn.is_available()
+
+
 def _cuda_half(r: Request, max_dim_head: int) -> str | None:
     if r.device.type != "cuda":
         return f"runs on CUDA, not on {r.device.type}"
     if r.dtype not in HALF:
         return f"float16 and bfloat16 only, not {r.dtype}"
-    if torch.cuda.get_device_capability(r.device) < (8, 0):
+    if _capability(r.device) < (8, 0):
         return "needs compute capability 8.0"
     if r.dim_head > max_dim_head:
         return f"dim_head {r.dim_head} > {max_dim_head}"

@@ -72,6 +72,8 @@ def _check(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator:
     validation.flag("random_route", random_route)
     if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
         validation.reject("generator", "a torch.Generator, with random_route=True only", validation.describe(generator))
+    if generator is not None and generator.device.type != x.device.type:
+        validation.reject("generator", f"a generator on {x.device}", f"one on {generator.device}")
 
 
 def _route(

@@ -83,6 +83,8 @@ def check_router_input(
     check_bool("random_route", random_route)
     if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
         fail("generator", "a torch.Generator together with random_route=True", describe(generator))
+    if generator is not None and generator.device.type != x.device.type:
+        fail("generator", f"a generator on {x.device}", f"one on {generator.device}")
 
 
 def _route(

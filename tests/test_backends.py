@@ -342,6 +342,16 @@ def test_determinism(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_in_half_precision(low: torch.dtype, device: torch.device) -> None:
+    """The probes of the CUDA backends are traced too: no graph break, and the same numbers as eager."""
+    torch.compiler.reset()
+    layer, x = build(optimized, LOCAL, device, low), inputs(LOCAL, device, low)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    check_identical(compiled(x).detach(), layer(x).detach())
+
+
+@pytest.mark.gpu
 def test_cuda_graph_replays_new_values(device: torch.device) -> None:
     layer, x = build(optimized, LOCAL, device, torch.bfloat16), inputs(LOCAL, device, torch.bfloat16)
     stream = torch.cuda.Stream()

@@ -199,9 +199,14 @@ def test_optimized_matches_around_the_longest_block(n: int, window: int, causal:
 
 
 @BOTH
-@pytest.mark.parametrize("case", [LocalCase(batch=1, n=6, dim=3, window=2, dim_head=2, mask="random"),
-                                  LocalCase(batch=1, n=5, dim=4, window=1, dim_head=2, causal=True, norm=False)],
-                         ids=["norm", "causal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        LocalCase(batch=1, n=6, dim=3, window=2, dim_head=2, mask="random"),
+        LocalCase(batch=1, n=5, dim=4, window=1, dim_head=2, causal=True, norm=False),
+    ],
+    ids=["norm", "causal"],
+)
 def test_gradcheck(implementation: ModuleType, case: LocalCase, device: torch.device) -> None:
     t = {name: v.to(device).requires_grad_() for name, v in case.leaves().items()}
     mask = case.valid(device)

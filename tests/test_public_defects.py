@@ -70,13 +70,12 @@ def test_defect_01_documented_constructor_arguments(implementation: ModuleType) 
 
 
 def assert_unit_rms(attend: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> None:
-    """v = W_v norm(x) with W_v the identity is read off the attention of a single token whose null value is 0.
+    """norm(x) is read off the attention over a single token, with W_v and W_out the identity.
 
-    With a null key that never wins (logit -inf is out of reach, so it is subtracted) the output is p * norm(x), p
-    known.
+    W_q is 0, so that the token and the null key, whose value is 0, have one half of the weight each.
     """
     x = 7.3 * randn(1, 1, dim, seed=5, device=device)
-    normed = 2 * attend(x)[0, 0, 0]  # q = 0, so the null key and the token share the weight: one half each
+    normed = 2 * attend(x)[0, 0, 0]
     assert abs(normed.square().mean().sqrt().item() - 1) < 1e-9
     assert torch.allclose(normed, x[0, 0] / x.square().mean().sqrt())
 

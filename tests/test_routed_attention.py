@@ -311,9 +311,14 @@ def test_reference_matches_the_oracle(case: AttentionCase, device: torch.device)
 
 
 @BOTH
-@pytest.mark.parametrize("case", [AttentionCase(n=5, k_q=3, k_kv=4, dim=3, dim_head=2, rotary=True),
-                                  AttentionCase(n=5, m=4, k_q=3, k_kv=3, dim=3, dim_context=2, dim_head=2, norm="none")],
-                         ids=["self", "cross"])  # fmt: skip
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(n=5, k_q=3, k_kv=4, dim=3, dim_head=2, rotary=True),
+        AttentionCase(n=5, m=4, k_q=3, k_kv=3, dim=3, dim_context=2, dim_head=2, norm="none"),
+    ],
+    ids=["self", "cross"],
+)
 def test_gradcheck(implementation: ModuleType, case: AttentionCase, device: torch.device) -> None:
     t = case.inputs(device)
     names = [n for n in NAMES if t.get(n) is not None]
