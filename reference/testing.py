@@ -117,10 +117,11 @@ def assert_matches(
     base = (b - o).abs().nan_to_num(0.0, 0.0, 0.0) * (torch.finfo(actual.dtype).eps / torch.finfo(baseline.dtype).eps)
 
     c, floor, small_row, _ = STAGES[stage]
-    element_budget = c * base.max() + floor * eps * o.abs().max().clamp_min(scale)
+    tiny = torch.finfo(torch.float64).tiny  # no square and no budget underflows to zero
+    element_budget = (c * base.max() + floor * eps * o.abs().max().clamp_min(scale)).clamp_min(tiny)
     width = next((size for size in reversed(o.shape) if size > 1), 1)  # (E, D, 1) has rows of D
     rows = [t.reshape(-1, width) if t.ndim > 1 else t.reshape(1, -1) for t in (error, base, o)]
-    largest = o.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # so that no square underflows
+    largest = o.abs().max().clamp_min(tiny)
     error_norm, base_norm, norm = (torch.linalg.vector_norm(t / largest, dim=-1) for t in rows)
     norm = norm + small_row * norm.max()
     row_error = error_norm / norm

@@ -60,6 +60,8 @@ def draw_mask(batch: int, n: int, kind: str, seed: int) -> Tensor | None:
         return ~torch.nn.functional.one_hot(torch.randint(max(n, 1), (batch,), generator=g), max(n, 1)).bool()[:, :n]
     if kind == "suffix":
         return torch.arange(n) < torch.randint(0, n + 1, (batch, 1), generator=g)
+    if kind == "long_suffix":
+        return torch.arange(n) < torch.randint(n // 2, n + 1, (batch, 1), generator=g)
     return torch.rand(batch, n, generator=g) < 0.7
 
 

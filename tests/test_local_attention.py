@@ -12,7 +12,7 @@ import torch
 from harness import DTYPES, check, check_identical, counted, expectation
 from hypothesis import example, given
 from hypothesis import strategies as st
-from runs import BASELINE_OF, cast, compare, watch_softmax
+from runs import BASELINE_OF, cast, compare, watch_attention
 from strategies import COTANGENTS, LAYOUTS, MASKS, SEEDS, VALUES, cotangent, draw, draw_mask, generator, lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,7 +99,7 @@ def run(
             for name, v in t.items()
         }
     t = {name: v.detach().requires_grad_() for name, v in t.items()}
-    with watch_softmax() as sizes:
+    with watch_attention() as sizes:
         out = call(implementation, case, t, mask)
     g = cotangent(tuple(out.shape), case.cotangent, case.seed)
     g = (
@@ -140,7 +140,7 @@ def sized_for_half(case: LocalCase) -> LocalCase:
         dim_head=max(case.dim_head, 8),
         norm=case.norm or case.values != "normal",
         values="normal" if case.values in ("constant", "tiny", "ties", "integer") else case.values,
-        mask="random" if case.mask == "none_valid" else case.mask,
+        mask={"none_valid": "random", "suffix": "long_suffix"}.get(case.mask, case.mask),
         cotangent="dense" if case.cotangent == "one_hot" else case.cotangent,
     )
 

@@ -18,7 +18,7 @@ import torch
 from harness import DTYPES, check, check_identical, counted, expectation
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import BASELINE_OF, cast, compare, watch_softmax
+from runs import BASELINE_OF, cast, compare, token_gain, watch_attention
 from strategies import COTANGENTS, LAYOUTS, SEEDS, VALUES, cotangent, draw, generator, lay_out
 from torch import Tensor
 
@@ -207,7 +207,7 @@ def run(
     if hostile:
         for n in leaves.keys() - set(case.needs_grad):
             leaves.pop(n).requires_grad_(False)
-    with watch_softmax() as sizes:
+    with watch_attention() as sizes:
         out = call(implementation, t, **options)
     assert out.requires_grad == bool(leaves)
     if not leaves:
@@ -289,7 +289,8 @@ def test_optimized_matches(case: AttentionCase, dtype: torch.dtype, device: torc
     baseline = run(reference, case, dtype, device, dtype=BASELINE_OF.get(dtype, dtype))
     actual = run(optimized, case, dtype, device, hostile=True)
     assert actual.out.dtype == dtype
-    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype)
+    gain = token_gain(*(t for name, t in case.inputs(device).items() if name in ("x", "context") and t is not None))
+    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, token_gain=gain)
 
 
 @given(case=attention_cases(values=("normal", "tiny", "integer", "ties")))

@@ -147,6 +147,14 @@ def test_zeros_must_be_exact_and_nan_in_place() -> None:
             assert_matches(torch.tensor(wrong), oracle, oracle.float(), stage="logits", expect="nan")
 
 
+def test_numbers_whose_budget_underflows() -> None:
+    """Scores far below the cut are of the order of 1e-308; eps times that is 0, and 0 / 0 once failed a right result."""
+    oracle = torch.tensor([0.0, 3e-308, 1e-310], dtype=torch.float64)
+    assert assert_matches(oracle.clone(), oracle, oracle.float(), stage="scores").fraction == 0
+    with pytest.raises(AssertionError):
+        assert_matches(oracle + 1e-300, oracle, oracle.clone(), stage="scores")
+
+
 def test_precision_of_the_chain(device: torch.device) -> None:
     """A float32 result of a bfloat16 computation is held to bfloat16, and only when this is said."""
     oracle = torch.randn(30, 16, generator=generator(3), dtype=torch.float64).to(device)
@@ -194,7 +202,7 @@ def test_value_regimes(values: str) -> None:
     assert {"constant": distinct == 1, "ties": distinct <= 10}.get(values, distinct > 20)
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", [*MASKS, "long_suffix"])
 def test_masks(kind: str) -> None:
     mask = draw_mask(4, 11, kind, 2)
     if kind == "none":
@@ -208,6 +216,7 @@ def test_masks(kind: str) -> None:
         "all_but_one": all(c == 10 for c in counts),
         "none_valid": 0 in counts,
         "suffix": bool((mask.long().diff(dim=1) <= 0).all()),
+        "long_suffix": bool((mask.long().diff(dim=1) <= 0).all()) and min(counts) >= 5,
         "random": len(set(counts)) > 1,
     }
     assert held[kind]
