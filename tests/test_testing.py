@@ -148,7 +148,7 @@ def test_zeros_must_be_exact_and_nan_in_place() -> None:
 
 
 def test_numbers_whose_budget_underflows() -> None:
-    """Scores far below the cut are of the order of 1e-308; eps times that is 0, and 0 / 0 once failed a right result."""
+    """Scores far below the cut reach 1e-308; eps times that is 0, and 0 / 0 once failed a right result."""
     oracle = torch.tensor([0.0, 3e-308, 1e-310], dtype=torch.float64)
     assert assert_matches(oracle.clone(), oracle, oracle.float(), stage="scores").fraction == 0
     with pytest.raises(AssertionError):
