@@ -469,6 +469,7 @@ def test_reference_route_matches_the_oracle(case: RouterCase, device: torch.devi
 @given(case=router_cases(values=(*OFF_BAND, "integer")))
 @example(case=RouterCase(n=8, k=8))
 @example(case=RouterCase(n=16, k=15))
+@example(case=RouterCase(n=16, k=15, options={"straight_through": False, "n_iters": 2}))  # mass min(K * 9/8, N) = N
 @counted
 def test_optimized_route_matches(case: RouterCase, device: torch.device) -> None:
     """Decisions identical, scores and gradients of x and routing tokens within budget, float64."""
