@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,21 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Seeds the test by its own name, and passes its ledger on to the report (across processes too)."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
     ledger = harness.begin()
+    before = compilations()
     try:
         return (yield)
     finally:
         rows = [[*key, fraction] for key, fraction in ledger.worst.items()]
-        item.user_properties.append(("ledger", {"examples": max(ledger.examples, 1), "worst": rows}))
+        made = {kind: n - before[kind] for kind, n in compilations().items()}
+        entry = {"examples": max(ledger.examples, 1), "worst": rows, "compilations": made}
+        item.user_properties.append(("ledger", entry))
+
+
+def compilations() -> Counter[str]:
+    """Distinct graphs that torch.compile made in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return Counter({"torch.compile graphs": int(counters["stats"]["unique_graphs"])})
 
 
 def version(distribution: str) -> str:
@@ -192,9 +202,19 @@ def collect(reports: list[Any]) -> tuple[list[dict[str, Any]], dict[str, float]]
     return [rows[key] for key in sorted(rows)], seconds
 
 
+def compilations_of(reports: list[Any]) -> Counter[str]:
+    made: Counter[str] = Counter()
+    for report in reports:
+        if report.when == "call":
+            made.update(dict(report.user_properties).get("ledger", {}).get("compilations", {}))
+    return made
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    reports = [r for kind in ("passed", "failed", "error", "") for r in terminalreporter.stats.get(kind, [])]
-    rows, seconds = collect([r for r in reports if hasattr(r, "user_properties")])
+    stats = terminalreporter.stats
+    reports = [r for kind in ("passed", "failed", "error", "") for r in stats.get(kind, [])]
+    reports = [r for r in reports if hasattr(r, "user_properties")]
+    rows, seconds = collect(reports)
     if not rows:
         return
     table = Table(title="worst error as a fraction of its budget (see reference/testing.py)", title_justify="left")
@@ -215,8 +235,10 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     console.print(table)
     for line in over_budget(config, seconds):
         terminalreporter.write_line(line, red=True)
+    made = compilations_of(reports)
+    terminalreporter.write_line("compilations: " + ", ".join(f"{n} {kind}" for kind, n in made.items()))
     if config.option.report:
-        write_report(config, terminalreporter, rows, seconds)
+        write_report(config, terminalreporter, rows, seconds, made)
 
 
 def over_budget(config: pytest.Config, seconds: dict[str, float]) -> list[str]:
@@ -239,14 +261,28 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def write_report(config: pytest.Config, reporter: Any, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+def write_report(
+    config: pytest.Config,
+    reporter: Any,
+    rows: list[dict[str, Any]],
+    seconds: dict[str, float],
+    made: Counter[str],
+) -> None:
     worst: dict[str, float] = {}
     for row in rows:
         if row["worst"] is not None:
             key = f"{row['stage']} {row['dtype']}"
             worst[key] = max(worst.get(key, 0.0), row["worst"])
     outcomes = {k: len(reporter.stats.get(k, [])) for k in ("passed", "failed", "error", "skipped", "deselected")}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    describe = [
+        "git",
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--exclude=*",
+        "--dirty=, with changes: the hashes decide",
+    ]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     report = {
         "device": config.option.device,
         "hardware": hardware(config.option.device),
@@ -256,7 +292,7 @@ def write_report(config: pytest.Config, reporter: Any, rows: list[dict[str, Any]
         "outcomes": outcomes,
         "seconds": round(time.time() - _start_time(reporter), 1),
         "seconds_by_file": {file: round(taken, 1) for file, taken in sorted(seconds.items())},
-        "compilations": compilations(),
+        "compilations": dict(made),
         "examples": sum(row["examples"] for row in rows),
         "worst_fraction": {key: round(value, 4) for key, value in sorted(worst.items())},
         "properties": [{**r, "seconds": round(r["seconds"], 2)} for r in rows],
@@ -268,10 +304,3 @@ def write_report(config: pytest.Config, reporter: Any, rows: list[dict[str, Any]
 def _start_time(reporter: Any) -> float:
     start = getattr(reporter, "_session_start", None)
     return start.time if start is not None else reporter._sessionstarttime
-
-
-def compilations() -> dict[str, int]:
-    """Distinct graphs that torch.compile made in this process."""
-    from torch._dynamo.utils import counters
-
-    return {"torch.compile graphs": int(counters["stats"]["unique_graphs"])}
