@@ -50,7 +50,7 @@ def draw(reports: dict[str, dict[str, Any]]) -> None:
         axis.axvline(1, color="black", lw=1)
         axis.set(xscale="log", xlim=(8e-4, 2), xlabel="worst error / budget (1 fails)")
         axis.set_yticks(range(len(STAGES)), [s.replace("_", " ") for s in STAGES])
-        axis.invert_yaxis()
+        axis.set_ylim(len(STAGES) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.set_title(f"{report['hardware']['name']}: {report['examples']} examples", fontsize=9)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
