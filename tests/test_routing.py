@@ -517,8 +517,11 @@ def test_optimized_route_matches(case: RouterCase, device: torch.device) -> None
             continue
         # Every step passes on a relative error of the size of the exponentials'; sums over tokens or slots may cancel.
         growth = case.options.get("n_iters", 20) * conditioning(expected.logits, eps)
-        partner = tokens_ref if name == "x" else x_ref
-        terms = 0.0 if case.options.get("cosine_sim_routing") else (g.abs().max() * partner.abs().max() / eps).item()
+        own, partner = (x_ref, tokens_ref) if name == "x" else (tokens_ref, x_ref)
+        slope = partner.abs().max()
+        if case.options.get("cosine_sim_routing"):
+            slope = case.options.get("cosine_sim_scale", 8.0) / own.norm(dim=-1).min()
+        terms = (g.abs().max() * slope / eps).item()
         scale = growth * max(e.abs().max().item(), terms)
         check(a, e, b, stage="router_gradient", name=name, expect=expectation(e), scale=scale)
 
