@@ -72,16 +72,15 @@ def assert_matches(
 
     Args:
         actual: any shape. oracle: the same shape in float64. baseline: the same shape, in actual's dtype; for a
-        float64 actual
-            it may be float32, and its error then counts scaled by eps(float64) / eps(float32).
+            float64 actual it may be float32, and its error then counts scaled by eps(float64) / eps(float32).
         stage: a key of `STAGES`. name: for the message.
         expect: an oracle that is empty, constant, zero or holds NaN proves little and is refused, unless it is
-        announced
-            as "empty", "constant", "zeros" (actual must be exactly zero) or "nan". The announcement must be true.
+            announced as "empty", "constant", "zeros" (actual must be exactly zero) or "nan". The announcement must be
+            true.
         scale: magnitude of the terms that a result sums up, where they cancel; the largest element of the oracle
-        counts anyway.
+            counts anyway.
         precision: dtype of the computation, where it is lower than that of the result (a float32 gradient of a
-        bfloat16 chain).
+            bfloat16 chain).
     NaN and infinities must stand where the oracle has them. Tensors that share memory are refused.
     Raises AssertionError for a mismatch, TypeError or ValueError for arguments of the wrong kind.
     """

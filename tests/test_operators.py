@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -230,13 +230,11 @@ DESCENTS = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("options", DESCENTS.values(), ids=DESCENTS)
-def test_gradcheck_of_coordinate_descent(options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
-    mask = MASK if masked else None
-    logits = away_from_kinks("coordinate_descent", mask, options).to(device)
-    mask = None if mask is None else mask.to(device)
-    for call, batched in ((ops.descend, True), (torch.ops.moa.coordinate_descent, False)):
+def check_both_forms(
+    function: Callable[..., Any], operator: Any, logits: Tensor, mask: Tensor | None, options: tuple[Any, ...]
+) -> None:
+    """gradcheck of a solver as called here (which torch.func can batch) and as registered, in two layouts."""
+    for call, batched in ((function, True), (operator, False)):
         for layout in ("contiguous", "transposed"):
             leaf = lay_out(logits, layout).detach().requires_grad_()
             assert gradcheck(
@@ -250,20 +248,21 @@ def test_gradcheck_of_coordinate_descent(options: tuple[Any, ...], masked: bool,
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("options", DESCENTS.values(), ids=DESCENTS)
+def test_gradcheck_of_coordinate_descent(options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
+    mask = MASK if masked else None
+    logits = away_from_kinks("coordinate_descent", mask, options).to(device)
+    mask = None if mask is None else mask.to(device)
+    check_both_forms(ops.descend, torch.ops.moa.coordinate_descent, logits, mask, options)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("options", [(3.375, 0.5), (2.0, 0.3), (1.5, 1.0)], ids=str)
 def test_gradcheck_of_capped_simplex(options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
     mask = MASK if masked else None
     logits = away_from_kinks("capped_simplex", mask, options).to(device)
     mask = None if mask is None else mask.to(device)
-    for call, batched in ((ops.cap, True), (torch.ops.moa.capped_simplex, False)):
-        for layout in ("contiguous", "transposed"):
-            leaf = lay_out(logits, layout).detach().requires_grad_()
-            assert gradcheck(
-                lambda s, call=call: call(s, mask, *options)[0],
-                leaf,
-                check_grad_dtypes=True,
-                check_batched_grad=batched,
-            )
+    check_both_forms(ops.cap, torch.ops.moa.capped_simplex, logits, mask, options)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
