@@ -6,6 +6,8 @@ taken, in the order listed; a chosen one that can't serve raises and never gives
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,38 +34,132 @@ class Request:
 
 @dataclass(frozen=True)
 class Backend:
-    """obstacle(request): None, or in words why this backend can't serve it. kernel: for attention, PyTorch's."""
+    """obstacle(request): None, or in words why this backend can't serve it. kernel: PyTorch's, of banded blocks."""
 
     name: str
     obstacle: Callable[[Request], str | None]
     kernel: SDPBackend | None = None
+
+    @property
+    def triton(self) -> bool:
+        return self.name.startswith("triton")
+
+
+def _constant(probe: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Probed once in a process, and not traced by torch.compile."""
+    cached = functools.cache(probe)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(probe)
+    def constant(*arguments: object) -> str | None:
+        return cached(*arguments)
+
+    return constant
 
 
 def _always(request: Request) -> str | None:
     return None
 
 
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+@_constant
+def _triton_state() -> str | None:
+    """missing, compiled or interpreted: decided when the kernels are first imported."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from optimized.kernels.rows import load_row
+    except ImportError:
+        return "missing"
+    return "interpreted" if isinstance(load_row, InterpretedFunction) else "compiled"
+
+
+def _triton(r: Request) -> str | None:
+    if not r.allow_triton:
+        return "use_triton=False"
+    if r.device.type != "cuda":
+        return f"runs on CUDA, not on {r.device.type}"
+    if _triton_state() != "compiled":
+        return "Triton is not installed" if _triton_state() == "missing" else "TRITON_INTERPRET=1 is set"
+    return None if _capability(r.device) >= (8, 0) else "needs compute capability 8.0"
+
+
+def _triton_interpreted(r: Request) -> str | None:
+    """Slow, for tests, hence listed last."""
+    if not r.allow_triton:
+        return "use_triton=False"
+    if _triton_state() != "interpreted":
+        return "Triton is not installed" if _triton_state() == "missing" else "needs TRITON_INTERPRET=1"
+    return None if r.device.type == "cpu" else f"runs on the CPU, not on {r.device.type}"
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
 def _flash(r: Request) -> str | None:
     if not r.allow_flash:
         return "flash_attn=False"
-    if r.dropout and r.device.type == "cpu":
-        return "no dropout on the CPU"
-    if r.empty:
-        return "an empty query or key dimension"
     if r.device.type == "cpu":
-        return None
-    return _cuda_half(r, max_dim_head=256) or ("takes no mask" if r.masked else None)
+        return "no dropout on the CPU" if r.dropout else None
+    return _cuda_half(r, max_dim_head=256)
+
+
+def _flash_attn_2(r: Request) -> str | None:
+    if not r.allow_flash:
+        return "flash_attn=False"
+    return _cuda_half(r, max_dim_head=256) or _flash_2_obstacle(r.device, r.dtype, -(-r.dim_head // 8) * 8)
+
+
+@_constant
+def _flash_2_obstacle(device: torch.device, dtype: torch.dtype, dim_head: int) -> str | None:
+    """By a run, since a build may leave head dimensions out, which no version number tells."""
+    missing = _import_obstacle("flash_attn.flash_attn_interface", "flash-attn 2")
+    if missing:
+        return missing
+    from optimized.attention import flash_attn_2
+
+    q = torch.zeros(1, 8, 1, dim_head, device=device, dtype=dtype)
+    arguments = (None, 0.0, -1, False, 1.0)
+    try:
+        out, lse, state = flash_attn_2.forward(q, q, q, *arguments)
+        flash_attn_2.backward(q, q, q, q, out, lse, state, *arguments)
+    except RuntimeError as error:
+        return f"flash-attn 2 failed for dim_head {dim_head}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _flash_attn_4(r: Request) -> str | None:
+    if not r.allow_flash:
+        return "flash_attn=False"
+    if r.dropout:
+        return "no dropout"
+    obstacle = _cuda_half(r, max_dim_head=256)
+    if obstacle:
+        return obstacle
+    if _capability(r.device)[0] not in (9, 10, 11):
+        return "needs compute capability 9.0, 10.x or 11.x"
+    if r.dim_head > 128 and _capability(r.device)[0] > 9:
+        return f"dim_head {r.dim_head} > 128"
+    return _import_obstacle("flash_attn.cute.interface", "flash-attn 4")
+
+
+@_constant
+def _import_obstacle(module: str, package: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return f"{package} is not installed"
+    except ImportError as error:
+        return f"{package} can't be imported: {error}"
+    return None
 
 
 def _efficient(r: Request) -> str | None:
     if r.device.type != "cuda":
         return f"runs on CUDA, not on {r.device.type}"
-    if r.dtype == torch.float64:
-        return "no float64"
-    aligned = 4 if r.dtype == torch.float32 else 8  # 16 bytes
-    if r.dim_head % aligned:
-        return f"dim_head {r.dim_head} is no multiple of {aligned}"
-    return "an empty query or key dimension" if r.empty else None
+    return "no float64" if r.dtype == torch.float64 else None
 
 
 def _cudnn(r: Request) -> str | None:
@@ -71,8 +167,6 @@ def _cudnn(r: Request) -> str | None:
         return "flash_attn=False"
     if r.device.type == "cuda" and not _cudnn_available():
         return "cuDNN is not available"
-    if r.dim_head % 8:
-        return f"dim_head {r.dim_head} is no multiple of 8"
     if r.dropout or r.masked:
         return "used here without dropout and mask only"
     return _cuda_half(r, max_dim_head=128)
@@ -95,22 +189,73 @@ def _cuda_half(r: Request, max_dim_head: int) -> str | None:
         return f"float16 and bfloat16 only, not {r.dtype}"
     if _capability(r.device) < (8, 0):
         return "needs compute capability 8.0"
-    if r.dim_head > max_dim_head:
-        return f"dim_head {r.dim_head} > {max_dim_head}"
+    return f"dim_head {r.dim_head} > {max_dim_head}" if r.dim_head > max_dim_head else None
+
+
+# --- sliding window --------------------------------------------------------------------------------------------------
+
+
+def _windowed(obstacle: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """Flash kernels with a window take no mask, and positions can't be packed."""
+
+    def windowed(r: Request) -> str | None:
+        if r.device.type != "cuda":
+            return f"its window runs on CUDA, not on {r.device.type}"
+        return obstacle(r) or ("takes no mask" if r.masked else None)
+
+    return windowed
+
+
+def _flex(r: Request) -> str | None:
+    if not r.allow_triton:
+        return "use_triton=False"
+    if r.device.type != "cuda":
+        return f"runs on CUDA, not on {r.device.type}"
+    if r.dtype == torch.float64:
+        return "no float64"
     return "an empty query or key dimension" if r.empty else None
 
 
-ATTENTION = (
-    Backend("torch_flash", _flash, SDPBackend.FLASH_ATTENTION),
-    Backend("torch_cudnn", _cudnn, SDPBackend.CUDNN_ATTENTION),
-    Backend("torch_efficient", _efficient, SDPBackend.EFFICIENT_ATTENTION),
-    Backend("math", _always, SDPBackend.MATH),
-)
+def _banded_flash(r: Request) -> str | None:
+    if not r.allow_flash:
+        return "flash_attn=False"
+    if r.device.type != "cpu":
+        return f"takes the mask of a band on the CPU only, not on {r.device.type}"
+    return "an empty query or key dimension" if r.empty else None
+
+
+def _banded_efficient(r: Request) -> str | None:
+    obstacle = _efficient(r)
+    if obstacle:
+        return obstacle
+    aligned = 4 if r.dtype == torch.float32 else 8  # 16 bytes
+    if r.dim_head % aligned:
+        return f"dim_head {r.dim_head} is no multiple of {aligned}"
+    return "an empty query or key dimension" if r.empty else None
+
+
+TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
 REGISTRY: dict[str, tuple[Backend, ...]] = {
-    "routing": (Backend("torch", _always),),
-    "routed_attention": ATTENTION,
-    "local_attention": tuple(Backend(f"banded_{b.name}", b.obstacle, b.kernel) for b in ATTENTION),
-    "mixture": (Backend("torch", _always),),
+    "routing": TRITON,
+    "dispatch": TRITON,
+    "routed_attention": (
+        Backend("flash_attn_4", _flash_attn_4),
+        Backend("torch_cudnn", _cudnn),
+        Backend("flash_attn_2", _flash_attn_2),
+        Backend("torch_flash", _flash),
+        Backend("torch_efficient", _efficient),
+        Backend("math", _always),
+    ),
+    "local_attention": (
+        Backend("flash_attn_4", _windowed(_flash_attn_4)),
+        Backend("flash_attn_2", _windowed(_flash_attn_2)),
+        Backend("torch_flash", _windowed(_flash)),
+        Backend("banded_torch_flash", _banded_flash, SDPBackend.FLASH_ATTENTION),
+        Backend("banded_torch_efficient", _banded_efficient, SDPBackend.EFFICIENT_ATTENTION),
+        Backend("banded_math", _always, SDPBackend.MATH),
+        Backend("flex_attention", _flex),
+    ),
+    "mixture": TRITON,
 }
 _chosen: dict[str, str | None] = dict.fromkeys(REGISTRY)
 

@@ -47,7 +47,8 @@ def explain(module: MixtureOfAttention, x: Tensor, **forward_arguments: Any) -> 
     checked = ("context", "mask", "context_mask", "num_routed_queries", "num_routed_key_values", "rotary_emb", "routes")
     module._check(x, *(a.get(name) for name in checked))
     context_mask = a.get("mask") if a.get("context") is None else a.get("context_mask")
-    requests = module._requests(x, masked=context_mask is not None or a.get("routes") is not None)
+    masked = context_mask is not None or a.get("routes") is not None
+    requests = module._requests(x, masked, a.get("mask") is not None)
     stages = {}
     for stage, request in requests.items():
         taken = choose(stage, request).name

@@ -1,7 +1,8 @@
-"""Local attention: every token attends to its neighbours within a window, in banded blocks.
+"""Local attention: every token attends to its neighbours within a window.
 
-Queries are cut into blocks of R tokens; block i sees the keys of [i R - w, i R + R + w), one slice of the padded keys.
-Work and memory are N (R + 2 w), never N x N, on every device.
+By a flash kernel with a window, by FlexAttention, or in banded blocks: queries are cut into blocks of R tokens; block i
+sees the keys of [i R - w, i R + R + w), one slice of the padded keys. Work and memory of these are N (R + 2 w), never
+N x N, on every device.
 
 Letters: B batch, N tokens, D model dimension, H heads, d head dimension, w window size, R block length.
 """
@@ -14,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optimized import validation
-from optimized.routed_attention import attend, rotate
+from optimized import ops, validation
+from optimized.backends import Backend, Request, choose
+from optimized.routed_attention import rotate
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # short blocks waste launches and padding, long ones waste N R of the band
 
@@ -58,6 +61,7 @@ def _local_attention(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     allow_flash: bool = True,
+    allow_triton: bool = True,
 ) -> Tensor:
     batch, n, dim = x.shape
     hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)
@@ -66,15 +70,32 @@ def _local_attention(
         bias = None if norm_bias is None else norm_bias.to(wide)
         hidden = F.layer_norm(hidden.to(wide), (dim,), norm_weight.to(wide), bias).to(x.dtype)
     q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, w_out.shape[1] // heads).unbind(2)
+    triton = choose("dispatch", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
     cos, sin = rotary_tables(n, q.shape[-1], x.device)
-    q, k = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
-    out = _banded(q, k, v, min(window_size, n - 1), mask, causal, allow_flash) if n else q
+    q, k = (rotate(t, cos, sin, None, triton) for t in (q, k))
+    request = Request(
+        q.device, q.dtype, q.shape[-1], mask is not None, empty=q.numel() == 0,
+        allow_flash=allow_flash, allow_triton=allow_triton,
+    )  # fmt: skip
+    out = _attend(choose("local_attention", request), q, k, v, min(window_size, n - 1), mask, causal) if n else q
     out = F.linear(out.flatten(2), w_out).to(x.dtype)
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
 
 
-def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool, allow_flash: bool) -> Tensor:
-    """(B, N, H, d) from q, k, v of that shape, with w < N."""
+def _attend(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool
+) -> Float[Tensor, "B N H d"]:
+    """From q, k, v of that shape, with w < N."""
+    if backend.kernel is not None:
+        return _banded(q, k, v, w, mask, causal, backend.kernel)
+    if backend.name == "flex_attention":
+        from optimized.attention import flex_window
+
+        return flex_window.attend(q, k, v, w, mask, causal)
+    return ops.attend(q, k, v, None, None, None, 0.0, w, causal, backend.name, False)[0]
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool, kernel: SDPBackend) -> Tensor:
     batch, n, heads, dim_head = q.shape
     block = min(max(w, MIN_BLOCK), MAX_BLOCK, n)
     count = -(-n // block)
@@ -95,7 +116,8 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal
     # A row of padding sees itself, so that its softmax stays finite; nothing reads it.
     visible = (valid[:, :, None] & band) | (offset == 0)
     visible = visible.expand(batch, -1, -1, -1).flatten(0, 1)[:, None]
-    out = attend("local_attention", *(t.transpose(1, 2) for t in (q, k, v)), visible, allow_flash=allow_flash)
+    with sdpa_kernel(kernel):
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=visible)
     return out.transpose(1, 2).reshape(batch, count * block, heads, dim_head)[:, :n]
 
 
@@ -148,11 +170,13 @@ class LocalAttention(nn.Module):
         heads: int,
         prenorm: bool,
         flash_attn: bool,
+        use_triton: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.window_size, self.heads, self.flash_attn = window_size, heads, flash_attn
+        self.window_size, self.heads = window_size, heads
+        self.flash_attn, self.use_triton = flash_attn, use_triton
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(dim, **where) if prenorm else None
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **where)
@@ -167,7 +191,8 @@ class LocalAttention(nn.Module):
         """`local_attention` on arguments already checked."""
         norm = (None, None) if self.norm is None else (self.norm.weight, self.norm.bias)
         w_qkv, w_out = self.to_qkv.weight, self.to_out.weight
-        return _local_attention(x, self.window_size, mask, False, w_qkv, w_out, self.heads, *norm, self.flash_attn)
+        allowed = (self.flash_attn, self.use_triton)
+        return _local_attention(x, self.window_size, mask, False, w_qkv, w_out, self.heads, *norm, *allowed)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, heads={self.heads}"

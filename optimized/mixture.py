@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optimized import ops, validation
 from optimized.backends import Request, choose
 from optimized.local_attention import LocalAttention
-from optimized.routed_attention import RoutedAttention
+from optimized.routed_attention import RoutedAttention, pack
 from optimized.routing import Router, Routes
 from optimized.validation import RouterOptions, flag, positive_int, reject
 
@@ -29,7 +29,7 @@ class MixtureOfAttention(nn.Module):
         dim_head, heads: d and H, of both attentions.
         dropout: probability of dropping a weight of the routed attention, in training.
         use_triton, flash_attn: True admits Triton kernels and flash-attention kernels where they can run, False keeps
-            them out (`explain` tells what is taken; all backends so far are PyTorch's own).
+            them out (`explain` tells what is taken).
         prenorm: RMSNorm per expert before routed attention, LayerNorm before local attention.
         average_routed: divide by the number of terms that a token received.
         device, dtype: of the parameters.
@@ -92,11 +92,12 @@ class MixtureOfAttention(nn.Module):
             "heads": self.heads,
             "prenorm": prenorm,
             "flash_attn": flash_attn,
+            "use_triton": use_triton,
             **where,
         }
         self.null_routed_token = None if local_attn else nn.Parameter(torch.empty(1, 1, self.dim, **where))
-        self.query_router = Router(self.dim, self.num_experts, options, **where)
-        self.key_value_router = Router(self.dim_context, self.num_experts, options, **where)
+        self.query_router = Router(self.dim, self.num_experts, options, use_triton=use_triton, **where)
+        self.key_value_router = Router(self.dim_context, self.num_experts, options, use_triton=use_triton, **where)
         self.attn = RoutedAttention(self.dim, self.dim_context, self.num_experts, dropout=self.dropout, **shared)
         self.local_attn = LocalAttention(self.dim, local_attn_window_size, **shared) if local_attn else None
         self._reset_null_token()
@@ -150,36 +151,49 @@ class MixtureOfAttention(nn.Module):
         if context is None:
             context, context_mask = x, mask
         masked = context_mask is not None or routes is not None
-        for stage, request in self._requests(x, masked).items():
+        for stage, request in self._requests(x, masked, mask is not None).items():
             choose(stage, request)  # a chosen backend that can't serve raises here, before any work
         if routes is None:
-            q_routes = self.query_router(x, k_q, mask, query_routing_tokens)
-            kv_routes = self.key_value_router(context, k_kv, context_mask, key_value_routing_tokens)
+            q_routes, q_inverse = self.query_router.decide(x, k_q, mask, query_routing_tokens)
+            kv_routes, kv_inverse = self.key_value_router.decide(context, k_kv, context_mask, key_value_routing_tokens)
         else:
             q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
+            q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
 
-        inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
-        y = self.attn(x, context, q_routes, kv_routes, inverse, rotary_emb, masked)
+        packed = kv_routes
+        if masked and (routes is not None or context.shape[1] <= k_kv):
+            # A router's choice is packed already, unless there was nothing to choose.
+            packed = pack(kv_routes)
+            kv_inverse = ops.inverse_map(packed.indices, packed.mask, context.shape[1])
+        y = self.attn(x, context, q_routes, packed, q_inverse, kv_inverse, rotary_emb, masked)
         local = None if self.local_attn is None else self.local_attn(x, mask)
         null = None if self.null_routed_token is None else self.null_routed_token[0, 0]
-        out = _combine(y, q_routes, inverse, local, self.average_routed, null, mask).to(x.dtype)
+        out = _combine(
+            y, q_routes, q_inverse, local, self.average_routed, null, mask, x.dtype, allow_triton=self.use_triton
+        )
         return (out, (q_routes, kv_routes)) if return_routes else out
 
-    def _requests(self, x: Tensor, masked: bool) -> dict[str, Request]:
-        """What a call asks of each stage. masked: keys of the routed attention may have to be hidden."""
+    def _requests(self, x: Tensor, masked: bool, token_mask: bool) -> dict[str, Request]:
+        """What a call asks of each stage. masked: keys of the routed attention may have to be hidden.
+
+        token_mask: x comes with a mask.
+        """
         dtype, device = x.dtype, x.device
         if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
         exact = torch.promote_types(x.dtype, torch.float32)
         dropout = self.dropout if self.training else 0.0
-        empty, flash = x.numel() == 0, self.flash_attn
+        allowed = {"allow_flash": self.flash_attn, "allow_triton": self.use_triton}
         requests = {
-            "routing": Request(device, exact),
-            "routed_attention": Request(device, dtype, self.dim_head, masked, dropout, empty, flash),
-            "mixture": Request(device, exact),
+            "routing": Request(device, exact, **allowed),
+            "dispatch": Request(device, x.dtype, **allowed),
+            "routed_attention": Request(device, dtype, self.dim_head, masked, dropout, **allowed),
+            "mixture": Request(device, dtype, **allowed),
         }
         if self.local_attn is not None:
-            requests["local_attention"] = Request(device, dtype, self.dim_head, True, 0.0, empty, flash)
+            empty = x.numel() == 0
+            local = Request(device, dtype, self.dim_head, token_mask, 0.0, empty, **allowed)
+            requests["local_attention"] = local
         return requests
 
     def _check(
@@ -273,8 +287,8 @@ def combine(
     if mask is not None:
         validation.tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
     inverse = ops.inverse_map(q_routes.indices, q_routes.mask, n)
-    wide = y.transpose(0, 1).to(torch.promote_types(y.dtype, torch.float32))
-    return _combine(wide, q_routes, inverse, local, average_routed, null_routed_token, mask).to(y.dtype)
+    once = q_routes._replace(scores=torch.ones_like(q_routes.scores))  # y has them already
+    return _combine(y.transpose(0, 1), once, inverse, local, average_routed, null_routed_token, mask, y.dtype)
 
 
 def _combine(
@@ -285,10 +299,16 @@ def _combine(
     average_routed: bool,
     null_routed_token: Tensor | None,
     mask: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    allow_triton: bool = True,
 ) -> Tensor:
-    """(B, N, D) in y's dtype, at least float32, from y (E, B, Kq, D)."""
-    choose("mixture", Request(y.device, y.dtype))
-    out = ops.scatter_tokens(y, q_routes.indices, q_routes.mask, inverse)
+    """(B, N, D) in `dtype` from y (E, B, Kq, D), which the query scores still have to multiply."""
+    routing = (q_routes.indices, q_routes.mask, inverse)
+    if choose("mixture", Request(y.device, y.dtype, allow_triton=allow_triton)).triton:
+        return ops.merge_experts(y, q_routes.scores, *routing, local, null_routed_token, mask, average_routed, dtype)
+    wide = torch.promote_types(y.dtype, q_routes.scores.dtype)
+    out = ops.scatter_tokens(y.to(wide) * q_routes.scores.transpose(0, 1)[..., None].to(wide), *routing)
     count = (inverse >= 0).sum(1)[..., None]
     if local is not None:
         out, count = out + local, count + 1
@@ -296,4 +316,4 @@ def _combine(
         out = out / count.clamp_min(1)
     if null_routed_token is not None:
         out = torch.where(count == 0, null_routed_token.to(out.dtype), out)
-    return out if mask is None else out.masked_fill(~mask[..., None], 0)
+    return (out if mask is None else out.masked_fill(~mask[..., None], 0)).to(dtype)

@@ -1,7 +1,8 @@
 """Routed attention: each expert attends over its own routed tokens and a learned null key/value.
 
 The routed tokens of all batch items are gathered expert by expert, (E, B K, D), so that every projection is one
-batched GEMM without padding. The null key is prepended to the routed keys and never hidden.
+batched GEMM without padding. The attention kernel sees the routed keys alone; the null key and value, which are never
+hidden, are merged into its result through the log-sum-exp (`ops.attention`).
 
 Letters: B batch, N tokens, M context tokens, D and Dc model dimensions, E experts, H heads, d head dimension, Kq and
 Kkv slots of an expert.
@@ -12,12 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
 from optimized import ops, validation
+from optimized.attention import module_name
 from optimized.backends import Request, choose
 from optimized.routing import Routes
 
@@ -51,11 +51,23 @@ def routed_attention(
     Raises TypeError or ValueError naming the argument.
     """
     _check(x, context, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout)
-    q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
-    y = _routed_attention(
-        x, context, q_routes, kv_routes, q_inverse, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout
+    kv_routes = pack(kv_routes)
+    inverses = (
+        ops.inverse_map(routes.indices, routes.mask, tokens.shape[1])
+        for routes, tokens in ((q_routes, x), (kv_routes, context))
     )
-    return y.transpose(0, 1).to(x.dtype)
+    y = _routed_attention(
+        x, context, q_routes, kv_routes, *inverses, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout
+    )
+    y = y.transpose(0, 1) * q_routes.scores[..., None]
+    return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
+
+
+def pack(routes: Routes) -> Routes:
+    """Valid slots first, in their order: attention over keys depends on no order, and takes a length for a mask."""
+    order = (~routes.mask).to(torch.uint8).argsort(dim=-1, stable=True)
+    indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, routes.scores))
+    return Routes(indices, mask, scores, routes.logits)
 
 
 def _routed_attention(
@@ -64,6 +76,7 @@ def _routed_attention(
     q_routes: Routes,
     kv_routes: Routes,
     q_inverse: Tensor,
+    kv_inverse: Tensor,
     w_q: Tensor,
     w_kv: Tensor,
     w_out: Tensor,
@@ -74,60 +87,47 @@ def _routed_attention(
     dropout: float,
     masked: bool = True,
     allow_flash: bool = True,
+    allow_triton: bool = True,
 ) -> Tensor:
-    """(E, B, Kq, D) in at least float32. q_inverse (B, E, N): see `ops.inverse_map`. masked=False promises that
-    every key/value slot is valid, which admits backends that take no mask.
+    """(E, B, Kq, D), not yet times the query scores; rows of masked slots hold anything.
+
+    kv_routes: valid slots first. q_inverse, kv_inverse (B, E, N): see `ops.inverse_map`. masked=False promises that
+    every key/value slot is valid, which admits backends that take no lengths.
     """
     _, experts, heads, dim_head = null_kv.shape
     batch, _, k_q = q_routes.indices.shape
     k_kv = kv_routes.indices.shape[-1]
-    kv_inverse = ops.inverse_map(kv_routes.indices, kv_routes.mask, context.shape[1])
-    queries = rms_norm(ops.gather_tokens(x, q_routes.indices, q_routes.mask, q_inverse), gamma)
-    keys_values = rms_norm(ops.gather_tokens(context, kv_routes.indices, kv_routes.mask, kv_inverse), context_gamma)
+    rows = experts * batch
+    triton = choose("dispatch", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
+    queries = gather(x, q_routes, q_inverse, gamma, triton)
+    keys_values = gather(context, kv_routes, kv_inverse, context_gamma, triton)
 
-    q = torch.bmm(queries.flatten(1, 2), w_q.mT).view(experts, batch, k_q, heads, dim_head)
-    kv = torch.bmm(keys_values.flatten(1, 2), w_kv.mT).view(experts, batch, k_kv, 2, heads, dim_head)
-    k, v = kv.unbind(3)
+    q = torch.bmm(queries.flatten(1, 2), w_q.mT).view(rows, k_q, heads, dim_head)
+    k, v = torch.bmm(keys_values.flatten(1, 2), w_kv.mT).view(rows, k_kv, 2, heads, dim_head).unbind(2)
     if rotary_emb is not None:
         angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, x.dtype))
         cos, sin = angles.cos(), angles.sin()
-        q = rotate(q, *(table[q_routes.indices.transpose(0, 1)].unsqueeze(3) for table in (cos, sin)))
-        k = rotate(k, *(table[kv_routes.indices.transpose(0, 1)].unsqueeze(3) for table in (cos, sin)))
-    v = (v * kv_routes.scores.transpose(0, 1)[..., None, None]).to(k.dtype)
-    null_k, null_v = null_kv.to(k.dtype)[:, :, None, None].expand(-1, -1, batch, -1, -1, -1)
-    k, v = torch.cat((null_k, k), dim=2), torch.cat((null_v, v), dim=2)
-
-    visible = None
-    if masked:
-        visible = F.pad(kv_routes.mask.transpose(0, 1), (1, 0), value=True).flatten(0, 1)[:, None, None]
-    out = attend(
-        "routed_attention",
-        *(t.flatten(0, 1).transpose(1, 2) for t in (q, k, v)),
-        visible,
-        dropout=dropout,
-        allow_flash=allow_flash,
-    )
-    out = out.transpose(1, 2).reshape(experts, batch * k_q, heads * dim_head)
-    y = torch.bmm(out, w_out.mT).view(experts, batch, k_q, w_out.shape[1])
-    y = y * q_routes.scores.transpose(0, 1)[..., None]
-    return torch.where(q_routes.mask.transpose(0, 1)[..., None], y, 0)
+        q, k = (
+            rotate(t, cos, sin, routes.indices.transpose(0, 1).flatten(0, 1), triton)
+            for t, routes in ((q, q_routes), (k, kv_routes))
+        )
+    scores = kv_routes.scores.transpose(0, 1).flatten(0, 1)
+    v = ops.scale_values(v, scores) if triton else (v * scores[..., None, None]).to(k.dtype)
+    null_k, null_v = null_kv.to(k.dtype)
+    lengths = kv_routes.mask.sum(-1, dtype=torch.int32).t().flatten() if masked else None
+    request = Request(q.device, q.dtype, dim_head, masked, dropout, allow_flash=allow_flash, allow_triton=allow_triton)
+    backend = module_name(choose("routed_attention", request).name, q.device)
+    out = ops.attend(q, k, v, null_k, null_v, lengths, dropout, -1, False, backend, triton)[0]
+    return torch.bmm(out.view(experts, batch * k_q, heads * dim_head), w_out.mT).view(experts, batch, k_q, -1)
 
 
-def attend(
-    stage: str,
-    q: Float[Tensor, "R H L d"],
-    k: Float[Tensor, "R H S d"],
-    v: Float[Tensor, "R H S d"],
-    visible: Bool[Tensor, "#R 1 #L S"] | None,
-    *,
-    dropout: float = 0.0,
-    allow_flash: bool = True,
-) -> Float[Tensor, "R H L d"]:
-    """softmax(q k^T / sqrt(d)) v over the visible keys by PyTorch's scaled_dot_product_attention, backend as chosen."""
-    empty = q.numel() == 0 or k.numel() == 0
-    request = Request(q.device, q.dtype, q.shape[-1], visible is not None, dropout, empty, allow_flash)
-    with sdpa_kernel(choose(stage, request).kernel):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+def gather(
+    x: Float[Tensor, "B N D"], routes: Routes, inverse: Tensor, gamma: Float[Tensor, "E D"] | None, triton: bool
+) -> Float[Tensor, "E B K D"]:
+    """Routed tokens, RMS-normalised if gamma is given; masked slots are 0."""
+    if triton:
+        return ops.gather(x, gamma, routes.indices, routes.mask, inverse)
+    return rms_norm(ops.gather_tokens(x, routes.indices, routes.mask, inverse), gamma)
 
 
 def rms_norm(x: Float[Tensor, "E B K D"], gamma: Float[Tensor, "E D"] | None) -> Float[Tensor, "E B K D"]:
@@ -140,14 +140,23 @@ def rms_norm(x: Float[Tensor, "E B K D"], gamma: Float[Tensor, "E D"] | None) ->
     return (wide / norm * scale[:, None, None]).to(x.dtype)
 
 
-def rotate(t: Float[Tensor, "*S d"], cos: Float[Tensor, "*#S d"], sin: Float[Tensor, "*#S d"]) -> Float[Tensor, "*S d"]:
-    """Rotary embedding of the last dimension by the angles whose cos and sin are given, in at least float32."""
-    wide = t.to(torch.promote_types(t.dtype, torch.float32))
-    half = wide.shape[-1] // 2
-    turned = wide.roll(half, -1)
-    sign = torch.ones(wide.shape[-1], dtype=wide.dtype, device=t.device)
+def rotate(
+    t: Float[Tensor, "R L H d"],
+    cos: Float[Tensor, "P d"],
+    sin: Float[Tensor, "P d"],
+    positions: Int64[Tensor, "R L"] | None,
+    triton: bool,
+) -> Float[Tensor, "R L H d"]:
+    """Rotary embedding by the angles whose cos and sin are tabulated, in at least float32. positions None: 0 .. L-1."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    if triton:
+        return ops.turn(t, cos, sin, positions, False)
+    half = t.shape[-1] // 2
+    sign = torch.ones(t.shape[-1], dtype=wide, device=t.device)
     sign[:half] = -1
-    return (wide * cos.to(wide.dtype) + turned * (sin.to(wide.dtype) * sign)).to(t.dtype)
+    cos, sin = ((table if positions is None else table[positions]).unsqueeze(-2) for table in (cos, sin * sign))
+    return (t.to(wide) * cos + t.to(wide).roll(half, -1) * sin).to(t.dtype)
 
 
 def _check(
@@ -224,12 +233,13 @@ class RoutedAttention(nn.Module):
         dropout: float,
         prenorm: bool,
         flash_attn: bool,
+        use_triton: bool,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_experts, self.heads, self.dim_head = num_experts, heads, dim_head
-        self.dropout, self.flash_attn = dropout, flash_attn
+        self.dropout, self.flash_attn, self.use_triton = dropout, flash_attn, use_triton
         e, inner = num_experts, heads * dim_head
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         grouped: dict[str, Any] = {"kernel_size": 1, "groups": e, "bias": False, **where}
@@ -253,10 +263,11 @@ class RoutedAttention(nn.Module):
         q_routes: Routes,
         kv_routes: Routes,
         q_inverse: Tensor,
+        kv_inverse: Tensor,
         rotary_emb: Float[Tensor, "N d"] | None = None,
         masked: bool = True,
     ) -> Float[Tensor, "E B Kq D"]:
-        """Like `routed_attention` on arguments already checked; experts first, in at least float32."""
+        """See `_routed_attention`."""
         w_q, w_kv, w_out = (
             layer.weight.squeeze(-1).unflatten(0, (self.num_experts, -1))
             for layer in (self.to_q, self.to_kv, self.to_out)
@@ -269,6 +280,7 @@ class RoutedAttention(nn.Module):
             q_routes,
             kv_routes,
             q_inverse,
+            kv_inverse,
             w_q,
             w_kv,
             w_out,
@@ -279,6 +291,7 @@ class RoutedAttention(nn.Module):
             self.dropout if self.training else 0.0,
             masked,
             self.flash_attn,
+            self.use_triton,
         )
 
     def extra_repr(self) -> str:

@@ -61,7 +61,7 @@ def route(
     """
     options = RouterOptions.of_stage(router_options)
     _check(x, tokens, k, mask, random_route, generator)
-    return _route(x, tokens, int(k), mask, options, random_route, generator)
+    return _route(x, tokens, int(k), mask, options, random_route, generator)[0]
 
 
 def _check(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator: Any) -> None:
@@ -84,35 +84,42 @@ def _route(
     options: RouterOptions,
     random_route: bool = False,
     generator: torch.Generator | None = None,
-) -> Routes:
-    choose("routing", Request(x.device, x.dtype))
-    logits = _logits(x, tokens, mask, options)
+    allow_triton: bool = True,
+) -> tuple[Routes, Tensor]:
+    """The routes and their inverse map (B, E, N)."""
+    triton = choose("routing", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
+    if triton:
+        logits = ops.project(x, tokens, mask, options.cosine_sim_scale if options.cosine_sim_routing else None)[0]
+    else:
+        logits = _logits(x, tokens, mask, options)
     n = logits.shape[-1]
     valid = None if mask is None else mask[:, None].expand_as(logits)
     if n <= k:
         logits = logits.detach()
         slot_mask = torch.ones_like(logits, dtype=torch.bool) if valid is None else valid
         indices = torch.arange(n, device=x.device).expand_as(logits)
-        return Routes(indices, slot_mask, slot_mask.to(logits.dtype), logits)
+        inverse = torch.where(slot_mask, indices, -1).int()
+        return Routes(indices, slot_mask, slot_mask.to(logits.dtype), logits), inverse
 
     keys = logits.detach()
     if random_route:
         keys = torch.rand(logits.shape, generator=generator, device=x.device)
     width = options.route_block_size
     if width is None or width >= n:
-        indices, slot_mask = ops.select(keys, mask, k)
-        soft = logits if random_route else _soft_scores(logits, mask, k, options)
+        indices, slot_mask, inverse = ops.select(keys, mask, k, triton)
+        soft = logits if random_route else _soft_scores(logits, mask, k, options, triton)
     else:
-        indices, slot_mask, soft = _route_blocks(logits, keys, mask, k, options, random_route)
+        indices, slot_mask, soft = _route_blocks(logits, keys, mask, k, options, random_route, triton)
+        inverse = ops.inverse_map(indices, slot_mask, n)
 
     if random_route:
-        return Routes(indices, slot_mask, slot_mask.to(logits.dtype), logits)
+        return Routes(indices, slot_mask, slot_mask.to(logits.dtype), logits), inverse
     scores = soft.gather(-1, indices)
     if options.straight_through:
         scores = slot_mask.to(scores.dtype) + (scores - scores.detach())
     scores = torch.where(slot_mask, scores, 0)
     nan = logits.isnan() if valid is None else logits.isnan() & valid
-    return Routes(indices, slot_mask, torch.where(nan.any(-1, keepdim=True), math.nan, scores), logits)
+    return Routes(indices, slot_mask, torch.where(nan.any(-1, keepdim=True), math.nan, scores), logits), inverse
 
 
 def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, options: RouterOptions) -> Tensor:
@@ -130,15 +137,22 @@ def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, options: RouterOptio
         return torch.bmm(tokens, x.transpose(1, 2))
 
 
-def _soft_scores(logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions) -> Tensor:
+def _soft_scores(logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions, triton: bool) -> Tensor:
     mass = float(min(k * options.fetch_k_ratio, logits.shape[-1]))
     if options.solver == "exact":
-        return ops.cap(logits, mask, mass, options.eps)[0]
-    return ops.descend(logits, mask, mass, options.n_iters, options.eps, options.eps_init, options.eps_decay)[0]
+        return ops.cap(logits, mask, mass, options.eps, triton)[0]
+    epsilons = (options.eps, options.eps_init, options.eps_decay)
+    return ops.descend(logits, mask, mass, options.n_iters, *epsilons, triton)[0]
 
 
 def _route_blocks(
-    logits: Tensor, keys: Tensor, mask: Tensor | None, k: int, options: RouterOptions, random_route: bool
+    logits: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    k: int,
+    options: RouterOptions,
+    random_route: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ceil(K / blocks) tokens from each block; a block as short as that gives all of its tokens with score 1.
 
@@ -152,14 +166,15 @@ def _route_blocks(
             continue
         span = slice(start, start + length * count)
         block_mask = None if mask is None else _fold_blocks(mask[..., span], count)
-        chosen, chosen_mask = ops.select(_fold_blocks(keys[..., span], count), block_mask, min(k_block, length))
+        block_keys = _fold_blocks(keys[..., span], count)
+        chosen, chosen_mask, _ = ops.select(block_keys, block_mask, min(k_block, length), triton)
         first = start + length * torch.arange(count, device=logits.device).repeat_interleave(chosen.shape[-1])
         indices.append(_unfold_blocks(chosen, count) + first)
         masks.append(_unfold_blocks(chosen_mask, count))
         if length <= k_block or random_route:
             soft.append(torch.ones_like(logits[..., span]))
         else:
-            scores = _soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options)
+            scores = _soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options, triton)
             soft.append(_unfold_blocks(scores, count))
     chosen, chosen_mask = torch.cat(indices, -1), torch.cat(masks, -1)
     if mask is not None:
@@ -193,7 +208,7 @@ def coordinate_descent(
     _check_solver(logits, k, mask)
     options = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return ops.descend(wide, mask, float(k), options.n_iters, eps, eps_init, eps_decay)[0]
+    return ops.descend(wide, mask, float(k), options.n_iters, eps, eps_init, eps_decay, _by_triton(wide))[0]
 
 
 def capped_simplex(
@@ -203,7 +218,11 @@ def capped_simplex(
     _check_solver(logits, k, mask)
     options = RouterOptions(eps=eps)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return ops.cap(wide, mask, float(k), options.eps)[0]
+    return ops.cap(wide, mask, float(k), options.eps, _by_triton(wide))[0]
+
+
+def _by_triton(logits: Tensor) -> bool:
+    return choose("routing", Request(logits.device, logits.dtype)).triton
 
 
 def _check_solver(logits: Any, k: Any, mask: Any) -> None:
@@ -221,7 +240,8 @@ def select(
     validation.token_mask("mask", mask, logits, dim=2)
     if k > logits.shape[-1]:
         validation.reject("k", f"at most N = {logits.shape[-1]}", k)
-    return ops.select(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), mask, int(k))
+    keys = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return ops.select(keys, mask, int(k), _by_triton(keys))[:2]
 
 
 class Router(nn.Module):
@@ -237,8 +257,10 @@ class Router(nn.Module):
         options: RouterOptions,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        use_triton: bool = True,
     ) -> None:
         super().__init__()
+        self.use_triton = validation.flag("use_triton", use_triton)
         self.dim = validation.positive_int("dim", dim)
         self.num_experts = validation.positive_int("num_experts", num_experts)
         if not isinstance(options, RouterOptions):
@@ -265,12 +287,24 @@ class Router(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Routes:
         """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True."""
+        return self.decide(x, k, mask, routing_tokens, random_route, generator)[0]
+
+    def decide(
+        self,
+        x: Float[Tensor, "B N D"],
+        k: int,
+        mask: Bool[Tensor, "B N"] | None = None,
+        routing_tokens: Float[Tensor, "*B E D"] | None = None,
+        random_route: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Routes, Tensor]:
+        """As forward, with the map from tokens to slots, see `ops.inverse_map`."""
         own = None if self.routing_token is None else ("the routing token", self.routing_token)
         validation.tensor("x", x, "B", "N", self.dim, beside=self.routing_token, dtype_of=own)
         self.check_tokens("routing_tokens", routing_tokens, x)
         tokens = routing_tokens if self.routing_token is None else self.routing_token
         _check(x, tokens, k, mask, random_route, generator)
-        return _route(x, tokens, int(k), mask, self.options, random_route, generator)
+        return _route(x, tokens, int(k), mask, self.options, random_route, generator, self.use_triton)
 
     def check_tokens(self, argument: str, tokens: Tensor | None, x: Tensor) -> None:
         if self.routing_token is not None:

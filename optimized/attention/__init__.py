@@ -1,0 +1,41 @@
+"""Attention kernels behind one interface: raw forward with log-sum-exp, raw backward. One file per package.
+
+Each module has
+
+    forward(q, k, v, lengths, dropout, window, causal, scale) -> (out, lse, state)
+    backward(dout, q, k, v, out, lse, state, lengths, dropout, window, causal, scale) -> (dq, dk, dv)
+    state(q, k, dropout) -> an empty tensor of the shape and dtype that `state` of forward has
+
+q (R, L, H, d), k and v (R, S, H, d), d padded with zeros; L, S >= 1. lengths (R), int32: the first keys
+of a row that take part; the lse of a row without any is whatever the kernel leaves. window: |i - j| <= window, or
+0 <= i - j <= window with causal; -1 for none. lse (R, H, L). state: what a backward must know of the random draw.
+
+The backward forms P = exp(s - lse) and delta = <dout, out> from what it is handed, so that handing it the out and lse
+of attention over more keys than k gives the exact gradients of q's, k's and v's part (see `kernels.null_slot`).
+dk and dv of hidden keys are 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+ALIGNMENT = {"math": 1, "torch_flash_cpu": 1}  # head dimensions are padded to a multiple of this, else of 8
+
+
+@functools.cache
+def adapter(name: str) -> ModuleType:
+    """The module of a backend; imports its package."""
+    return importlib.import_module(f"optimized.attention.{name}")
+
+
+def module_name(backend: str, device: torch.device) -> str:
+    """PyTorch's flash attention is another operator on the CPU."""
+    return "torch_flash_cpu" if backend == "torch_flash" and device.type == "cpu" else backend
+
+
+def alignment(name: str) -> int:
+    return ALIGNMENT.get(name, 8)

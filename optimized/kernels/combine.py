@@ -1,0 +1,190 @@
+"""Combination: what the experts and local attention have for each token, added up in one pass over the tokens.
+
+out[b, n] = sum_e score[b, e, slot] y[e, b, slot] (+ local), over the experts whose inverse map holds n, in their order;
+divided by the number of terms with AVERAGE; the null token where there is none; 0 where masked. Sums in at least
+float32, one write in the dtype of the result.
+
+Backward: dy[e, b, slot] = score g / terms and dscore = <g / terms, y> are written by the slots, dlocal = g / terms by
+the tokens, each element by one program; dnull is a sum over tokens that nobody took: partial sums, then PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimized.kernels.launch import as_bytes, channel_constants, contiguous, wide
+
+ROWS = 32  # tokens of one program of the backward
+
+
+@triton.jit(do_not_specialize=["n", "k", "batch", "experts"])
+def _combine_kernel(
+    y_ptr, score_ptr, inverse_ptr, local_ptr, null_ptr, mask_ptr, out_ptr, n, k, dim, batch, experts,
+    HAS_LOCAL: tl.constexpr, HAS_NULL: tl.constexpr, HAS_MASK: tl.constexpr, AVERAGE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)  # (b, n)
+    b = token // n
+    position = token % n
+    channels = tl.arange(0, BLOCK_D)
+    shown = tl.full((), 1, tl.int32)
+    if HAS_MASK:
+        shown = tl.load(mask_ptr + token).to(tl.int32)
+    for start in range(0, dim, BLOCK_D):
+        inside = start + channels < dim
+        total = tl.zeros((BLOCK_D,), DTYPE)
+        terms = tl.full((), 0, tl.int32)
+        if shown > 0:
+            for e in range(experts):
+                slot = tl.load(inverse_ptr + (b * experts + e) * n + position).to(tl.int64)
+                if slot >= 0:
+                    row = (e * batch + b) * k + slot
+                    y = tl.load(y_ptr + row * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
+                    total += y * tl.load(score_ptr + (b * experts + e) * k + slot).to(DTYPE)
+                    terms += 1
+            if HAS_LOCAL:
+                total += tl.load(local_ptr + token * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
+                terms += 1
+            if AVERAGE:
+                total /= tl.maximum(terms, 1).to(DTYPE)
+            if HAS_NULL:
+                null = tl.load(null_ptr + start + channels, mask=inside, other=0.0).to(DTYPE)
+                total = tl.where(tl.where(inside, terms, 1) == 0, null, total)
+        tl.store(out_ptr + token * dim + start + channels, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "k", "batch", "experts"])
+def _slots_kernel(
+    g_ptr, y_ptr, score_ptr, indices_ptr, slots_ptr, inverse_ptr, mask_ptr, dy_ptr, dscore_ptr,
+    n, k, dim, batch, experts,
+    HAS_LOCAL: tl.constexpr, HAS_MASK: tl.constexpr, AVERAGE: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # (e, b, k)
+    b = row // k % batch
+    e = row // k // batch
+    place = (b * experts + e) * k + row % k
+    taken = tl.load(slots_ptr + place).to(tl.int32)
+    position = tl.load(indices_ptr + place)
+    if HAS_MASK:
+        taken = tl.where(tl.load(mask_ptr + b * n + position) != 0, taken, 0)
+    score = tl.load(score_ptr + place).to(DTYPE)
+    share = tl.full((), 1.0, DTYPE)
+    if AVERAGE:
+        terms = tl.full((), 1 if HAS_LOCAL else 0, tl.int32)
+        for other in range(experts):
+            terms += (tl.load(inverse_ptr + (b * experts + other) * n + position) >= 0).to(tl.int32)
+        share /= tl.maximum(terms, 1).to(DTYPE)
+    channels = tl.arange(0, BLOCK_D)
+    dot = tl.full((), 0.0, DTYPE)
+    for start in range(0, dim, BLOCK_D):
+        inside = start + channels < dim
+        readable = tl.where(inside, taken, 0) > 0  # a masked slot's row may hold NaN
+        g = tl.load(g_ptr + (b * n + position) * dim + start + channels, mask=readable, other=0.0).to(DTYPE) * share
+        y = tl.load(y_ptr + row * dim + start + channels, mask=readable, other=0.0).to(DTYPE)
+        dot += tl.sum(g * y)
+        dy = tl.where(readable, g * score, 0.0)
+        tl.store(dy_ptr + row * dim + start + channels, dy.to(dy_ptr.dtype.element_ty), mask=inside)
+    tl.store(dscore_ptr + place, dot.to(dscore_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["n", "experts", "tokens"])
+def _tokens_kernel(
+    g_ptr, inverse_ptr, mask_ptr, dlocal_ptr, dnull_ptr, n, dim, tokens, experts,
+    HAS_LOCAL: tl.constexpr, HAS_NULL: tl.constexpr, HAS_MASK: tl.constexpr, AVERAGE: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program: ROWS tokens. dlocal (B, N, D), and partial sums (programs, D) of dnull."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    channels = tl.arange(0, BLOCK_D)
+    for start in range(0, dim, BLOCK_D):
+        inside = start + channels < dim
+        total = tl.zeros((BLOCK_D,), DTYPE)
+        for i in range(ROWS):
+            token = first + i
+            if token < tokens:
+                shown = tl.full((), 1, tl.int32)
+                if HAS_MASK:
+                    shown = tl.load(mask_ptr + token).to(tl.int32)
+                b = token // n
+                terms = tl.full((), 1 if HAS_LOCAL else 0, tl.int32)
+                for e in range(experts):
+                    terms += (tl.load(inverse_ptr + (b * experts + e) * n + token % n) >= 0).to(tl.int32)
+                readable = tl.where(inside, shown, 0) > 0
+                g = tl.load(g_ptr + token * dim + start + channels, mask=readable, other=0.0).to(DTYPE)
+                if HAS_NULL:
+                    total += tl.where(tl.where(inside, terms, 1) == 0, g, 0.0)
+                if HAS_LOCAL:
+                    if AVERAGE:
+                        g /= tl.maximum(terms, 1).to(DTYPE)
+                    dlocal = g.to(dlocal_ptr.dtype.element_ty)
+                    tl.store(dlocal_ptr + token * dim + start + channels, dlocal, mask=inside)
+        if HAS_NULL:
+            tl.store(dnull_ptr + tl.program_id(0).to(tl.int64) * dim + start + channels, total, mask=inside)
+
+
+def combine(
+    y: Tensor,
+    scores: Tensor,
+    inverse: Tensor,
+    local: Tensor | None,
+    null: Tensor | None,
+    mask: Tensor | None,
+    average: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(B, N, D) in `dtype` from y (E, B, K, D), scores (B, E, K), inverse (B, E, N), local (B, N, D), null (D)."""
+    experts, batch, k, dim = y.shape
+    n = inverse.shape[-1]
+    out = torch.empty(batch, n, dim, dtype=dtype, device=y.device)
+    if out.numel():
+        _combine_kernel[(batch * n,)](
+            y.contiguous(), scores.contiguous(), inverse.contiguous(),
+            contiguous(local), contiguous(null),
+            as_bytes(mask), out, n, k, dim, batch, experts,
+            HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
+            **channel_constants(dim, y.dtype),
+        )  # fmt: skip
+    return out
+
+
+def combine_backward(
+    g: Tensor,
+    y: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    slots: Tensor,
+    inverse: Tensor,
+    local: Tensor | None,
+    null: Tensor | None,
+    mask: Tensor | None,
+    average: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dy, dscores, dlocal, dnull; the last two None without their input."""
+    experts, batch, k, dim = y.shape
+    n = inverse.shape[-1]
+    g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()
+    constants = channel_constants(dim, y.dtype)
+    mask = as_bytes(mask)
+    dy, dscores = torch.empty_like(y), torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    if y.numel():
+        _slots_kernel[(experts * batch * k,)](
+            g, y, scores.contiguous(), indices.contiguous(), as_bytes(slots), inverse, mask, dy, dscores,
+            n, k, dim, batch, experts,
+            HAS_LOCAL=local is not None, HAS_MASK=mask is not None, AVERAGE=average, **constants,
+        )  # fmt: skip
+    if local is None and null is None:
+        return dy, dscores, None, None
+    programs = triton.cdiv(batch * n, ROWS)
+    dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)
+    partial = None if null is None else torch.zeros(programs, dim, dtype=wide(y.dtype), device=y.device)
+    if g.numel():
+        _tokens_kernel[(programs,)](
+            g, inverse, mask, dlocal, partial, n, dim, batch * n, experts,
+            HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
+            ROWS=ROWS, **constants,
+        )  # fmt: skip
+    return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype)

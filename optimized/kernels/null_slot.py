@@ -1,0 +1,154 @@
+"""The null key and value of an expert, merged into the result of any attention kernel through its log-sum-exp.
+
+Attention over the routed keys alone gives out and lse. With s0 = <q, k0> / sqrt(d) the softmax over one key more is
+
+    p0 = sigmoid(s0 - lse),  out' = (1 - p0) out + z p0 v0,  lse' = logaddexp(lse, s0)
+
+where z is 1, or with dropout the null slot's own draw, 0 or 1 / (1 - p). A query without any key has lse = -inf: p0 = 1
+and out, whatever it holds, is not looked at.
+
+Backward: flash kernels form P = exp(s - lse) and delta = <dout, out> from what they are handed. Handed out' and lse'
+they give dq, dk and dv of the routed keys exactly. The null slot adds, with p0 = exp(s0 - lse'),
+
+    ds0 = p0 (z <dout, v0> - delta),  dq += ds0 k0 / sqrt(d),  dk0 = sum ds0 q / sqrt(d),  dv0 = sum z p0 dout
+
+Shapes: q, out (R, L, H, d), contiguous; lse, keep (R, H, L), lse float32 (float64 for float64); null key and value
+(G, H, d), one for every R / G rows; lengths (R): a row of length 0 has no key whatever its lse says, since kernels
+differ there. A program per `ROWS` queries of one head. dk0 and dv0 are partial sums, added up by PyTorch.
+
+Blind spots: queries are read once more than a fused attention kernel would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimized.kernels.launch import contiguous, wide
+
+ROWS = 64
+
+
+@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "dim"])
+def _merge_kernel(
+    q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr, keep_ptr, lengths_ptr, merged_ptr, merged_lse_ptr,
+    length, rows_per_null, heads, dim,
+    HAS_LENGTHS: tl.constexpr, HAS_KEEP: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0).to(tl.int64)  # (r, h)
+    h = item % heads
+    row = item // heads
+    null = (row // rows_per_null * heads + h) * dim
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK_D)
+    tile = ((row * length + rows[:, None]) * heads + h) * dim + channels[None, :]
+    inside = (rows[:, None] < length) & (channels[None, :] < dim)
+    null_k = tl.load(null_k_ptr + null + channels, mask=channels < dim, other=0.0).to(DTYPE)
+    null_v = tl.load(null_v_ptr + null + channels, mask=channels < dim, other=0.0).to(DTYPE)
+    q = tl.load(q_ptr + tile, mask=inside, other=0.0).to(DTYPE)
+    s0 = tl.sum(q * null_k[None, :], 1) / tl.sqrt(tl.cast(dim, DTYPE))
+    lse = tl.load(lse_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)
+    if HAS_LENGTHS:
+        lse = tl.where(tl.load(lengths_ptr + row) > 0, lse, -float("inf"))
+    top = tl.maximum(s0, lse)
+    merged_lse = top + tl.log(tl.exp(s0 - top) + tl.exp(lse - top))
+    p0 = tl.exp(s0 - merged_lse)
+    rest = tl.exp(lse - merged_lse)
+    if HAS_KEEP:
+        p0 *= tl.load(keep_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)
+    out = tl.load(out_ptr + tile, mask=inside & (lse > -float("inf"))[:, None], other=0.0).to(DTYPE)
+    merged = rest[:, None] * out + p0[:, None] * null_v[None, :]
+    tl.store(merged_ptr + tile, merged.to(merged_ptr.dtype.element_ty), mask=inside)
+    tl.store(merged_lse_ptr + item * length + rows, merged_lse.to(merged_lse_ptr.dtype.element_ty), mask=rows < length)
+
+
+@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "dim", "chunks"])
+def _merge_backward_kernel(
+    q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr, keep_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr,
+    length, rows_per_null, heads, dim, chunks,
+    HAS_KEEP: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds to dq in place; dk, dv: partial sums (R, chunks, H, d)."""
+    item = tl.program_id(0).to(tl.int64)  # (r, h)
+    chunk = tl.program_id(1)
+    h = item % heads
+    row = item // heads
+    null = (row // rows_per_null * heads + h) * dim
+    rows = chunk * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, BLOCK_D)
+    tile = ((row * length + rows[:, None]) * heads + h) * dim + channels[None, :]
+    inside = (rows[:, None] < length) & (channels[None, :] < dim)
+    null_k = tl.load(null_k_ptr + null + channels, mask=channels < dim, other=0.0).to(DTYPE)
+    null_v = tl.load(null_v_ptr + null + channels, mask=channels < dim, other=0.0).to(DTYPE)
+    q = tl.load(q_ptr + tile, mask=inside, other=0.0).to(DTYPE)
+    out = tl.load(out_ptr + tile, mask=inside, other=0.0).to(DTYPE)
+    dout = tl.load(dout_ptr + tile, mask=inside, other=0.0).to(DTYPE)
+    root = tl.sqrt(tl.cast(dim, DTYPE))
+    s0 = tl.sum(q * null_k[None, :], 1) / root
+    lse = tl.load(lse_ptr + item * length + rows, mask=rows < length, other=float("inf")).to(DTYPE)
+    p0 = tl.exp(s0 - lse)
+    z = p0
+    if HAS_KEEP:
+        z *= tl.load(keep_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)
+    ds0 = (z * tl.sum(dout * null_v[None, :], 1) - p0 * tl.sum(dout * out, 1)) / root
+    dq = tl.load(dq_ptr + tile, mask=inside, other=0.0).to(DTYPE) + ds0[:, None] * null_k[None, :]
+    tl.store(dq_ptr + tile, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+    partial = ((row * chunks + chunk) * heads + h) * dim + channels
+    tl.store(dk_ptr + partial, tl.sum(ds0[:, None] * q, 0), mask=channels < dim)
+    tl.store(dv_ptr + partial, tl.sum(z[:, None] * dout, 0), mask=channels < dim)
+
+
+def _constants(q: Tensor, keep: Tensor | None) -> dict[str, Any]:
+    arithmetic = tl.float64 if q.dtype == torch.float64 else tl.float32
+    block = triton.next_power_of_2(q.shape[-1])
+    return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic, "ROWS": ROWS, "BLOCK_D": block, "num_warps": 4}
+
+
+def merge(
+    q: Tensor,
+    null_k: Tensor,
+    null_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out' and lse', contiguous."""
+    rows, length, heads, dim = q.shape
+    merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
+    if q.numel():
+        _merge_kernel[(rows * heads, triton.cdiv(length, ROWS))](
+            *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
+            length, rows // null_k.shape[0], heads, dim, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
+        )  # fmt: skip
+    return merged, merged_lse
+
+
+def merge_backward(
+    q: Tensor,
+    null_k: Tensor,
+    null_v: Tensor,
+    merged: Tensor,
+    merged_lse: Tensor,
+    keep: Tensor | None,
+    dout: Tensor,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dk0 and dv0 (G, H, d); adds the null slot's part in place to dq, which is contiguous."""
+    rows, length, heads, dim = q.shape
+    chunks = triton.cdiv(length, ROWS)
+    dk, dv = (torch.empty(rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device) for _ in range(2))
+    if q.numel():
+        _merge_backward_kernel[(rows * heads, chunks)](
+            *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, dk, dv,
+            length, rows // null_k.shape[0], heads, dim, chunks, **_constants(q, keep),
+        )  # fmt: skip
+    groups = null_k.shape[0]
+    # Not unflatten(-1): it can't tell the sizes of an empty batch.
+    per_group = (t.view(groups, rows // groups * chunks, heads, dim).sum(1) for t in (dk, dv))
+    dk, dv = per_group
+    return dk.to(null_k.dtype), dv.to(null_v.dtype)

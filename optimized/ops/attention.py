@@ -1,0 +1,217 @@
+"""Attention with a null key and value as one operator over all backends of `optimized.attention`.
+
+The backend sees the routed keys alone; the null slot is merged through the log-sum-exp (derived in `kernels.null_slot`)
+by a Triton kernel or by the same formulas in PyTorch. Letters: R rows (expert, batch), L queries, S keys, H heads, d.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+
+from optimized.attention import adapter, alignment
+from optimized.ops.registration import differentiable, no_setup, refuse_to
+
+
+@custom_op(
+    "moa::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? null_k, Tensor? null_v, Tensor? lengths, float dropout, int window,"
+    " bool causal, str backend, bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    lengths: Tensor | None,
+    dropout: float,
+    window: int,
+    causal: bool,
+    backend: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v over the null slot and the first keys of each row.
+
+    Args:
+        q: (R, L, H, d). k, v: (R, S, H, d). lengths: (R) int32, how many keys of each row take part; None for all.
+        null_k, null_v: (G, H, d), each for R / G rows, seen by every query; None for no null slot.
+        dropout: probability of dropping a weight, the null slot's by a draw of its own.
+        window: |i - j| <= window, or 0 <= i - j <= window if causal; -1 for none.
+        backend: a module of `optimized.attention`. triton: merge the null slot by a Triton kernel.
+    Returns out (R, L, H, d), the log-sum-exp (R, H, L), the null slot's draws (R, H, L), 0 or 1 / (1 - dropout) (empty
+    without dropout), and the backend's state of the random generator.
+    """
+    rows, length, heads, dim = q.shape
+    module = adapter(backend)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if q.numel() == 0 or k.shape[1] == 0:
+        out, lse = torch.zeros_like(q), q.new_full((rows, heads, length), -math.inf, dtype=wide)
+        state = module.state(q, k, dropout).zero_()
+    else:
+        padded = _pad((q, k, v), backend)
+        out, lse, state = module.forward(*padded, lengths, dropout, window, causal, dim**-0.5)
+        out, lse = out[..., :dim].contiguous(), lse.contiguous()
+    keep = q.new_empty(0, dtype=wide)
+    if null_k is not None and null_v is not None:
+        if dropout:
+            keep = (torch.rand(lse.shape, device=q.device) >= dropout).to(wide) / (1 - dropout)
+        out, lse = _merge(q, null_k, null_v, out, lse, keep if dropout else None, lengths, triton)
+    return out, lse, keep, state
+
+
+@attention.register_fake
+def _(q, k, v, null_k, null_v, lengths, dropout, window, causal, backend, triton):  # type: ignore[no-untyped-def]
+    rows, length, heads, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(rows, heads, length, dtype=wide)
+    keep = torch.empty_like(lse) if dropout and null_k is not None else q.new_empty(0, dtype=wide)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, lse, keep, adapter(backend).state(q, k, dropout)
+
+
+@custom_op(
+    "moa::attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? null_k, Tensor? null_v, Tensor? lengths, Tensor out,"
+    " Tensor lse, Tensor keep, Tensor state, float dropout, int window, bool causal, str backend, bool triton)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor,
+    state: Tensor,
+    dropout: float,
+    window: int,
+    causal: bool,
+    backend: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, null_k, null_v (the last two empty without a null slot)."""
+    dim = q.shape[-1]
+    grad = grad.contiguous()
+    if q.numel() == 0 or k.shape[1] == 0:
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    else:
+        padded = _pad((grad, q, k, v, out), backend)
+        gradients = adapter(backend).backward(*padded, lse, state, lengths, dropout, window, causal, dim**-0.5)
+        dq, dk, dv = (g[..., :dim].contiguous() for g in gradients)
+    if null_k is None or null_v is None:
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+    dq, dnull_k, dnull_v = _merge_backward(q, null_k, null_v, out, lse, keep if dropout else None, grad, dq, triton)
+    return dq, dk, dv, dnull_k, dnull_v
+
+
+@attention_backward.register_fake
+def _(grad, q, k, v, null_k, null_v, *rest):  # type: ignore[no-untyped-def]
+    return tuple(
+        q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (q, k, v, null_k, null_v)
+    )
+
+
+def _pad(tensors: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
+    """Zeros behind the head dimension, up to what the backend can address; they change no product."""
+    surplus = -tensors[0].shape[-1] % alignment(backend)
+    if surplus:
+        return tuple(F.pad(t, (0, surplus)) for t in tensors)
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
+def _merge(
+    q: Tensor,
+    null_k: Tensor,
+    null_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    lengths: Tensor | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    if triton:
+        from optimized.kernels import null_slot
+
+        return null_slot.merge(q, null_k, null_v, out, lse, keep, lengths)
+    if lengths is not None:
+        lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)
+    out = torch.where((lse > -math.inf).transpose(1, 2)[..., None], out, 0).to(lse.dtype)
+    merged_lse = torch.logaddexp(lse, _null_logits(q, null_k))
+    p0 = (_null_logits(q, null_k) - merged_lse).exp()
+    p0 = p0 if keep is None else p0 * keep
+    rest = (lse - merged_lse).exp().transpose(1, 2)[..., None]
+    null_v = _per_row(null_v, q)[:, None].to(lse.dtype)
+    merged = rest * out + p0.transpose(1, 2)[..., None] * null_v
+    return merged.to(q.dtype).contiguous(), merged_lse.contiguous()
+
+
+def _merge_backward(
+    q: Tensor,
+    null_k: Tensor,
+    null_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor | None,
+    grad: Tensor,
+    dq: Tensor,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The null slot's part of dq added, and the gradients of its key and value."""
+    if triton:
+        from optimized.kernels import null_slot
+
+        return dq, *null_slot.merge_backward(q, null_k, null_v, out, lse, keep, grad, dq)
+    wide = lse.dtype
+    p0 = (_null_logits(q, null_k) - lse).exp().transpose(1, 2)
+    kept = p0 if keep is None else p0 * keep.transpose(1, 2)
+    grad = grad.to(wide)
+    k0, v0 = (_per_row(t, q)[:, None].to(wide) for t in (null_k, null_v))
+    ds = (kept * (grad * v0).sum(-1) - p0 * (grad * out.to(wide)).sum(-1)) * q.shape[-1] ** -0.5
+    dq = (dq.to(wide) + ds[..., None] * k0).to(dq.dtype).contiguous()
+    groups = null_k.shape[0]
+    shape = (groups, q.shape[0] // groups * q.shape[1], *q.shape[2:])
+    dnull_k = (ds[..., None] * q.to(wide)).view(shape).sum(1)
+    dnull_v = (kept[..., None] * grad).view(shape).sum(1)
+    return dq, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype)
+
+
+def _per_row(null: Tensor, q: Tensor) -> Tensor:
+    """(R, H, d) of (G, H, d)."""
+    return null.repeat_interleave(q.shape[0] // null.shape[0], 0)
+
+
+def _null_logits(q: Tensor, null_k: Tensor) -> Tensor:
+    """(R, H, L)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    products = q.to(wide) * _per_row(null_k, q)[:, None].to(wide)
+    return (products.sum(-1) * q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.constants = inputs[6:]
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+    null = ctx.saved_tensors[3] is not None
+    dq, dk, dv, *dnull = attend_backward(grad, *ctx.saved_tensors, *ctx.constants)
+    return dq, dk, dv, *(dnull if null else (None, None)), *(None,) * 6
+
+
+attend_backward = differentiable(attention_backward, no_setup, refuse_to("moa::attention", "double backward"))
+attend = differentiable(attention, _setup, _backward)
