@@ -14,12 +14,17 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Generator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# Without a GPU the kernels are interpreted. Triton reads this when it is first imported, before any option is parsed;
+# worker processes inherit it.
+if not {"--device=cuda", "cuda"} & set(sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import harness  # noqa: E402
 import hypothesis  # noqa: E402
@@ -62,6 +67,9 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device: expected a device that is there, got 'cuda' without CUDA")
+    harness.DEVICE = torch.device(config.option.device)
+    if (os.environ.get("TRITON_INTERPRET") == "1") != (config.option.device == "cpu"):
+        raise pytest.UsageError("--device: expected on the command line, where it decides whether Triton interprets")
     # Small tensors: on a busy machine more threads would mostly wait for one another.
     torch.set_num_threads(1)
     common = {
@@ -108,11 +116,28 @@ def device(pytestconfig: pytest.Config) -> torch.device:
     return torch.device(pytestconfig.option.device)
 
 
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest) -> Generator[ModuleType, None, None]:
+    """The reference, or the optimized package computing by one kind of kernels: see `harness.BOTH`."""
+    if request.param == "reference":
+        yield reference
+        return
+    with optimized.use_backends(**harness.stages_by(request.param)):
+        yield optimized
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Generator[str, None, None]:
+    """The optimized package computes by this kind of kernels: see `harness.EVERY_KERNEL`."""
+    with optimized.use_backends(**harness.stages_by(request.param)):
+        yield request.param
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Seeds the test by its own name, and passes its ledger on to the report (across processes too)."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
-    ledger = harness.begin()
+    ledger = harness.begin(_kernels_of(item))
     before = compilations()
     try:
         return (yield)
@@ -121,6 +146,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
         made = {kind: n - before[kind] for kind, n in compilations().items()}
         entry = {"examples": max(ledger.examples, 1), "worst": rows, "compilations": made}
         item.user_properties.append(("ledger", entry))
+
+
+def _kernels_of(item: pytest.Item) -> str:
+    """What the parametrisation says about who computes; "-" where it says nothing."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return str(parameters.get("backend") or parameters.get("kernels") or parameters.get("implementation") or "-")
 
 
 def compilations() -> Counter[str]:

@@ -271,10 +271,15 @@ def choose(stage: str, request: Request) -> Backend:
     if name is None:
         return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)
     backend = _by_name(stage, name)
-    obstacle = backend.obstacle(request)
-    if obstacle is not None:
-        raise ValueError(f"{stage}: expected a backend that can run here, got {name!r}: {obstacle}")
+    reason = backend.obstacle(request)
+    if reason is not None:
+        raise ValueError(f"{stage}: expected a backend that can run here, got {name!r}: {reason}")
     return backend
+
+
+def obstacle(stage: str, name: str, request: Request) -> str | None:
+    """Why a backend can't serve a request, or None if it can."""
+    return _by_name(stage, name).obstacle(request)
 
 
 def _by_name(stage: str, name: str) -> Backend:

@@ -118,7 +118,8 @@ def _routed_attention(
     request = Request(q.device, q.dtype, dim_head, masked, dropout, allow_flash=allow_flash, allow_triton=allow_triton)
     backend = module_name(choose("routed_attention", request).name, q.device)
     out = ops.attend(q, k, v, null_k, null_v, lengths, dropout, -1, False, backend, triton)[0]
-    return torch.bmm(out.view(experts, batch * k_q, heads * dim_head), w_out.mT).view(experts, batch, k_q, -1)
+    y = torch.bmm(out.view(experts, batch * k_q, heads * dim_head), w_out.mT)
+    return y.view(experts, batch, k_q, w_out.shape[1])
 
 
 def gather(

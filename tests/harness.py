@@ -7,18 +7,45 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import optimized
+from optimized.backends import Request, obstacle
 from reference.testing import Match, assert_identical, assert_matches
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.float16, torch.bfloat16)
+DEVICE = torch.device("cpu")  # that the tests run on; conftest sets it before it collects any
+KERNELS = ("torch", "triton")  # who computes the stages that have kernels of ours; "triton" is interpreted on the CPU
+
+# The reference, and the optimized package with either kind of kernels (fixtures of conftest).
+BOTH = pytest.mark.parametrize("implementation", ["reference", *KERNELS], indirect=True)
+EVERY_KERNEL = pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+
+
+def stages_by(kernels: str) -> dict[str, str]:
+    """Keywords of `use_backends` that make one of KERNELS compute every stage that has a choice of them."""
+    name = "triton_interpreted" if kernels == "triton" and DEVICE.type == "cpu" else kernels
+    return {stage: name for stage, names in optimized.backends().items() if name in names}
+
+
+def attention_backends(stage: str, dtypes: tuple[torch.dtype, ...] = DTYPES, **request: Any) -> list[Any]:
+    """Parameters (backend, dtype): all pairs that can run here."""
+    pairs = []
+    for name in optimized.backends()[stage]:
+        for dtype in dtypes:
+            if obstacle(stage, name, Request(DEVICE, dtype, **{"dim_head": 64, **request})) is None:
+                pairs.append(pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}"))
+    return pairs
 
 
 @dataclass
 class Ledger:
     """Of one test: examples run, and the worst fraction of a budget by (stage, dtype, backend)."""
 
+    backend: str = "-"
     examples: int = 0
     worst: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
@@ -26,10 +53,10 @@ class Ledger:
 current = Ledger()
 
 
-def begin() -> Ledger:
+def begin(backend: str) -> Ledger:
     """A fresh ledger for the test that starts now."""
     global current
-    current = Ledger()
+    current = Ledger(backend)
     return current
 
 
@@ -40,13 +67,13 @@ def check(
     *,
     stage: str,
     name: str = "",
-    backend: str = "torch",
+    backend: str | None = None,
     expect: str | None = None,
     scale: float = 0.0,
     precision: torch.dtype | None = None,
 ) -> Match:
     """`reference.testing.assert_matches`, entered into the ledger."""
-    key = (stage, str(precision or actual.dtype).removeprefix("torch."), backend)
+    key = (stage, str(precision or actual.dtype).removeprefix("torch."), backend or current.backend)
     try:
         match = assert_matches(
             actual, oracle, baseline, stage=stage, name=name, expect=expect, scale=scale, precision=precision

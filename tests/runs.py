@@ -148,7 +148,7 @@ def compare(
     *,
     stage: str,
     dtype: torch.dtype,
-    backend: str = "torch",
+    backend: str | None = None,
     amplification: float = 1.0,
     token_gain: float = 1.0,
 ) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from harness import DTYPES, check_identical
+from harness import BOTH, DTYPES, check_identical
 from runs import baseline_layer, compare, oracle_layer, run_layer
 from strategies import LayerCase, generator
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 import optimized
 import reference
 
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 ROOT = Path(optimized.__file__).parent.parent
 ATTENTION = optimized.backends()["routed_attention"]
 KERNELS = {  # what PyTorch calls the kernel of a backend, on the CPU and on CUDA

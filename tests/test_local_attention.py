@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, check, check_identical, counted, expectation
+from harness import BOTH, EVERY_KERNEL, attention_backends, check, check_identical, counted, expectation
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import BASELINE_OF, cast, compare, watch_attention
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimized
 import reference
+from optimized.backends import Request, obstacle
 from optimized.local_attention import MAX_BLOCK, MIN_BLOCK
 from reference import oracle
 from reference.local_attention import ROWS
 
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 # Around the block lengths that the banded code declares, and small ones.
 EDGES = [MIN_BLOCK + i for i in (-1, 0, 1)]
 LENGTHS = (1, 2, 3, 5, 17, *EDGES, 2 * MIN_BLOCK, 2 * MIN_BLOCK + 1, 97)
@@ -171,18 +171,26 @@ def test_reference_matches_the_oracle(case: LocalCase, device: torch.device) -> 
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@EVERY_KERNEL
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("local_attention", dim_head=8))
 @given(case=local_cases())
 @counted
-def test_optimized_matches(case: LocalCase, dtype: torch.dtype, device: torch.device) -> None:
+def test_optimized_matches(
+    kernels: str, backend: str, case: LocalCase, dtype: torch.dtype, device: torch.device
+) -> None:
     """Output and the gradients of x and of every weight."""
     if dtype in (torch.bfloat16, torch.float16):
         case = sized_for_half(case)
     # LayerNorm divides by the spread: where all channels of a token are equal it amplifies rounding without bound.
     case = replace(case, norm=case.norm and case.values != "tiny" and case.dim > 4)
+    masked = obstacle("local_attention", backend, Request(device, dtype, 8, masked=True))
+    case = case if masked is None else replace(case, mask="none")
+    if backend == "banded_torch_efficient":
+        case = replace(case, dim_head=8)
     exact = run(reference, case, dtype, device, dtype=torch.float64)
     baseline = run(reference, case, dtype, device, dtype=BASELINE_OF.get(dtype, dtype))
-    actual = run(optimized, case, dtype, device, hostile=True)
+    with optimized.use_backends(local_attention=backend):
+        actual = run(optimized, case, dtype, device, hostile=True)
     assert actual.out.dtype == dtype
     compare(actual, exact, baseline, stage="local_attention", dtype=dtype)
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from harness import DTYPES, check, check_identical, counted, expectation
+from harness import BOTH, DTYPES, EVERY_KERNEL, check, check_identical, counted, expectation
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from runs import LayerRun, baseline_layer, compare, oracle_layer, run_layer, token_gain
@@ -25,8 +25,6 @@ from torch import Tensor
 import optimized
 import reference
 from reference import oracle
-
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 
 
 def sized_for_half(case: LayerCase) -> LayerCase:
@@ -87,12 +85,15 @@ def test_reference_matches_the_oracle(case: LayerCase, device: torch.device) -> 
     check(run.out, exact, baseline.out, stage="mixture", backend="reference", expect=expectation(exact), scale=scale)
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(case=layer_cases(values=VALUES))
 @example(case=LayerCase(n=33, k_q=40, window=5, mask="random"))
 @example(case=LayerCase(n=33, k_q=4, k_kv=40, context=12, mask="none_valid"))
 @counted
-def test_optimized_matches_with_injected_routes(case: LayerCase, dtype: torch.dtype, device: torch.device) -> None:
+def test_optimized_matches_with_injected_routes(
+    kernels: str, case: LayerCase, dtype: torch.dtype, device: torch.device
+) -> None:
     """Output and every gradient: x, context, all parameters, query and key/value scores."""
     if dtype in (torch.bfloat16, torch.float16):
         case = sized_for_half(case)
@@ -106,10 +107,11 @@ def test_optimized_matches_with_injected_routes(case: LayerCase, dtype: torch.dt
     compare(actual, exact, baseline, stage="mixture", dtype=dtype, token_gain=gain)
 
 
+@EVERY_KERNEL
 @given(case=layer_cases(values=("normal",)))
 @example(case=LayerCase(n=64, k_q=20, k_kv=13, window=9, options={"route_block_size": 10}))
 @counted
-def test_optimized_matches_with_its_own_routers(case: LayerCase, device: torch.device) -> None:
+def test_optimized_matches_with_its_own_routers(kernels: str, case: LayerCase, device: torch.device) -> None:
     """float64 end to end, off the band K < N <= K * fetch_k_ratio, where the solver sits on its kinks."""
     ratio = case.options.get("fetch_k_ratio", 9 / 8)
     case = replace(case, mask="none")

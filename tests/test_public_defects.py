@@ -14,14 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from harness import check, check_identical
+from harness import BOTH, check, check_identical
 from strategies import generator
 from torch import Tensor
 
-import optimized
 import reference
-
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 
 
 def randn(*shape: int, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:

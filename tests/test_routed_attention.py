@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import DTYPES, check, check_identical, counted, expectation
+from harness import BOTH, DTYPES, EVERY_KERNEL, HALF, attention_backends, check, check_identical, counted, expectation
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import BASELINE_OF, cast, compare, token_gain, watch_attention
@@ -26,9 +26,7 @@ import optimized
 import reference
 from reference import oracle
 
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-HALF = (torch.bfloat16, torch.float16)
 SCORES = ("q_scores", "kv_scores")
 NAMES = ("x", "context", "w_q", "w_kv", "w_out", "null_kv", "gamma", "context_gamma", *SCORES)
 NORMS = ("both", "none", "queries", "context")
@@ -279,15 +277,19 @@ def sized_for_half(case: AttentionCase) -> AttentionCase:
     )
 
 
-@ALL_DTYPES
+@EVERY_KERNEL
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention", masked=True))
 @given(case=attention_cases())
 @counted
-def test_optimized_matches(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
+def test_optimized_matches(
+    kernels: str, backend: str, case: AttentionCase, dtype: torch.dtype, device: torch.device
+) -> None:
     """Output and the gradient of every differentiable input, in hostile layouts, NaN wherever nothing valid reads."""
     case = sized_for_half(case) if dtype in HALF else case
     exact = run(reference, case, dtype, device, dtype=torch.float64)
     baseline = run(reference, case, dtype, device, dtype=BASELINE_OF.get(dtype, dtype))
-    actual = run(optimized, case, dtype, device, hostile=True)
+    with optimized.use_backends(routed_attention=backend):
+        actual = run(optimized, case, dtype, device, hostile=True)
     assert actual.out.dtype == dtype
     gain = token_gain(*(t for name, t in case.inputs(device).items() if name in ("x", "context") and t is not None))
     compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, token_gain=gain)

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from harness import DTYPES, check, check_identical, counted, expectation
+from harness import BOTH, DTYPES, EVERY_KERNEL, check, check_identical, counted, expectation
 from hypothesis import example, given
 from hypothesis import strategies as st
 from runs import BASELINE_OF, router_tensors
@@ -28,7 +28,6 @@ import reference
 from optimized import ops
 from reference import oracle
 
-BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 EPSILONS = {"eps": 0.03, "eps_init": 4.0, "eps_decay": 0.7}
 OFF_BAND = ("normal", "large", "tiny", "outlier")  # no exact ties, whose order would hang on rounding
 
@@ -49,10 +48,11 @@ def as_tensor(rows: list, shape: tuple[int, ...], device: torch.device) -> Tenso
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(case=router_cases(blocks=False))
 @counted
-def test_logits_match(case: RouterCase, dtype: torch.dtype, device: torch.device) -> None:
+def test_logits_match(kernels: str, case: RouterCase, dtype: torch.dtype, device: torch.device) -> None:
     runs = []
     for implementation, run_dtype, layout in (
         (optimized, dtype, True),
@@ -183,11 +183,14 @@ def test_exact_solver_solves_the_mass_equation(implementation: ModuleType, probl
     assert not actual[~valid].any()
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("solver", ["iterative", "exact"])
 @given(problem=solver_problems())
 @counted
-def test_solver_scores_match(solver: str, dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+def test_solver_scores_match(
+    kernels: str, solver: str, dtype: torch.dtype, device: torch.device, problem: dict
+) -> None:
     p = dict(problem)
     logits, mask, k = p.pop("logits").to(dtype).to(device), to_device(p.pop("mask"), device), p.pop("k")
     name, options = ("coordinate_descent", p) if solver == "iterative" else ("capped_simplex", {"eps": p["eps"]})
@@ -221,22 +224,24 @@ def check_gradient(actual: Tensor, exact: Tensor, baseline: Tensor, scale: float
     check(actual, exact, baseline, stage="solver_gradient", expect=expect, scale=scale)
 
 
-def descend(logits: Tensor, k: float, mask: Tensor | None, p: dict) -> tuple[Tensor, Tensor]:
+def descend(logits: Tensor, k: float, mask: Tensor | None, p: dict, kernels: str = "torch") -> tuple[Tensor, Tensor]:
     """The optimized solver's scores and iterates a (T, B, E)."""
-    scores, a, _ = ops.descend(logits, mask, float(k), p["n_iters"], p["eps"], p["eps_init"], p["eps_decay"])
+    epsilons = (p["eps"], p["eps_init"], p["eps_decay"])
+    scores, a, _ = ops.descend(logits, mask, float(k), p["n_iters"], *epsilons, kernels == "triton")
     return scores, a
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @given(problem=solver_problems())
 @counted
-def test_descent_gradient_matches(dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+def test_descent_gradient_matches(kernels: str, dtype: torch.dtype, device: torch.device, problem: dict) -> None:
     """With the implementation's own saturated sets in the oracle, once they agree with the oracle's but for kinks."""
     p = dict(problem)
     logits, mask, k = p.pop("logits").to(dtype).to(device), to_device(p.pop("mask"), device), p.pop("k")
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     leaf = logits.clone().requires_grad_()
-    scores, a = descend(leaf, k, mask, p)
+    scores, a = descend(leaf, k, mask, p, kernels)
     sets = logits >= -a[..., None]
 
     _, a_exact = descend(logits.double(), k, mask, p)
@@ -261,10 +266,11 @@ def test_descent_gradient_matches(dtype: torch.dtype, device: torch.device, prob
     check_gradient(actual, *runs, scale)
 
 
+@EVERY_KERNEL
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @given(problem=solver_problems())
 @counted
-def test_exact_gradient_matches(dtype: torch.dtype, device: torch.device, problem: dict) -> None:
+def test_exact_gradient_matches(kernels: str, dtype: torch.dtype, device: torch.device, problem: dict) -> None:
     logits, mask = problem["logits"].to(dtype).to(device), to_device(problem["mask"], device)
     k, eps = problem["k"], problem["eps"]
     g = torch.randn(logits.shape, generator=generator(1), dtype=torch.float64).to(dtype).to(device)
@@ -356,7 +362,8 @@ def test_mass_error_never_grows(implementation: ModuleType, seed: int, spread: f
     assert (errors.diff(dim=0) <= 1e-9).all()
 
 
-def test_twenty_iterations_are_far_from_the_limit(device: torch.device) -> None:
+@EVERY_KERNEL
+def test_twenty_iterations_are_far_from_the_limit(kernels: str, device: torch.device) -> None:
     """The documented figures: mass well short of 1152 at unit variance, thousands saturated at a spread of 32."""
     logits = torch.randn(1, 1, 8192, generator=generator(0), dtype=torch.float64).to(device)
     k = 1024 * 9 / 8
@@ -466,12 +473,13 @@ def test_reference_route_matches_the_oracle(case: RouterCase, device: torch.devi
         check_identical(actual.scores.detach(), exact)
 
 
+@EVERY_KERNEL
 @given(case=router_cases(values=(*OFF_BAND, "integer")))
 @example(case=RouterCase(n=8, k=8))
 @example(case=RouterCase(n=16, k=15))
 @example(case=RouterCase(n=16, k=15, options={"straight_through": False, "n_iters": 2}))  # mass min(K * 9/8, N) = N
 @counted
-def test_optimized_route_matches(case: RouterCase, device: torch.device) -> None:
+def test_optimized_route_matches(kernels: str, case: RouterCase, device: torch.device) -> None:
     """Decisions identical, scores and gradients of x and routing tokens within budget, float64."""
     if case.options.get("cosine_sim_routing"):  # in one dimension its gradient cancels exactly
         case = replace(case, dim=max(case.dim, 8), values="normal" if case.values == "integer" else case.values)
@@ -617,9 +625,10 @@ def test_batch_isolation_is_bitwise(implementation: ModuleType, device: torch.de
     assert not torch.equal(after.indices[1], before.indices[1])
 
 
+@EVERY_KERNEL
 @given(seed=st.integers(0, 2**20), n=st.integers(20, 60))
 @counted
-def test_solver_rows_do_not_depend_on_their_batch(seed: int, n: int, device: torch.device) -> None:
+def test_solver_rows_do_not_depend_on_their_batch(kernels: str, seed: int, n: int, device: torch.device) -> None:
     """Row-wise code: a row alone and in a batch, bitwise on the CPU and for selection everywhere."""
     logits = draw((3, 2, n), "normal", seed).float().to(device)
     indices, slots = optimized.select(logits, 7)

@@ -208,9 +208,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-    null = ctx.saved_tensors[3] is not None
-    dq, dk, dv, *dnull = attend_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    return dq, dk, dv, *(dnull if null else (None, None)), *(None,) * 6
+    saved = ctx.saved_tensors
+    dq, dk, dv, *dnull = attend_backward(grad, *saved, *ctx.constants)
+    return dq, dk, dv, *((None, None) if saved[3] is None else dnull), *(None,) * 6
 
 
 attend_backward = differentiable(attention_backward, no_setup, refuse_to("moa::attention", "double backward"))

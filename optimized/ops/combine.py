@@ -84,9 +84,9 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    _, _, _, _, _, local, null, _ = ctx.saved_tensors
-    dy, dscores, dlocal, dnull = merge_backward(grad, *ctx.saved_tensors, *ctx.constants)
-    optional = (None if local is None else dlocal, None if null is None else dnull)
+    saved = ctx.saved_tensors
+    dy, dscores, *found = merge_backward(grad, *saved, *ctx.constants)
+    optional = (None if given is None else gradient for given, gradient in zip(saved[5:7], found))
     return dy, dscores, None, None, None, *optional, None, None, None
 
 

@@ -58,9 +58,9 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    gamma = ctx.saved_tensors[1]
-    dx, dgamma = gather_backward(grad, *ctx.saved_tensors)
-    return dx, None if gamma is None else dgamma, None, None, None
+    saved = ctx.saved_tensors
+    dx, dgamma = gather_backward(grad, *saved)
+    return dx, None if saved[1] is None else dgamma, None, None, None
 
 
 gather_backward = differentiable(gather_norm_backward, no_setup, refuse_to("moa::gather_norm", "double backward"))

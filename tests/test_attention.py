@@ -1,0 +1,350 @@
+"""The attention operator over every backend: bare kernels, lengths, windows, the merged null slot, and dropout.
+
+The oracle is the definition: one softmax over the null slot and all visible keys, in float64, by autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import DEVICE, DTYPES, EVERY_KERNEL, HALF, KERNELS, attention_backends, check_identical, counted
+from hypothesis import example, given
+from hypothesis import strategies as st
+from runs import BASELINE_OF, compare
+from strategies import SEEDS, draw, generator, lay_out
+from torch import Tensor
+
+from optimized import ops
+from optimized.attention import module_name
+from optimized.kernels.null_slot import ROWS
+
+LENGTHS = ("none", "random", "some_empty", "full")
+HALF_LENGTHS = ("none", "long", "full")  # a row with few keys, some dropped, has gradients that are all cancellation
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: R = groups * per_group rows. lengths: of the keys; window -1: none."""
+
+    groups: int = 2
+    per_group: int = 2
+    queries: int = 9
+    keys: int = 12
+    heads: int = 2
+    dim_head: int = 8
+    lengths: str = "none"
+    null: bool = True
+    window: int = -1
+    causal: bool = False
+    values: str = "normal"
+    layout: str = "contiguous"
+    seed: int = 0
+
+    def leaves(self) -> dict[str, Tensor]:
+        rows, tail = self.groups * self.per_group, (self.heads, self.dim_head)
+        shapes = {"q": (rows, self.queries, *tail), "k": (rows, self.keys, *tail), "v": (rows, self.keys, *tail)}
+        if self.null:
+            shapes |= {"null_k": (self.groups, *tail), "null_v": (self.groups, *tail)}
+        return {name: draw(shape, self.values, self.seed + i) for i, (name, shape) in enumerate(shapes.items())}
+
+    def key_lengths(self) -> Tensor | None:
+        rows = self.groups * self.per_group
+        if self.lengths == "none":
+            return None
+        if self.lengths == "full":
+            return torch.full((rows,), self.keys, dtype=torch.int32)
+        least = self.keys // 2 if self.lengths == "long" else 0
+        counts = torch.randint(least, self.keys + 1, (rows,), generator=generator(self.seed + 7), dtype=torch.int32)
+        if self.lengths == "some_empty" and rows:
+            counts[0] = 0
+        return counts
+
+
+@dataclass
+class Run:
+    out: Tensor
+    grads: dict[str, Tensor]
+    logit_size: float
+
+
+def cotangent(case: Case) -> Tensor:
+    rows = case.groups * case.per_group
+    return torch.randn(
+        rows, case.queries, case.heads, case.dim_head, generator=generator(case.seed + 9), dtype=torch.float64
+    )
+
+
+def definition(
+    case: Case, dtype: torch.dtype, under_test: torch.dtype, device: torch.device, keep: Tensor | None = None
+) -> Run:
+    """keep (R, H, L, 1 + S): factors on the probabilities, the null slot's first."""
+    t = {n: x.to(under_test).to(dtype).to(device).requires_grad_() for n, x in case.leaves().items()}
+    q, k, v = t["q"], t["k"], t["v"]
+    visible = torch.ones(q.shape[0], case.queries, case.keys, dtype=torch.bool, device=device)
+    lengths = case.key_lengths()
+    if lengths is not None:
+        visible &= (torch.arange(case.keys) < lengths[:, None]).to(device)[:, None]
+    if case.window >= 0:
+        distance = torch.arange(case.queries, device=device)[:, None] - torch.arange(case.keys, device=device)
+        visible &= (distance <= case.window) & (distance >= (0 if case.causal else -case.window))
+    if case.null:
+        k, v = (torch.cat((t[f"null_{n}"].repeat_interleave(case.per_group, 0)[:, None], t[n]), 1) for n in "kv")
+        visible = F.pad(visible, (1, 0), value=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    p = (q @ k.mT * case.dim_head**-0.5).masked_fill(~visible[:, None], -math.inf).softmax(-1)
+    # Without a null slot a row may be empty.
+    p = torch.where(visible.any(-1)[:, None, :, None], p, 0)
+    p = p if keep is None else p * (keep if case.null else keep[..., 1:]).to(p.dtype)
+    out = (p @ v).transpose(1, 2)
+    size = math.prod(x.detach().norm(dim=-1).max().item() if x.numel() else 0.0 for x in (q, k)) * case.dim_head**-0.5
+    size += math.log(1 + case.keys)  # exp(s - lse) makes an absolute error of the lse a relative one
+    g = cotangent(case).to(under_test).to(dtype).to(device)
+    return Run(out.detach(), dict(zip(t, torch.autograd.grad(out, list(t.values()), g, allow_unused=True))), size)
+
+
+def operator(
+    case: Case, backend: str, kernels: str, dtype: torch.dtype, device: torch.device, dropout: float = 0.0
+) -> tuple[Run, Tensor]:
+    """The run, and the null slot's draws."""
+    t = {n: lay_out(x.to(dtype).to(device), case.layout).requires_grad_() for n, x in case.leaves().items()}
+    lengths = case.key_lengths()
+    lengths = None if lengths is None else lengths.to(device)
+    name = module_name(backend, device)
+    arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), lengths)
+    out, _, keep, _ = ops.attend(*arguments, dropout, case.window, case.causal, name, kernels == "triton")
+    g = cotangent(case).to(dtype).to(device)
+    return Run(out.detach(), dict(zip(t, torch.autograd.grad(out, list(t.values()), g))), 0.0), keep
+
+
+def compare_with_the_definition(
+    case: Case, backend: str, kernels: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    exact = definition(case, torch.float64, dtype, device)
+    baseline = definition(case, BASELINE_OF.get(dtype, dtype), dtype, device)
+    actual, _ = operator(case, backend, kernels, dtype, device)
+    assert actual.out.dtype == dtype
+    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, backend=backend)
+
+
+@st.composite
+def cases(draw_: st.DrawFn) -> Case:
+    return Case(
+        groups=draw_(st.integers(1, 3)),
+        per_group=draw_(st.sampled_from((1, 2, 3))),
+        # Around the queries of one program of the merge, and the blocks of flash kernels.
+        queries=draw_(st.sampled_from((1, 2, 9, 17, ROWS - 1, ROWS, ROWS + 1, 129))),
+        keys=draw_(st.sampled_from((1, 2, 9, 32, 33, 63, 65, 130))),
+        heads=draw_(st.integers(1, 3)),
+        dim_head=draw_(st.sampled_from((1, 2, 8, 10, 16, 64))),
+        values=draw_(st.sampled_from(("normal", "integer", "ties", "outlier", "tiny"))),
+        layout=draw_(st.sampled_from(("contiguous", "transposed", "sliced", "unaligned"))),
+        seed=draw_(SEEDS),
+    )
+
+
+def merged_by(stage: str, **request: Any) -> list[Any]:
+    """Every backend with the null slot merged by PyTorch, and by the kernel; interpreted, that is run with one."""
+    every = attention_backends(stage, **request)
+    merged = [(k, p) for k in KERNELS for p in every if k == "torch" or DEVICE.type == "cuda" or p.values[0] == "math"]
+    return [pytest.param(k, *p.values, id=f"{k}-{p.id}") for k, p in merged]
+
+
+def affordable(case: Case, kernels: str) -> Case:
+    """An interpreted program takes milliseconds, and there is one for every row, head and 64 queries."""
+    if kernels == "torch" or DEVICE.type == "cuda":
+        return case
+    return replace(case, groups=min(case.groups, 2), per_group=1, heads=min(case.heads, 2))
+
+
+def for_half(case: Case, dtype: torch.dtype) -> Case:
+    """Half precision: enough elements for a typical error, and attention logits that 8 bits can hold."""
+    if dtype not in HALF:
+        return case
+    return replace(
+        case,
+        queries=case.queries + 16,
+        keys=case.keys + 16,
+        heads=max(case.heads, 2),
+        dim_head=max(case.dim_head, 8),
+        values="normal" if case.values in ("tiny", "outlier") else case.values,
+    )
+
+
+@pytest.mark.parametrize(("kernels", "backend", "dtype"), merged_by("routed_attention"))
+@given(case=cases(), null=st.booleans())
+@counted
+def test_every_key(
+    kernels: str, backend: str, case: Case, null: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = replace(affordable(for_half(case, dtype), kernels), null=null)
+    compare_with_the_definition(case, backend, kernels, dtype, device)
+
+
+@pytest.mark.parametrize(("kernels", "backend", "dtype"), merged_by("routed_attention", masked=True))
+@given(case=cases(), lengths=st.sampled_from(LENGTHS))
+@example(case=Case(keys=0, lengths="full"), lengths="full")
+@example(case=Case(per_group=0), lengths="random")
+@counted
+def test_lengths(
+    kernels: str, backend: str, case: Case, lengths: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rows without any key included: they see the null slot alone."""
+    if case.keys and case.per_group:
+        case = affordable(for_half(case, dtype), kernels)
+    compare_with_the_definition(replace(case, lengths=lengths), backend, kernels, dtype, device)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention", masked=True))
+def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Other finite values behind the length change no bit, and their gradients are 0."""
+    case = Case(queries=20, keys=33, dim_head=16, lengths="some_empty", layout="contiguous")
+    runs = []
+    for shift in (0.0, 3.0):
+        t = {n: x.to(dtype).to(device) for n, x in case.leaves().items()}
+        lengths = case.key_lengths().to(device)
+        hidden = torch.arange(case.keys, device=device) >= lengths[:, None]
+        for name in ("k", "v"):
+            t[name] = t[name] + shift * hidden[..., None, None].to(dtype)
+        t = {n: x.detach().requires_grad_() for n, x in t.items()}
+        rest = (0.0, -1, False, module_name(backend, device), False)
+        out = ops.attend(t["q"], t["k"], t["v"], t["null_k"], t["null_v"], lengths, *rest)[0]
+        with torch.random.fork_rng():
+            grads = torch.autograd.grad(out, list(t.values()), cotangent(case).to(dtype).to(device))
+        assert not grads[1][hidden].any()
+        assert not grads[2][hidden].any()
+        runs.append(out.detach())
+    check_identical(runs[1], runs[0])
+
+
+WINDOWED = [p for p in attention_backends("local_attention") if not p.values[0].startswith(("banded", "flex"))]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), WINDOWED)
+@given(case=cases(), window=st.sampled_from((0, 1, 5, 31, 64, 200)), causal=st.booleans())
+@counted
+def test_windows(backend: str, case: Case, window: int, causal: bool, dtype: torch.dtype, device: torch.device) -> None:
+    case = for_half(case, dtype)
+    case = replace(case, keys=case.queries, window=min(window, case.queries - 1), causal=causal, null=False)
+    compare_with_the_definition(case, backend, "torch", dtype, device)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+def kept_keys(case: Case, backend: str, dtype: torch.dtype, device: torch.device, dropout: float, seed: int) -> Tensor:
+    """(R, H, L, S) bool: the kernel's own draw after a seed.
+
+    Drawn again with equal logits, so that every probability is the same, and values that are the rows of an identity:
+    a channel of the output is positive exactly where its key is kept.
+    """
+    t = {n: x.to(dtype).to(device) for n, x in case.leaves().items()}
+    lengths = case.key_lengths()
+    lengths = None if lengths is None else lengths.to(device)
+    parts = []
+    for start in range(0, case.keys, case.dim_head):
+        v = torch.zeros_like(t["v"])
+        for c in range(min(case.dim_head, case.keys - start)):
+            v[:, start + c, :, c] = 1
+        torch.manual_seed(seed)
+        rest = (lengths, dropout, -1, False, module_name(backend, device), False)
+        parts.append(ops.attend(torch.zeros_like(t["q"]), t["k"], v, None, None, *rest)[0])
+    return torch.cat(parts, -1)[..., : case.keys].transpose(1, 2) > 0
+
+
+DROPPING = attention_backends("routed_attention", masked=True, dropout=0.4)
+
+
+def dropout_cases() -> Iterator[Any]:
+    for p in DROPPING:
+        half = p.values[1] in HALF
+        for lengths in HALF_LENGTHS if half else LENGTHS:
+            for keys in (40, 150) if half else (7, 40, 150):
+                yield pytest.param(*p.values, lengths, keys, id=f"{p.id}-{lengths}-{keys}")
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize(("backend", "dtype", "lengths", "keys"), [*dropout_cases()])
+def test_dropout_given_the_kernels_own_draw(
+    kernels: str, backend: str, lengths: str, keys: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Output and every gradient as by the definition with the extracted mask, the null slot's draw included."""
+    dropout = 0.4
+    case = Case(queries=25, keys=keys, dim_head=16, lengths=lengths, seed=3)
+    kept = kept_keys(case, backend, dtype, device, dropout, seed=11)
+    torch.manual_seed(11)
+    actual, null = operator(case, backend, kernels, dtype, device, dropout)
+    assert ((null == 0) | ((null - 1 / (1 - dropout)).abs() < 1e-6)).all()
+    assert 0.4 < (null > 0).double().mean() < 0.8, "about 60 % are kept"
+    if lengths in ("none", "full"):
+        assert 0.5 < kept.double().mean() < 0.7
+    keep = torch.cat((null[..., None].double(), kept.double() / (1 - dropout)), -1)
+    exact = definition(case, torch.float64, dtype, device, keep)
+    baseline = definition(case, BASELINE_OF.get(dtype, dtype), dtype, device, keep)
+    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, backend=backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), DROPPING)
+def test_every_call_draws_anew(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(queries=25, keys=40, dim_head=16)
+    torch.manual_seed(5)
+    first, _ = operator(case, backend, "torch", dtype, device, 0.4)
+    second, _ = operator(case, backend, "torch", dtype, device, 0.4)
+    assert not torch.equal(first.out, second.out)
+    torch.manual_seed(5)
+    again, _ = operator(case, backend, "torch", dtype, device, 0.4)
+    check_identical(again.out, first.out)
+
+
+# --- what the layer promises -----------------------------------------------------------------------------------------
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("backend", ["math"])
+@pytest.mark.parametrize("lengths", ["none", "some_empty"])
+@pytest.mark.parametrize("null", [True, False])
+def test_gradcheck(kernels: str, backend: str, lengths: str, null: bool, device: torch.device) -> None:
+    """The null slot's terms by finite differences in float64; the kernels themselves, not a fallback."""
+    case = Case(queries=2, keys=3, per_group=1, heads=1, dim_head=2, lengths=lengths, null=null)
+    leaves = {n: x.to(device).requires_grad_() for n, x in case.leaves().items()}
+    counts = case.key_lengths()
+    counts = None if counts is None else counts.to(device)
+
+    def f(*given: Tensor) -> Tensor:
+        t: dict[str, Any] = dict(zip(leaves, given))
+        arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), counts)
+        return ops.attend(*arguments, 0.0, -1, False, backend, kernels == "triton")[0]
+
+    assert torch.autograd.gradcheck(f, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+def test_bitwise_run_to_run(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """The forward always; the backward in PyTorch's deterministic mode."""
+    case = Case(queries=300, keys=700, heads=4, dim_head=64)
+    runs = []
+    previous = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [operator(case, backend, "torch", dtype, device)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(previous)
+    plain, _ = operator(case, backend, "torch", dtype, device)
+    check_identical(plain.out, runs[0].out)
+    for other in runs[1:]:
+        check_identical(other.out, runs[0].out)
+        for name, g in other.grads.items():
+            check_identical(g, runs[0].grads[name])
+
+
+def test_every_dtype_has_a_backend() -> None:
+    """With dropout and with lengths; every cell of the matrix in the documentation is served."""
+    for dropout in (0.0, 0.1):
+        for masked in (False, True):
+            served = {p.values[1] for p in attention_backends("routed_attention", masked=masked, dropout=dropout)}
+            assert served == set(DTYPES)
