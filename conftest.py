@@ -149,9 +149,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 def _kernels_of(item: pytest.Item) -> str:
-    """What the parametrisation says about who computes; "-" where it says nothing."""
+    """What the parametrisation says about who computes, kernels of ours first; "-" where it says nothing."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    return str(parameters.get("backend") or parameters.get("kernels") or parameters.get("implementation") or "-")
+    found = [parameters.get(name) for name in ("kernels", "implementation", "backend")]
+    return " ".join(str(name) for name in found if name) or "-"
 
 
 def compilations() -> Counter[str]:

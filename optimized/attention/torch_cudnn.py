@@ -36,9 +36,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
     none = torch.zeros(2, dtype=torch.int64, device=q.device)
-    empty = q.new_empty(0)
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, *turned, lse[..., None], none[0], none[1], empty, empty, empty, q.shape[1], k.shape[1], 0.0, False,
+        dout, *turned, lse[..., None], none[0], none[1], None, None, None, q.shape[1], k.shape[1], 0.0, False,
         scale=scale,
     )  # fmt: skip
     dq, dk, dv = (t.transpose(1, 2) for t in gradients)

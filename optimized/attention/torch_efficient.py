@@ -12,8 +12,9 @@ LSE_BLOCK = 32  # its log-sum-exp is padded to a multiple of this
 
 
 def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
-    """Seed and offset of the draw."""
-    return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device)
+    """Seed and offset of the draw: on the CPU, but for a CUDA graph, which draws anew at each replay."""
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device if captured else "cpu")
 
 
 def forward(
@@ -25,7 +26,7 @@ def forward(
         *(t.flatten(0, 1)[None] for t in (q, k, v)), None, *starts, length, k.shape[1], dropout, 0, True,
         scale=scale,
     )  # fmt: skip
-    kept = torch.stack((seed, offset)).to(q.device) if dropout else state(q, k, dropout)
+    kept = torch.stack((seed, offset)) if dropout else state(q, k, dropout)
     every = slice(None) if lengths is None else slice(0, None, 2)
     return out.view(q.shape), lse[every, :, :length], kept
 
@@ -51,7 +52,7 @@ def backward(
         (rows if lengths is None else 2 * rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), torch.inf
     )
     padded[every, :, :length] = lse
-    draw = state if dropout else torch.zeros(2, dtype=torch.int64, device=q.device)
+    draw = state if dropout else torch.zeros(2, dtype=torch.int64)
     dout, *inputs = (t.flatten(0, 1)[None] for t in (dout, q, k, v, out))
     *qkv, out = inputs
     *gradients, _ = aten._efficient_attention_backward(

@@ -138,6 +138,15 @@ def capped_simplex_backward(
     out = torch.empty_like(s)
     if s.numel():
         _exact_backward_kernel[(batch * experts,)](
-            grad.contiguous(), s, mask, scores, threshold, out, n, experts, double_bits(eps), **constants
+            grad.contiguous(),
+            s,
+            mask,
+            scores.contiguous(),
+            threshold.contiguous(),
+            out,
+            n,
+            experts,
+            double_bits(eps),
+            **constants,
         )
     return out

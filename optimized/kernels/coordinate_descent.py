@@ -191,7 +191,7 @@ def coordinate_descent_backward(
         rows, bits = batch * experts, map(double_bits, (eps, eps_init, eps_decay))
         grid = (rows, triton.cdiv(n, constants["BLOCK"]))
         _descent_backward_kernel[grid](
-            grad.contiguous(), s, mask, scores, a, counts, out,
+            grad.contiguous(), s, mask, scores.contiguous(), a.contiguous(), counts.contiguous(), out,
             n, rows, experts, double_bits(k), a.shape[0], *bits, **constants,
         )  # fmt: skip
     return out

@@ -182,7 +182,7 @@ def router_logits_backward(
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if not logits.numel():
         return dx, torch.zeros_like(r)
-    g, x, r = g.contiguous(), x.contiguous(), r.contiguous()
+    g, x, r, logits, norms = (t.contiguous() for t in (g, x, r, logits, norms))
     factors = None if scale is None else _factors(r, scale, dtype)
     double = dtype == torch.float64
     block_n, block_d = (16, 32) if double else (32, 128)

@@ -126,11 +126,17 @@ def _(grad, q, k, v, null_k, null_v, *rest):  # type: ignore[no-untyped-def]
 
 
 def _pad(tensors: tuple[Tensor, ...], backend: str) -> tuple[Tensor, ...]:
-    """Zeros behind the head dimension, up to what the backend can address; they change no product."""
+    """What the backend can address: zeros behind the head dimension, which change no product, and aligned rows."""
     surplus = -tensors[0].shape[-1] % alignment(backend)
     if surplus:
         return tuple(F.pad(t, (0, surplus)) for t in tensors)
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    return tuple(t if _aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, as the flash kernels load them."""
+    starts = (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
+    return t.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
 
 
 def _merge(
