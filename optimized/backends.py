@@ -83,7 +83,7 @@ def _triton(r: Request) -> str | None:
         return f"runs on CUDA, not on {r.device.type}"
     if _triton_state() != "compiled":
         return "Triton is not installed" if _triton_state() == "missing" else "TRITON_INTERPRET=1 is set"
-    return None if _capability(r.device) >= (8, 0) else "needs compute capability 8.0"
+    return _too_old(r.device)
 
 
 def _triton_interpreted(r: Request) -> str | None:
@@ -138,11 +138,7 @@ def _flash_attn_4(r: Request) -> str | None:
     obstacle = _cuda_half(r, max_dim_head=256)
     if obstacle:
         return obstacle
-    if _capability(r.device)[0] not in (9, 10, 11):
-        return "needs compute capability 9.0, 10.x or 11.x"
-    if r.dim_head > 128 and _capability(r.device)[0] > 9:
-        return f"dim_head {r.dim_head} > 128"
-    return _import_obstacle("flash_attn.cute.interface", "flash-attn 4")
+    return _flash_4_obstacle(r.device, r.dim_head) or _import_obstacle("flash_attn.cute.interface", "flash-attn 4")
 
 
 @_constant
@@ -169,12 +165,22 @@ def _cudnn(r: Request) -> str | None:
         return "cuDNN is not available"
     if r.dropout or r.masked:
         return "used here without dropout and mask only"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
     return _cuda_half(r, max_dim_head=128)
 
 
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+@_constant
+def _flash_4_obstacle(device: torch.device, dim_head: int) -> str | None:
+    major, _ = torch.cuda.get_device_capability(device)
+    if major not in (9, 10, 11):
+        return "needs compute capability 9.0, 10.x or 11.x"
+    return f"dim_head {dim_head} > 128" if dim_head > 128 and major > 9 else None
+
+
+@_constant
+def _too_old(device: torch.device) -> str | None:
+    return None if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0"
 
 
 @torch.compiler.assume_constant_result
@@ -187,9 +193,7 @@ def _cuda_half(r: Request, max_dim_head: int) -> str | None:
         return f"runs on CUDA, not on {r.device.type}"
     if r.dtype not in HALF:
         return f"float16 and bfloat16 only, not {r.dtype}"
-    if _capability(r.device) < (8, 0):
-        return "needs compute capability 8.0"
-    return f"dim_head {r.dim_head} > {max_dim_head}" if r.dim_head > max_dim_head else None
+    return _too_old(r.device) or (f"dim_head {r.dim_head} > {max_dim_head}" if r.dim_head > max_dim_head else None)
 
 
 # --- sliding window --------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def test_output_describes_the_run(passed: tuple[str, Path], book: str) -> None:
     assert f"all {n} tokens (fewer than the 9999 asked for)" in printed
     assert f"2 experts, {n // 8} slots" in printed
     assert f"torch {torch.__version__}" in printed
-    assert "routing torch, routed_attention" in printed  # from optimized.explain
+    assert "routing torch, dispatch torch, routed_attention" in printed  # from optimized.explain
     assert re.search(rf"expert 2 │ {n // 8} │ {n // 8} │ \d+ │ \d+ % │ \w+", printed)
     assert "superscripts" in printed
     assert "²" in printed
@@ -130,14 +130,14 @@ def scale(factor: float) -> Callable[[Any], Any]:
 
 
 def drop_an_expert(original: Any) -> Any:
-    def combine(y: Tensor, *rest: Any) -> Tensor:
-        return original(torch.cat((y[:-1], torch.zeros_like(y[-1:]))), *rest)
+    def combine(y: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return original(torch.cat((y[:-1], torch.zeros_like(y[-1:]))), *rest, **options)
 
     return combine
 
 
 def pick_the_least(original: Any) -> Any:
-    return lambda logits, mask, k: original(-logits, mask, k)
+    return lambda logits, *rest: original(-logits, *rest)
 
 
 def scale_the_first(original: Any) -> Any:

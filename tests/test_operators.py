@@ -652,7 +652,8 @@ def test_forward_mode_is_refused_or_right(name: str, backend: str | None, device
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
     # They reach our operators whatever the backend.
     assert {"x", "attn.to_out.weight"} <= refused
-    assert "null_routed_token" not in refused
+    # On a GPU the combination is a kernel of ours too.
+    assert ("null_routed_token" in refused) == (device.type == "cuda" and "null_routed_token" in values)
 
 
 @BACKENDS
@@ -705,7 +706,8 @@ def test_double_backward_is_refused_or_right(name: str, backend: str | None, dev
             if expected is not None:
                 torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
     assert "x" in refused  # by the solver and by the attention
-    assert not {"null_routed_token", "attn.to_out.weight"} & refused
+    if device.type == "cpu":  # on a GPU the combination is a kernel of ours, which refuses too
+        assert not {"null_routed_token", "attn.to_out.weight"} & refused
 
 
 @pytest.mark.usefixtures("fresh_compiler")

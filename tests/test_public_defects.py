@@ -44,7 +44,7 @@ def attention_weights(experts: int, dim: int, heads: int, dim_head: int, device:
 
 
 @BOTH
-def test_defect_01_documented_constructor_arguments(implementation: ModuleType) -> None:
+def test_defect_01_documented_constructor_arguments(implementation: ModuleType, device: torch.device) -> None:
     """zetascale 2.8.8: all documented examples raise TypeError. Documented arguments and defaults are accepted."""
     parameters = inspect.signature(implementation.MixtureOfAttention).parameters
     documented = {
@@ -61,9 +61,9 @@ def test_defect_01_documented_constructor_arguments(implementation: ModuleType) 
     }
     assert {name: parameters[name].default for name in documented} == documented
     layer = implementation.MixtureOfAttention(
-        16, num_routed_queries=5, num_routed_key_values=5, num_experts=2, **documented
+        16, num_routed_queries=5, num_routed_key_values=5, num_experts=2, **documented, device=device
     )
-    assert layer(torch.randn(2, 20, 16)).shape == (2, 20, 16)
+    assert layer(torch.randn(2, 20, 16, device=device)).shape == (2, 20, 16)
 
 
 def assert_unit_rms(attend: Callable[[Tensor], Tensor], dim: int, device: torch.device) -> None:

@@ -1,14 +1,19 @@
-"""PyTorch's memory-efficient attention for GPUs: float32 too, dropout, lengths; no window."""
+"""PyTorch's memory-efficient attention for GPUs: float32 too, dropout, lengths; no window.
+
+Lengths are a bias of -inf. Cumulative offsets would be cheaper, but with them its backward leaves the gradients of
+queries without any key unwritten, and draws another dropout mask than its forward (both seen with torch 2.11).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from optimized.attention.lengths import offsets
-
 aten = torch.ops.aten
 LSE_BLOCK = 32  # its log-sum-exp is padded to a multiple of this
+BIAS_BLOCK = 8  # and rows of the bias must be aligned to this many elements
 
 
 def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
@@ -17,18 +22,24 @@ def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
     return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device if captured else "cpu")
 
 
+def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(R, H, L, S), stored once per row."""
+    if lengths is None:
+        return None
+    (rows, length, heads, _), keys = q.shape, k.shape[1]
+    hidden = torch.arange(-(-keys // BIAS_BLOCK) * BIAS_BLOCK, device=q.device) >= lengths[:, None]
+    bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+    return bias[:, None, None, :keys].expand(rows, heads, length, keys)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, window: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, length, _, _ = q.shape
-    starts = offsets(rows, length, k.shape[1], lengths, q.device)
     out, lse, seed, offset, _, _ = aten._efficient_attention_forward(
-        *(t.flatten(0, 1)[None] for t in (q, k, v)), None, *starts, length, k.shape[1], dropout, 0, True,
-        scale=scale,
-    )  # fmt: skip
+        q, k, v, _bias(q, k, lengths), None, None, None, None, dropout, 0, True, scale=scale
+    )
     kept = torch.stack((seed, offset)) if dropout else state(q, k, dropout)
-    every = slice(None) if lengths is None else slice(0, None, 2)
-    return out.view(q.shape), lse[every, :, :length], kept
+    return out, lse[..., : q.shape[1]], kept
 
 
 def backward(
@@ -46,18 +57,12 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, heads, _ = q.shape
-    starts = offsets(rows, length, k.shape[1], lengths, q.device)
-    every = slice(None) if lengths is None else slice(0, None, 2)
-    padded = lse.new_full(
-        (rows if lengths is None else 2 * rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), torch.inf
-    )
-    padded[every, :, :length] = lse
+    padded = lse.new_full((rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)
+    padded[..., :length] = lse
     draw = state if dropout else torch.zeros(2, dtype=torch.int64)
-    dout, *inputs = (t.flatten(0, 1)[None] for t in (dout, q, k, v, out))
-    *qkv, out = inputs
-    *gradients, _ = aten._efficient_attention_backward(
-        dout, *qkv, None, out, *starts, length, k.shape[1], padded, dropout, draw[0], draw[1], 0, False,
+    bias = _bias(q, k, lengths)
+    dq, dk, dv, _ = aten._efficient_attention_backward(
+        dout, q, k, v, bias, out, None, None, length, k.shape[1], padded, dropout, draw[0], draw[1], 0, False,
         scale=scale,
     )  # fmt: skip
-    dq, dk, dv = (g.view(t.shape) for g, t in zip(gradients, (q, k, v)))
     return dq, dk, dv
