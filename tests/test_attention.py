@@ -32,6 +32,7 @@ from torch import Tensor
 
 from optimized import ops
 from optimized.attention import module_name
+from optimized.backends import Request, obstacle
 from optimized.kernels.null_slot import ROWS
 
 LENGTHS = ("none", "random", "some_empty", "full")
@@ -337,14 +338,17 @@ def test_gradcheck(kernels: str, backend: str, lengths: str, null: bool, device:
 def test_bitwise_run_to_run(backend: str, dtype: torch.dtype, device: torch.device) -> None:
     """The forward always; the backward in PyTorch's deterministic mode."""
     case = Case(queries=300, keys=700, heads=4, dim_head=64)
-    runs = []
-    previous = torch.are_deterministic_algorithms_enabled()
+    plain, _ = operator(case, backend, "torch", dtype, device)
+    check_identical(operator(case, backend, "torch", dtype, device)[0].out, plain.out)
     torch.use_deterministic_algorithms(True)
     try:
+        refused = obstacle("routed_attention", backend, Request(device, dtype, case.dim_head))
+        assert refused is None or (backend == "torch_cudnn" and "deterministic" in refused)
+        if refused:
+            return
         runs = [operator(case, backend, "torch", dtype, device)[0] for _ in range(3)]
     finally:
-        torch.use_deterministic_algorithms(previous)
-    plain, _ = operator(case, backend, "torch", dtype, device)
+        torch.use_deterministic_algorithms(False)
     check_identical(plain.out, runs[0].out)
     for other in runs[1:]:
         check_identical(other.out, runs[0].out)
