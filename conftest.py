@@ -47,6 +47,8 @@ FILE_BUDGET_SECONDS = {
     "test_backends.py": 60,
     "test_operators.py": 90,
     "test_examples.py": 20,
+    "test_attention.py": 90,
+    "test_compilation.py": 150,
     "test_main.py": 30,
 }
 
@@ -54,6 +56,9 @@ FILE_BUDGET_SECONDS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mixture of attention")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the tests run on (default: cpu)")
+    group.addoption(
+        "--interpreted", action="store_true", help="on the CPU: properties of our kernels too, in Triton's interpreter"
+    )
     group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 100; nightly: 1000)")
     group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")
 
@@ -105,9 +110,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not wanted
     }
     dropped = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
+    if config.option.device == "cpu" and not config.option.interpreted:
+        dropped += [item for item in items if "triton" in _kernels_of(item) and item not in dropped]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in dropped]
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session")
@@ -275,7 +283,12 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
 
 def over_budget(config: pytest.Config, seconds: dict[str, float]) -> list[str]:
     """Files that took longer than stated. Only a whole, default run on the CPU is held to it."""
-    if config.option.device != "cpu" or config.option.max_examples is not None or _asks_for_nightly(config):
+    if (
+        config.option.device != "cpu"
+        or config.option.interpreted
+        or config.option.max_examples is not None
+        or _asks_for_nightly(config)
+    ):
         return []
     return [
         f"{file} took {taken:.0f} s of the {FILE_BUDGET_SECONDS[file]} s that it may"

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from optimized.kernels.launch import contiguous, wide
 
-ROWS = 64
+ROWS = 64  # queries of a program, fewer for wide heads
+TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
 
 
 @triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "dim"])
@@ -105,7 +106,12 @@ def _merge_backward_kernel(
 def _constants(q: Tensor, keep: Tensor | None) -> dict[str, Any]:
     arithmetic = tl.float64 if q.dtype == torch.float64 else tl.float32
     block = triton.next_power_of_2(q.shape[-1])
-    return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic, "ROWS": ROWS, "BLOCK_D": block, "num_warps": 4}
+    rows = _rows(q.shape[-1])
+    return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic, "ROWS": rows, "BLOCK_D": block, "num_warps": 4}
+
+
+def _rows(dim: int) -> int:
+    return max(min(ROWS, TILE // triton.next_power_of_2(dim)), 1)
 
 
 def merge(
@@ -121,7 +127,7 @@ def merge(
     rows, length, heads, dim = q.shape
     merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
     if q.numel():
-        _merge_kernel[(rows * heads, triton.cdiv(length, ROWS))](
+        _merge_kernel[(rows * heads, triton.cdiv(length, _rows(dim)))](
             *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
             length, rows // null_k.shape[0], heads, dim, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
         )  # fmt: skip
@@ -140,7 +146,7 @@ def merge_backward(
 ) -> tuple[Tensor, Tensor]:
     """dk0 and dv0 (G, H, d); adds the null slot's part in place to dq, which is contiguous."""
     rows, length, heads, dim = q.shape
-    chunks = triton.cdiv(length, ROWS)
+    chunks = triton.cdiv(length, _rows(dim))
     dk, dv = (torch.empty(rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device) for _ in range(2))
     if q.numel():
         _merge_backward_kernel[(rows * heads, chunks)](

@@ -159,7 +159,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
     norms = torch.empty(batch, n, dtype=dtype, device=x.device)
     if logits.numel():
         double = dtype == torch.float64
-        block_n, block_d, block_e = (16, 32, 4) if double else (64, 64 if x.dtype == torch.float32 else 128, 16)
+        block_n, block_d, block_e = (16, 32, 4) if double else (32, 64, 16)
         r = r.contiguous()
         factors = None if scale is None else _factors(r, scale, dtype)
         _logits_kernel[(triton.cdiv(n, block_n), batch, triton.cdiv(experts, block_e))](
