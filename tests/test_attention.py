@@ -236,6 +236,7 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
 WINDOWED = [p for p in attention_backends("local_attention") if not p.values[0].startswith(("banded", "flex"))]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "dtype"), WINDOWED)
 @given(case=cases(), window=st.sampled_from((0, 1, 5, 31, 64, 200)), causal=st.booleans())
 @counted
