@@ -109,13 +109,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, wanted in (("gpu", config.option.device == "cuda"), ("nightly", _asks_for_nightly(config)))
         if not wanted
     }
-    dropped = [item for item in items if any(item.get_closest_marker(mark) for mark in unwanted)]
-    if config.option.device == "cpu" and not config.option.interpreted:
-        dropped += [item for item in items if "triton" in _kernels_of(item) and item not in dropped]
+    without_triton = config.option.device == "cpu" and not config.option.interpreted
+    kept, dropped = [], []
+    for item in items:
+        out = any(item.get_closest_marker(mark) for mark in unwanted)
+        out = out or (without_triton and "triton" in _kernels_of(item))
+        (dropped if out else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        gone = set(dropped)
-        items[:] = [item for item in items if item not in gone]
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

@@ -118,13 +118,13 @@ def _flash_2_obstacle(device: torch.device, dtype: torch.dtype, dim_head: int) -
     missing = _import_obstacle("flash_attn.flash_attn_interface", "flash-attn 2")
     if missing:
         return missing
-    from optimized.attention import flash_attn_2
+    from optimized.attention import Setting, flash_attn_2
 
     q = torch.zeros(1, 8, 1, dim_head, device=device, dtype=dtype)
-    arguments = (None, 0.0, -1, False, 1.0)
+    setting = Setting(scale=1.0)
     try:
-        out, lse, state = flash_attn_2.forward(q, q, q, *arguments)
-        flash_attn_2.backward(q, q, q, q, out, lse, state, *arguments)
+        out, lse, state = flash_attn_2.forward(q, q, q, setting)
+        flash_attn_2.backward(q, q, q, q, out, lse, state, setting)
     except RuntimeError as error:
         return f"flash-attn 2 failed for dim_head {dim_head}: {str(error).splitlines()[0]}"
     return None

@@ -33,11 +33,11 @@ def stages_by(kernels: str) -> dict[str, str]:
     return {stage: name for stage, names in optimized.backends().items() if name in names}
 
 
-def attention_backends(stage: str, dtypes: tuple[torch.dtype, ...] = DTYPES, **request: Any) -> list[Any]:
+def attention_backends(stage: str, **request: Any) -> list[Any]:
     """Parameters (backend, dtype): all pairs that can run here."""
     pairs = []
     for name in optimized.backends()[stage]:
-        for dtype in dtypes:
+        for dtype in DTYPES:
             if obstacle(stage, name, Request(DEVICE, dtype, **{"dim_head": 64, **request})) is None:
                 pairs.append(pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}"))
     return pairs
@@ -109,7 +109,7 @@ def counted(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        enough = hypothesis.settings.default.max_examples // INTERPRETED_SHARE
+        enough = max(hypothesis.settings.default.max_examples // INTERPRETED_SHARE, 1)
         if interpreted() and current.examples >= enough and not current.failed:
             return
         current.examples += 1

@@ -1,14 +1,13 @@
 """Attention kernels behind one interface: raw forward with log-sum-exp, raw backward. One file per package.
 
-Each module has
+Each module but `flex_window`, which has no raw form, has
 
-    forward(q, k, v, lengths, dropout, window, causal, scale) -> (out, lse, state)
-    backward(dout, q, k, v, out, lse, state, lengths, dropout, window, causal, scale) -> (dq, dk, dv)
+    forward(q, k, v, setting) -> (out, lse, state)
+    backward(dout, q, k, v, out, lse, state, setting) -> (dq, dk, dv)
     state(q, k, dropout) -> an empty tensor of the shape and dtype that `state` of forward has
 
-q (R, L, H, d), k and v (R, S, H, d), d padded with zeros; L, S >= 1. lengths (R), int32: the first keys
-of a row that take part; the lse of a row without any is whatever the kernel leaves. window: |i - j| <= window, or
-0 <= i - j <= window with causal; -1 for none. lse (R, H, L). state: what a backward must know of the random draw.
+q (R, L, H, d), k and v (R, S, H, d), d padded with zeros; L, S >= 1. lse (R, H, L); that of a row without keys is
+whatever the kernel leaves. state: what a backward must know of the random draw.
 
 The backward forms P = exp(s - lse) and delta = <dout, out> from what it is handed, so that handing it the out and lse
 of attention over more keys than k gives the exact gradients of q's, k's and v's part (see `kernels.null_slot`).
@@ -19,9 +18,28 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both directions of a call share."""
+
+    scale: float  # of the logits: 1 / sqrt(d) of the unpadded d
+    lengths: Tensor | None = None  # (R) int32: the first keys of a row that take part; None for all
+    dropout: float = 0.0
+    window: int = -1  # |i - j| <= window, or 0 <= i - j <= window if causal; -1 for none
+    causal: bool = False
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """How far the window reaches to the left and to the right; -1 for no limit."""
+        return self.window, 0 if self.causal and self.window >= 0 else self.window
+
 
 # Head dimensions are padded to a multiple of this, else of 8. flash-attn 4 (4.0.0b36, H100) takes multiples of 8, but
 # its dq is wrong beyond the first 64 queries where the dimension is 8 or 16 more than a multiple of 32.

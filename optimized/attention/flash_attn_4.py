@@ -8,48 +8,37 @@ import torch
 from flash_attn.cute import interface
 from torch import Tensor
 
+from optimized.attention import Setting
+
 
 def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
     return torch.empty(0, dtype=torch.int64, device=q.device)
 
 
-def _options(scale: float, lengths: Tensor | None, window: int, causal: bool) -> dict[str, Any]:
-    sides = (None, None) if window < 0 else (window, 0 if causal else window)
+def _options(setting: Setting) -> dict[str, Any]:
+    left, right = (None, None) if setting.window < 0 else setting.sides
     return {
-        "softmax_scale": scale,
-        "window_size_left": sides[0],
-        "window_size_right": sides[1],
-        "seqused_k": lengths,
+        "softmax_scale": setting.scale,
+        "window_size_left": left,
+        "window_size_right": right,
+        "seqused_k": setting.lengths,
     }
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, window: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, lse, *_ = interface._flash_attn_fwd(q, k, v, return_lse=True, **_options(scale, lengths, window, causal))
-    return out, lse, state(q, k, dropout)
+def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, *_ = interface._flash_attn_fwd(q, k, v, return_lse=True, **_options(setting))
+    return out, lse, state(q, k, setting.dropout)
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    dropout: float,
-    window: int,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Hidden keys are not written.
-    make = torch.empty if lengths is None else torch.zeros
+    make = torch.empty if setting.lengths is None else torch.zeros
     dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
     dq, dk, dv, *_ = interface._flash_attn_bwd(
         q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv,
-        deterministic=torch.are_deterministic_algorithms_enabled(), **_options(scale, lengths, window, causal),
+        deterministic=torch.are_deterministic_algorithms_enabled(), **_options(setting),
     )  # fmt: skip
     return dq, dk, dv

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from optimized.attention import Setting
+
 aten = torch.ops.aten
 LSE_BLOCK = 32  # its log-sum-exp is padded to a multiple of this
 BIAS_BLOCK = 8  # and rows of the bias must be aligned to this many elements
@@ -32,37 +34,24 @@ def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
     return bias[:, None, None, :keys].expand(rows, heads, length, keys)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, window: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, seed, offset, _, _ = aten._efficient_attention_forward(
-        q, k, v, _bias(q, k, lengths), None, None, None, None, dropout, 0, True, scale=scale
+        q, k, v, _bias(q, k, setting.lengths), None, None, None, None, setting.dropout, 0, True, scale=setting.scale
     )
-    kept = torch.stack((seed, offset)) if dropout else state(q, k, dropout)
+    kept = torch.stack((seed, offset)) if setting.dropout else state(q, k, setting.dropout)
     return out, lse[..., : q.shape[1]], kept
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    dropout: float,
-    window: int,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, heads, _ = q.shape
     padded = lse.new_full((rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)
     padded[..., :length] = lse
-    draw = state if dropout else torch.zeros(2, dtype=torch.int64)
-    bias = _bias(q, k, lengths)
+    draw = state if setting.dropout else torch.zeros(2, dtype=torch.int64)
+    bias = _bias(q, k, setting.lengths)
     dq, dk, dv, _ = aten._efficient_attention_backward(
-        dout, q, k, v, bias, out, None, None, length, k.shape[1], padded, dropout, draw[0], draw[1], 0, False,
-        scale=scale,
+        dout, q, k, v, bias, out, None, None, length, k.shape[1], padded, setting.dropout, draw[0], draw[1], 0, False,
+        scale=setting.scale,
     )  # fmt: skip
     return dq, dk, dv

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from optimized.attention import Setting
 from optimized.attention.lengths import offsets
 
 aten = torch.ops.aten
@@ -15,44 +18,32 @@ def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
     return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device)
 
 
-def _window(window: int, causal: bool) -> dict[str, int]:
-    return {} if window < 0 else {"window_size_left": window, "window_size_right": 0 if causal else window}
+def _options(setting: Setting) -> dict[str, Any]:
+    left, right = setting.sides
+    return {"scale": setting.scale, "window_size_left": left, "window_size_right": right}
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, window: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, heads, _ = q.shape
-    starts = offsets(rows, length, k.shape[1], lengths, q.device)
+    starts = offsets(rows, length, k.shape[1], setting.lengths, q.device)
     out, lse, draw, _, _ = aten._flash_attention_forward(
-        *(t.flatten(0, 1) for t in (q, k, v)), *starts, length, k.shape[1], dropout, False, False,
-        scale=scale, **_window(window, causal),
+        *(t.flatten(0, 1) for t in (q, k, v)), *starts, length, k.shape[1], setting.dropout, False, False,
+        **_options(setting),
     )  # fmt: skip
-    kept = draw.view(torch.int64) if dropout else state(q, k, dropout)
+    kept = draw.view(torch.int64) if setting.dropout else state(q, k, setting.dropout)
     return out.view(q.shape), lse.view(heads, rows, length).transpose(0, 1), kept
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    dropout: float,
-    window: int,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, _, _ = q.shape
-    starts = offsets(rows, length, k.shape[1], lengths, q.device)
-    draw = state if dropout else torch.zeros(2, dtype=torch.int64, device=q.device)
+    starts = offsets(rows, length, k.shape[1], setting.lengths, q.device)
+    draw = state if setting.dropout else torch.zeros(2, dtype=torch.int64, device=q.device)
     gradients = aten._flash_attention_backward(
         *(t.flatten(0, 1) for t in (dout, q, k, v, out)), lse.transpose(0, 1).flatten(1), *starts,
-        length, k.shape[1], dropout, False, draw.view(torch.uint64), draw.new_empty(()).view(torch.uint64),
-        scale=scale, **_window(window, causal),
+        length, k.shape[1], setting.dropout, False, draw.view(torch.uint64), draw.new_empty(()).view(torch.uint64),
+        **_options(setting),
     )  # fmt: skip
     dq, dk, dv = (g.view(t.shape) for g, t in zip(gradients, (q, k, v)))
     return dq, dk, dv

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from optimized.attention import Setting
+
 aten = torch.ops.aten
 
 
@@ -22,33 +24,22 @@ def _bias(q: Tensor, k: Tensor, lengths: Tensor | None) -> Tensor | None:
     return bias[:, None, None].expand(-1, 1, q.shape[1], -1)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, dropout: float, window: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     turned = (t.transpose(1, 2) for t in (q, k, v))
-    bias = _bias(q, k, lengths)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*turned, 0.0, False, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2), lse, state(q, k, dropout)
+    bias = _bias(q, k, setting.lengths)
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *turned, 0.0, False, attn_mask=bias, scale=setting.scale
+    )
+    return out.transpose(1, 2), lse, state(q, k, setting.dropout)
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    lengths: Tensor | None,
-    dropout: float,
-    window: int,
-    causal: bool,
-    scale: float,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-    bias = _bias(q, k, lengths)
+    bias = _bias(q, k, setting.lengths)
     gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, *turned, lse, 0.0, False, attn_mask=bias, scale=scale
+        dout, *turned, lse, 0.0, False, attn_mask=bias, scale=setting.scale
     )
     dq, dk, dv = (t.transpose(1, 2) for t in gradients)
     return dq, dk, dv

@@ -5,6 +5,5 @@ tensor's dtype and converts before any arithmetic (the interpreter's bfloat16 ar
 every masked load, addresses in int64, and lets each element be written by one program: no atomics, always the same
 bits.
 
-Sizes are not specialised (`do_not_specialize`), so that another length compiles nothing new; block sizes are, and the
-model dimension, whose divisibility by 16 gives aligned loads.
+Sizes are not specialised (`do_not_specialize`), so that another length compiles nothing new; block sizes are.
 """

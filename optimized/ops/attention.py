@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from optimized.attention import adapter, alignment
+from optimized.attention import Setting, adapter, alignment
 from optimized.ops.registration import differentiable, no_setup, refuse_to
 
 
@@ -57,7 +57,7 @@ def attention(
         state = module.state(q, k, dropout).zero_()
     else:
         padded = _pad((q, k, v), backend)
-        out, lse, state = module.forward(*padded, lengths, dropout, window, causal, dim**-0.5)
+        out, lse, state = module.forward(*padded, Setting(dim**-0.5, lengths, dropout, window, causal))
         out, lse = out[..., :dim].contiguous(), lse.contiguous()
     keep = q.new_empty(0, dtype=wide)
     if null_k is not None and null_v is not None:
@@ -109,7 +109,8 @@ def attention_backward(
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     else:
         padded = _pad((grad, q, k, v, out), backend)
-        gradients = adapter(backend).backward(*padded, lse, state, lengths, dropout, window, causal, dim**-0.5)
+        setting = Setting(dim**-0.5, lengths, dropout, window, causal)
+        gradients = adapter(backend).backward(*padded, lse, state, setting)
         dq, dk, dv = (g[..., :dim].contiguous() for g in gradients)
     if null_k is None or null_v is None:
         return dq, dk, dv, q.new_empty(0), q.new_empty(0)
@@ -156,8 +157,9 @@ def _merge(
     if lengths is not None:
         lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)
     out = torch.where((lse > -math.inf).transpose(1, 2)[..., None], out, 0).to(lse.dtype)
-    merged_lse = torch.logaddexp(lse, _null_logits(q, null_k))
-    p0 = (_null_logits(q, null_k) - merged_lse).exp()
+    null_logits = _null_logits(q, null_k)
+    merged_lse = torch.logaddexp(lse, null_logits)
+    p0 = (null_logits - merged_lse).exp()
     p0 = p0 if keep is None else p0 * keep
     rest = (lse - merged_lse).exp().transpose(1, 2)[..., None]
     null_v = _per_row(null_v, q)[:, None].to(lse.dtype)
