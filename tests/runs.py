@@ -157,8 +157,6 @@ def compare(
     amplification: by how much a relative rounding error of the routing logits grows on its way into the gradients.
     Attention logits (`exact.logit_size`) do the same to everything, and a saturated softmax cancels to almost nothing.
     In half precision this would leave no bound worth the name; there the cases keep the attention logits small instead.
-    In a gradient they do it twice: exp(s - lse) has a relative error of |s|, and the product with k (or q) that follows
-    is |k| large, while a saturated softmax leaves nothing of the gradient itself.
     token_gain: the same for a norm, see the function; of gradients that cancel only.
     """
     precise = dtype in (torch.float64, torch.float32)
@@ -197,6 +195,6 @@ def compare(
             name=name,
             backend=backend,
             expect=expect,
-            scale=amplification * (1 + exact.logit_size) * largest if precise else 0.0,
+            scale=amplification * largest if precise else 0.0,
             precision=dtype,
         )

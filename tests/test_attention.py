@@ -189,6 +189,7 @@ def for_half(case: Case, dtype: torch.dtype) -> Case:
 
 @pytest.mark.parametrize(("kernels", "backend", "dtype"), merged_by())
 @given(case=cases(), null=st.booleans())
+@example(case=Case(groups=1, per_group=1, queries=1, keys=1, heads=1, dim_head=1, values="outlier"), null=True)
 @counted
 def test_every_key(
     kernels: str, backend: str, case: Case, null: bool, dtype: torch.dtype, device: torch.device
@@ -230,6 +231,20 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
         assert not grads[2][hidden].any()
         runs.append(out.detach())
     check_identical(runs[1], runs[0])
+
+
+# In half precision a logit of hundreds has no digit left.
+@pytest.mark.parametrize(("kernels", "backend", "dtype"), [p for p in merged_by() if p.values[2] not in HALF])
+@pytest.mark.parametrize("seed", range(3))
+def test_saturated_softmax_cancels(
+    kernels: str, backend: str, seed: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Logits in the hundreds: one weight is 1, and its dP - delta is 0 only if the weights of the output sum to 1.
+
+    Weights exp(s - lse) are off by |lse| eps, which the gradient of a saturated row has nothing to hide behind.
+    """
+    case = Case(queries=9, keys=12, per_group=1, values="large", seed=seed)
+    compare_with_the_definition(case, backend, kernels, dtype, device)
 
 
 WINDOWED = [p for p in attention_backends("local_attention") if not p.values[0].startswith(("banded", "flex"))]

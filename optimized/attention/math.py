@@ -28,15 +28,11 @@ def _logits(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
     return s.masked_fill(hidden[:, None, None], -math.inf)
 
 
-def _exp(s: Tensor, lse: Tensor) -> Tensor:
-    """exp(s - lse); a row without keys has lse -inf, and -inf - -inf is no number."""
-    return (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     s = _logits(q, k, setting)
     lse = s.logsumexp(-1)
-    p = _exp(s, lse)
+    # Not exp(s - lse): the weights must sum to 1 far better than |lse| eps, and to 0 where there is no key.
+    p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)
     keep = state(q, k, setting.dropout)
     if setting.dropout:
         keep = torch.rand(p.shape, device=p.device) >= setting.dropout
@@ -48,7 +44,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p = _exp(_logits(q, k, setting), lse)
+    # A row without keys and without a null slot has lse -inf, and -inf - -inf is no number.
+    p = (_logits(q, k, setting) - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
     wide = p.dtype
     dout, out, v = (t.to(wide).transpose(1, 2) for t in (dout, out, v))
     dp = dout @ v.mT

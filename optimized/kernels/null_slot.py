@@ -56,9 +56,13 @@ def _merge_kernel(
     if HAS_LENGTHS:
         lse = tl.where(tl.load(lengths_ptr + row) > 0, lse, -float("inf"))
     top = tl.maximum(s0, lse)
-    merged_lse = top + tl.log(tl.exp(s0 - top) + tl.exp(lse - top))
-    p0 = tl.exp(s0 - merged_lse)
-    rest = tl.exp(lse - merged_lse)
+    p0 = tl.exp(s0 - top)
+    rest = tl.exp(lse - top)
+    total = p0 + rest
+    merged_lse = top + tl.log(total)
+    # Not exp(lse - merged_lse): the two must sum to 1 far better than |lse| eps.
+    p0 /= total
+    rest /= total
     if HAS_KEEP:
         p0 *= tl.load(keep_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)
     out = tl.load(out_ptr + tile, mask=inside & (lse > -float("inf"))[:, None], other=0.0).to(DTYPE)

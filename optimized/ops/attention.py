@@ -159,9 +159,10 @@ def _merge(
     out = torch.where((lse > -math.inf).transpose(1, 2)[..., None], out, 0).to(lse.dtype)
     null_logits = _null_logits(q, null_k)
     merged_lse = torch.logaddexp(lse, null_logits)
-    p0 = (null_logits - merged_lse).exp()
+    # Not exp(lse - merged_lse): the two must sum to 1 far better than |lse| eps.
+    p0 = (null_logits - lse).sigmoid()
+    rest = (lse - null_logits).sigmoid().transpose(1, 2)[..., None]
     p0 = p0 if keep is None else p0 * keep
-    rest = (lse - merged_lse).exp().transpose(1, 2)[..., None]
     null_v = _per_row(null_v, q)[:, None].to(lse.dtype)
     merged = rest * out + p0.transpose(1, 2)[..., None] * null_v
     return merged.to(q.dtype).contiguous(), merged_lse.contiguous()
