@@ -1,205 +1,468 @@
-"""Compile every kernel ahead of time, without a GPU: `python tests/compilation.py --target sm_90 --out FILE.json`.
+"""Compiles every Triton kernel ahead of time, which needs no GPU, and reads registers, spills and shared memory.
 
-Run as a script, never within pytest: there the kernels are interpreted, which their decorator decides at import. The
-wrappers of `optimized.kernels` are called on CPU tensors with the launch replaced by a recorder; each distinct
-signature is then compiled for the target, and ptxas (or the AMD metadata) tells registers and spills.
+    python tests/compilation.py --target sm_90 --out FILE.json     # one target
+    python tests/compilation.py --table docs/compilation.md        # all targets, as a table
+
+The wrappers of `optimized.kernels` run on small CPU tensors with the launch of a kernel replaced by a recorder, so that
+what is compiled is what they launch. Recording needs the compiler's kernels, not the interpreter's, and the decorator
+chooses between them at import: so this is a process of its own, `compile_in_child` for tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import importlib
+import inspect
+import io
 import itertools
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a program may have
-sys.path[:0] = [str(Path(__file__).parent.parent)]
-
-
-def kernel_names() -> set[str]:
-    """Every function of optimized.kernels that is launched on a grid."""
-    from triton.runtime.jit import JITFunction
-
-    import optimized.kernels
-
-    found = set()
-    for module in pkgutil.iter_modules(optimized.kernels.__path__):
-        for name, value in vars(importlib.import_module(f"optimized.kernels.{module.name}")).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                found.add(name)
-    return found
-
-
-def call_everything() -> None:
-    """Each wrapper in every dtype and with every optional argument, at sizes on both sides of its block limits."""
+if TYPE_CHECKING:
     import torch
 
-    from optimized.kernels import (
-        capped_simplex,
-        combine,
-        coordinate_descent,
-        gather_norm,
-        null_slot,
-        rotary,
-        router_logits,
-        selection,
-        value_score,
-    )
+ROOT = Path(__file__).parent.parent
 
-    for dtype, n, masked in itertools.product((torch.float64, torch.float32), (8192, 40000), (False, True)):
-        s = torch.zeros(2, 3, n, dtype=dtype)
-        mask = torch.ones(2, n, dtype=torch.bool) if masked else None
+
+class Target(NamedTuple):
+    """A GPU to compile for."""
+
+    backend: str
+    architecture: int | str
+    warp_size: int
+    shared_limit: int  # bytes that one program may have
+    title: str
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024, "A100"),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024, "H100"),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024, "B200"),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "MI300"),
+}
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# Activations in half precision with parameters in float32, as under autocast.
+MIXED = (("bfloat16", "float32"), ("float16", "float32"))
+
+
+# Which configurations: every wrapper, called at sizes on both sides of its block limits.
+
+
+Switches = Callable[[int], Iterable[tuple[bool, ...]]]  # settings of so many optional features
+
+
+def all_on(count: int) -> Iterable[tuple[bool, ...]]:
+    return [(True,) * count]
+
+
+def on_and_off(count: int) -> Iterable[tuple[bool, ...]]:
+    return [(False,) * count, (True,) * count]
+
+
+def combinations(count: int) -> Iterable[tuple[bool, ...]]:
+    return itertools.product((False, True), repeat=count)
+
+
+def call_row_kernels(dtype: torch.dtype, n: int, switches: Switches) -> None:
+    """Solvers and selection, on rows of n logits."""
+    import torch
+
+    from optimized.kernels import capped_simplex, coordinate_descent, selection
+
+    s = torch.zeros(1, 2, n, dtype=dtype)
+    for (masked,) in switches(1):
+        mask = torch.ones(1, n, dtype=torch.bool) if masked else None
         saved = coordinate_descent.coordinate_descent(s, mask, 3.0, 20, 0.03, 4.0, 0.7)
         coordinate_descent.coordinate_descent_backward(s, s, mask, *saved, 3.0, 0.03, 4.0, 0.7)
         saved = capped_simplex.capped_simplex(s, mask, 3.0, 0.03)
         capped_simplex.capped_simplex_backward(s, s, mask, *saved, 0.03)
-        selection.select(s, mask, 7)
-    routing = (torch.zeros(2, 3, 7, dtype=torch.long), torch.ones(2, 3, 7, dtype=torch.bool))
-    inverse = torch.zeros(2, 3, 50, dtype=torch.int32)
-    mask = torch.ones(2, 50, dtype=torch.bool)
-    for dtype, dim in ((torch.float64, 1024), (torch.float32, 64), (torch.bfloat16, 1024), (torch.float16, 1024)):
-        wide = torch.promote_types(dtype, torch.float32)
-        x, gamma = torch.zeros(2, 50, dim, dtype=dtype), torch.ones(3, dim, dtype=dtype)
-        for g in (None, gamma):
-            rows = gather_norm.gather_norm(x, *routing, g)
-            gather_norm.gather_norm_backward(rows, x, *routing, inverse, g)
-        scores = torch.ones(2, 3, 7, dtype=wide)
-        for average, local, null in ((False, None, x[0, 0]), (True, x, None)):
-            combine.combine(rows, scores, inverse, local, null, mask, average, dtype)
-            combine.combine_backward(x, rows, scores, *routing, inverse, local, null, mask, average)
-        for scale in (None, 8.0):
-            logits, norms = router_logits.router_logits(x, gamma, mask, scale)
-            router_logits.router_logits_backward(logits, x, gamma, mask, logits, norms, scale)
-        dim_head = 64 if dim == 64 else 128
-        q = torch.zeros(6, 7, 2, dim_head, dtype=dtype)
-        null, lse = torch.zeros(3, 2, dim_head, dtype=dtype), torch.zeros(6, 2, 7, dtype=wide)
-        for keep, lengths in ((None, None), (lse, torch.ones(6, dtype=torch.int32))):
-            null_slot.merge(q, null, null, q, lse, keep, lengths)
-            null_slot.merge_backward(q, null, null, q, lse, keep, q, q)
-        table = torch.zeros(50, dim_head, dtype=wide)
-        for positions, transposed in ((None, False), (torch.zeros(6, 7, dtype=torch.long), True)):
-            rotary.rotate(q, table, table, positions, transposed)
-        value_score.value_score_backward(q, q, lse[:, 0])
-        value_score.value_score(q, lse[:, 0])
+        selection.select(s, mask, 1)
 
 
-def record_launches() -> list[tuple[Any, dict, dict, dict]]:
-    """(kernel, signature, constants, options) of every distinct launch of `call_everything`."""
+def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, switches: Switches) -> None:
+    """Router, dispatch and combination: tokens of `dim` channels, parameters and result in `weights`."""
+    import torch
+
+    from optimized.kernels import combine, gather_norm, router_logits
+
+    x, gamma = torch.zeros(2, 50, dim, dtype=dtype), torch.zeros(3, dim, dtype=weights)
+    routing = torch.zeros(2, 3, 7, dtype=torch.int64), torch.ones(2, 3, 7, dtype=torch.bool)
+    inverse, mask = torch.zeros(2, 3, 50, dtype=torch.int32), torch.ones(2, 50, dtype=torch.bool)
+    for (has_norm,) in switches(1):
+        norm = gamma if has_norm else None
+        rows = gather_norm.gather_norm(x, *routing, norm)
+        gather_norm.gather_norm_backward(rows, x, *routing, inverse, norm)
+
+    scores = torch.zeros(2, 3, 7, dtype=torch.promote_types(dtype, torch.float32))
+    for has_local, has_null, masked, average in switches(4):
+        optional = x if has_local else None, gamma[0] if has_null else None, mask if masked else None, average
+        out = combine.combine(rows, scores, inverse, *optional, weights)
+        combine.combine_backward(out, rows, scores, *routing, inverse, *optional)
+
+    for masked, cosine in switches(2):
+        shown, scale = mask if masked else None, 8.0 if cosine else None
+        logits, norms = router_logits.router_logits(x, gamma, shown, scale)
+        router_logits.router_logits_backward(logits, x, gamma, shown, logits, norms, scale)
+
+
+def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: Switches) -> None:
+    """What surrounds the attention of the experts: rotary positions, value scores, and the null slot."""
+    import torch
+
+    from optimized.kernels import null_slot, rotary, value_score
+
+    wide = torch.promote_types(dtype, torch.float32)
+    q, null = torch.zeros(6, 7, heads, dim_head, dtype=dtype), torch.zeros(3, heads, dim_head, dtype=dtype)
+    lse, lengths = torch.zeros(6, heads, 7, dtype=wide), torch.zeros(6, dtype=torch.int32)
+    for has_keep, has_lengths in switches(2):
+        keep = lse if has_keep else None
+        null_slot.merge(q, null, null, q, lse, keep, lengths if has_lengths else None)
+        null_slot.merge_backward(q, null, null, q, lse, keep, q, q)
+    table, positions = torch.zeros(50, dim_head, dtype=wide), torch.zeros(6, 7, dtype=torch.int64)
+    for has_positions, transposed in switches(2):
+        rotary.rotate(q, table, table, positions if has_positions else None, transposed)
+    value_score.value_score(q, lse[:, 0])
+    value_score.value_score_backward(q, q, lse[:, 0])
+
+
+def call_at_every_size() -> None:
+    """Sizes of 1 are among them because Triton makes constants of these, which is other code."""
+    import torch
+
+    from optimized.kernels.launch import MAX_BLOCK_D, ROWS_IN_REGISTERS
+
+    for dtype in (getattr(torch, name) for name in DTYPES):
+        ordinary = combinations if dtype == torch.bfloat16 else on_and_off
+        longest = ROWS_IN_REGISTERS // dtype.itemsize
+        rows = ((100, all_on), (2000, on_and_off), (longest, all_on), (longest + 1, on_and_off))
+        for n, switches in rows if dtype.itemsize >= 4 else ():  # the router computes in no less than float32
+            call_row_kernels(dtype, n, switches)
+        for dim, switches in ((64, ordinary), (1024, all_on), (MAX_BLOCK_D + 64, all_on)):
+            call_channel_kernels(dtype, dtype, dim, switches)
+        for heads, dim_head, switches in ((2, 16, all_on), (8, 64, ordinary), (8, 128, all_on)):
+            call_head_kernels(dtype, heads, dim_head, switches)
+    for name, weights in MIXED:
+        call_channel_kernels(getattr(torch, name), getattr(torch, weights), 64, all_on)
+    call_row_kernels(torch.float32, 1, all_on)
+    call_channel_kernels(torch.bfloat16, torch.bfloat16, 1, all_on)
+    call_head_kernels(torch.bfloat16, 1, 2, all_on)
+
+
+def call_at_ordinary_sizes() -> None:
+    import torch
+
+    call_row_kernels(torch.float32, 2000, all_on)
+    for dtype in (torch.float32, torch.bfloat16):
+        call_channel_kernels(dtype, dtype, 64, all_on)
+        call_head_kernels(dtype, 8, 64, all_on)
+
+
+# From calls to signatures.
+
+
+class Launch(NamedTuple):
+    """What decides the machine code of a kernel, in the terms of `triton.compiler.ASTSource`."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        constants = {name: str(value) for name, value in self.constants.items()}
+        return repr((self.kernel.__name__, self.signature, constants, self.attributes, self.options))
+
+
+def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], backend: str) -> Launch:
+    """As Triton does at a launch: constants, integers equal to 1, multiples of 16, aligned pointers."""
+    import torch
+    from triton.runtime.jit import mangle_type
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        tensor, specialized = isinstance(value, torch.Tensor), not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (not tensor and value == 1 and specialized):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        found = []
+        if specialized and not parameter.do_not_specialize_on_alignment:
+            found += [["tt.divisibility", 16]] if (value.data_ptr() if tensor else value) % 16 == 0 else []
+        if specialized and tensor and backend == "hip":  # whose storage is below 2 GiB
+            found += [["tt.pointer_range", 32]]
+        if found:
+            attributes[(i,)] = found
+    return Launch(kernel, signature, constants, attributes, options)
+
+
+def record_launches(backend: str) -> list[Launch]:
+    """Every distinct launch; those of ordinary sizes also with nothing known of divisibility and alignment."""
     import torch
     from triton.runtime.jit import JITFunction
 
-    pointers = {
-        torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-        torch.int8: "*i8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
-    }  # fmt: skip
-    seen: dict[str, tuple[Any, dict, dict, dict]] = {}
+    torch.set_num_threads(1)
+    recorded: dict[str, Launch] = {}
+    known = True
 
-    def record(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **keywords: Any) -> None:
-        bound = dict(zip(self.arg_names, args)) | {k: v for k, v in keywords.items() if k in self.arg_names}
-        options = {k: v for k, v in keywords.items() if k not in self.arg_names}
-        signature, constants = {}, {}
-        for parameter in self.params:
-            value = bound[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = pointers[value.dtype]
-            else:
-                signature[parameter.name] = "i64" if abs(value) >= 2**31 or parameter.name.endswith("_bits") else "i32"
-        key = repr((self.fn.__name__, signature, {k: str(v) for k, v in constants.items()}, options))
-        seen.setdefault(key, (self, signature, constants, options))
+    def record(self: Any, *args: Any, grid: Any, warmup: bool = False, **keywords: Any) -> None:
+        arguments = {name: value for name, value in keywords.items() if name in self.arg_names}
+        options = {name: value for name, value in keywords.items() if name not in self.arg_names}
+        launch = specialize(self, dict(zip(self.arg_names, args)) | arguments, options, backend)
+        launch = launch if known else launch._replace(attributes={})
+        recorded.setdefault(launch.key, launch)
 
     JITFunction.run = record
-    call_everything()
-    return list(seen.values())
+    call_at_every_size()
+    known = False
+    call_at_ordinary_sizes()
+    return list(recorded.values())
 
 
-def resources(compiled: Any, target: str) -> dict[str, int]:
-    """Registers per thread, bytes spilled, bytes of shared memory."""
-    shared = int(compiled.metadata.shared)
-    if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
-        return {"registers": counts["vgpr_count"], "spilled": 4 * counts["vgpr_spill_count"], "shared": shared}
-    report = assemble(compiled.asm["ptx"])
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    return {"registers": max(registers), "spilled": max(spills, default=0), "shared": shared}
+def launched_kernels() -> list[str]:
+    """Names of all functions that a module of `optimized.kernels` launches, `kernel[grid](...)` in its source."""
+    from triton.runtime.jit import JITFunction
+
+    import optimized.kernels
+
+    names = set()
+    for entry in pkgutil.iter_modules(optimized.kernels.__path__):
+        module = importlib.import_module(f"optimized.kernels.{entry.name}")
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                function = getattr(module, ast.unparse(node.func.value), None)
+                if isinstance(function, JITFunction):
+                    names.add(function.__name__)
+        names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction) and "_kernel" in name}
+    return sorted(names)
 
 
-def assemble(ptx: str) -> str:
-    """What ptxas -v says; of the assemblers that come with Triton, by the first that knows this version of PTX."""
-    import triton
-
-    arch = re.search(r"\.target (\w+)", ptx)
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    complaints = []
-    with tempfile.TemporaryDirectory() as work:
-        source = Path(work) / "kernel.ptx"
-        source.write_text(ptx)
-        for ptxas in sorted(folder.glob("ptxas*")):
-            command = [
-                str(ptxas),
-                "-v",
-                f"--gpu-name={arch.group(1) if arch else ''}",
-                str(source),
-                "-o",
-                f"{work}/out",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return done.stderr
-            complaints.append(done.stderr)
-    raise RuntimeError("; ".join(complaints))
+# Compilation.
 
 
-def compile_all(target: str) -> Iterator[dict[str, Any]]:
-    """One row per configuration: kernel, its pointers and constants, resources or the error."""
+def compile_launch(launch: Launch, target: Target) -> dict[str, Any]:
+    """A row of the report: which configuration, and either what it needs or why it does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    launches = record_launches()
-    for i, (kernel, signature, constants, options) in enumerate(launches):
-        print(f"\r{target}: {i + 1} of {len(launches)}", end="", file=sys.stderr)
-        row: dict[str, Any] = {
-            "kernel": kernel.fn.__name__,
-            "dtypes": sorted({t for t in signature.values() if t.startswith(("*fp", "*bf"))}),
-            "constants": {k: str(v) for k, v in constants.items()},
-        }
-        try:
-            source = ASTSource(kernel, signature=signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
-            yield row | resources(compiled, target)
-        except Exception as error:
-            yield row | {"error": f"{type(error).__name__}: {str(error)[-400:]}"}
+    row: dict[str, Any] = {
+        "kernel": launch.kernel.__name__,
+        "dtypes": sorted({t for t in launch.signature.values() if t.startswith(("*fp", "*bf"))}),
+        "aligned": bool(launch.attributes),
+        "constants": {name: str(value) for name, value in (launch.constants | launch.options).items()},
+    }
+    source = triton.compiler.ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(source, GPUTarget(*target[:3]), launch.options)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error)[-1000:]}"}
+    read = read_amdgcn(compiled.asm["amdgcn"]) if target.backend == "hip" else read_ptxas(log.getvalue())
+    return row | read | {"shared": compiled.metadata.shared}
+
+
+def read_ptxas(log: str) -> dict[str, int]:
+    """From the assembler's own report. Registers per thread; bytes per thread that are spilled to memory."""
+    patterns = {
+        "registers": r"Used (\d+) registers",
+        "spill_stores": r"(\d+) bytes spill stores",
+        "spill_loads": r"(\d+) bytes spill loads",
+    }
+    # A function that is not inlined has lines of its own.
+    return {name: max(int(n) for n in re.findall(pattern, log)) for name, pattern in patterns.items()}
+
+
+def read_amdgcn(text: str) -> dict[str, int]:
+    """From the metadata of the kernel: vector registers spilled, 4 bytes each, and scalar ones, kept in vector ones."""
+    count = {name: int(n) for name, n in re.findall(r"^\s*\.(\w+_count):\s+(\d+)$", text, re.MULTILINE)}
+    spilled = 4 * count["vgpr_spill_count"]
+    return {
+        "registers": count["vgpr_count"],
+        "spill_stores": spilled,
+        "spill_loads": spilled,
+        "scalar_spills": count["sgpr_spill_count"],
+    }
+
+
+def compile_all(name: str, jobs: int) -> dict[str, Any]:
+    """The report of one target. Processes are forked after recording, since kernels can't be pickled."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    import triton
+
+    target = TARGETS[name]
+    launches = record_launches(target.backend)
+    rows = []
+    with multiprocessing.get_context("fork").Pool(jobs, _share, (launches, target)) as pool:
+        for row in pool.imap(_compile_shared, range(len(launches))):
+            rows.append(row)
+            print(f"\r{name}: {len(rows)} of {len(launches)}", end="", file=sys.stderr)
     print(file=sys.stderr)
+    return {"triton": triton.__version__, "target": name, "kernels": launched_kernels(), "rows": rows}
+
+
+_shared: tuple[list[Launch], Target]
+
+
+def _share(launches: list[Launch], target: Target) -> None:
+    global _shared
+    _shared = launches, target
+
+
+def _compile_shared(i: int) -> dict[str, Any]:
+    launches, target = _shared
+    return compile_launch(launches[i], target)
+
+
+def compile_in_child(name: str, folder: Path) -> dict[str, Any]:
+    """The report of one target, from a process that compiles, and does so anew."""
+    out = folder / f"{name}.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, __file__, "--target", name, "--out", str(out)]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    return json.loads(out.read_text())
+
+
+# The table.
+
+INTRODUCTION = """# What the kernels need of a GPU
+
+Every Triton kernel of `optimized/kernels`, compiled ahead of time by Triton {triton} for four GPUs, none of which is
+needed for it. {count} configurations for each: every dtype that a kernel takes, optional inputs present and absent,
+sizes on both sides of each block limit, ordinary sizes also with unknown alignment. `tests/test_compilation.py`
+compiles the same ones, and fails if one does not compile, needs too much shared memory, or spills much more than here.
+
+No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).
+
+Written by `python tests/compilation.py --table docs/compilation.md`.
+
+Each cell: the most over all configurations of **registers** of a thread, bytes of a thread that are **spilled** from
+registers to memory, and bytes of **shared memory** of a program. A spill is correct but slow; shared memory beyond the
+limit of the target makes the launch fail. Registers and spills of gfx942 are those of a lane's vector registers.
+"""
+
+SPILLS = """## Configurations that spill
+
+Bytes of a thread, the most over optional inputs and alignment.
+"""
+
+BEYOND = """## Beyond the shared memory of the target
+
+These compile but can't be launched there.
+"""
+
+
+def render_table(reports: dict[str, dict[str, Any]]) -> str:
+    """The Markdown of docs/compilation.md."""
+    first = next(iter(reports.values()))
+    parts = [INTRODUCTION.format(triton=first["triton"], count=len(first["rows"]))]
+    parts.append(_markdown(["kernel", "configurations", *map(_heading, reports)], _kernel_lines(reports)))
+    parts.append(SPILLS)
+    parts.append(_markdown(["kernel", "dtypes", "blocks", *reports], _spill_lines(reports)))
+    if excessive := [(name, row) for name, report in reports.items() for row in excesses(report)]:
+        lines = [[name, _code(row["kernel"]), _types(row), _blocks(row), str(row["shared"])] for name, row in excessive]
+        parts.append(BEYOND)
+        parts.append(_markdown(["target", "kernel", "dtypes", "blocks", "bytes"], lines))
+    return "\n".join(parts)
+
+
+def excesses(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that ask for more shared memory than a program of the target may have."""
+    limit = TARGETS[report["target"]].shared_limit
+    return [row for row in report["rows"] if row.get("shared", 0) > limit]
+
+
+def _kernel_lines(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+    lines = []
+    for kernel in next(iter(reports.values()))["kernels"]:
+        cells = []
+        for report in reports.values():
+            rows = [row for row in report["rows"] if row["kernel"] == kernel]
+            failed = sum("error" in row for row in rows)
+            compiled = [row for row in rows if "error" not in row]
+            most = [max((row[k] for row in compiled), default=0) for k in ("registers", "spill_stores", "shared")]
+            cells.append(" / ".join(map(str, most)) + (f", {failed} do not compile" if failed else ""))
+        lines.append([_code(kernel), str(len(rows)), *cells])
+    return lines
+
+
+def _spill_lines(reports: dict[str, dict[str, Any]]) -> list[list[str]]:
+    spilled: dict[tuple[str, ...], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for name, report in reports.items():
+        for row in report["rows"]:
+            if row.get("spill_stores"):
+                found = spilled[_code(row["kernel"]), _types(row), _blocks(row)]
+                found[name] = max(found[name], row["spill_stores"])
+    return [[*key, *(str(found[name]) for name in reports)] for key, found in sorted(spilled.items())]
+
+
+def _heading(name: str) -> str:
+    return f"{name} ({TARGETS[name].title})"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _types(row: dict[str, Any]) -> str:
+    return ", ".join(t.removeprefix("*") for t in row["dtypes"])
+
+
+def _blocks(row: dict[str, Any]) -> str:
+    sizes = {k: v for k, v in row["constants"].items() if k.startswith(("BLOCK", "ROWS", "num_warps"))}
+    return ", ".join(f"{k} {v}" for k, v in sizes.items())
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write_table(path: Path) -> None:
+    reports = {}
+    for name in TARGETS:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            reports[name] = compile_in_child(name, Path(folder))
+        print(f"{name}: {len(reports[name]['rows'])}, {time.monotonic() - start:.0f} s", file=sys.stderr)
+    path.write_text(render_table(reports))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", choices=TARGETS, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, help="compile for this one alone, and write --out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON: a row for each configuration")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="Markdown: all targets")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     given = parser.parse_args()
-    import triton
-
-    rows = list(compile_all(given.target))
-    report = {"triton": triton.__version__, "target": given.target, "kernels": sorted(kernel_names()), "rows": rows}
-    given.out.write_text(json.dumps(report, indent=1) + "\n")
+    if given.table:
+        write_table(given.table)
+    elif given.target and given.out:
+        given.out.write_text(json.dumps(compile_all(given.target, given.jobs), indent=1) + "\n")
+    else:
+        parser.error("expected --table FILE, or --target and --out FILE")
 
 
 if __name__ == "__main__":
