@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, double_bits
+from optimized.kernels.launch import CHUNK, double_bits, from_bits
 from optimized.kernels.rows import load_row, row_arguments
 
-# A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again.
+# A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
+# loaded in vectors has another layout than the row, and costs shared memory.
 UNSPECIALIZED = ["k_bits", "eps_bits", "experts"]
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _exact_kernel(
     s_ptr, mask_ptr, scores_ptr, threshold_ptr,
     n, experts, k_bits, eps_bits,
@@ -35,8 +36,8 @@ def _exact_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    k = k_bits.to(tl.float64, bitcast=True).to(dtype)
-    eps = eps_bits.to(tl.float64, bitcast=True).to(dtype)
+    k = from_bits(k_bits).to(dtype)
+    eps = from_bits(eps_bits).to(dtype)
     lanes = tl.arange(0, BLOCK)
     infinity = tl.full((), float("inf"), dtype)
 
@@ -83,7 +84,7 @@ def _exact_kernel(
     tl.store(threshold_ptr + row, threshold)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _exact_backward_kernel(
     grad_ptr, s_ptr, mask_ptr, scores_ptr, threshold_ptr, out_ptr,
     n, experts, eps_bits,
@@ -98,7 +99,7 @@ def _exact_backward_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    eps = eps_bits.to(tl.float64, bitcast=True).to(dtype)
+    eps = from_bits(eps_bits).to(dtype)
     threshold = tl.load(threshold_ptr + row)
     lanes = tl.arange(0, BLOCK)
     weight = tl.full((), 0.0, dtype)

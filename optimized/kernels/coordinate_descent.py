@@ -19,23 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, double_bits
+from optimized.kernels.launch import CHUNK, double_bits, from_bits
 from optimized.kernels.rows import block_of_row, fits, load_row, row_arguments
 
-# A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again.
+# A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
+# loaded in vectors has another layout than the row, and costs shared memory.
 UNSPECIALIZED = ["k_bits", "eps_bits", "eps_init_bits", "eps_decay_bits", "n_iters", "rows", "experts"]
 
 
 @triton.jit
 def _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, DTYPE: tl.constexpr):
     """max(eps_init * eps_decay ** t, eps), in double until the end."""
-    decay = tl.exp2(t * tl.log2(eps_decay_bits.to(tl.float64, bitcast=True)))
-    return tl.maximum(eps_init_bits.to(tl.float64, bitcast=True) * decay, eps_bits.to(tl.float64, bitcast=True)).to(
-        DTYPE
-    )
+    decay = tl.exp2(t * tl.log2(from_bits(eps_decay_bits)))
+    return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_kernel(
     s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr,
     n, rows, experts, k_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
@@ -47,7 +46,7 @@ def _descent_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    log_k = tl.log(k_bits.to(tl.float64, bitcast=True)).to(dtype)
+    log_k = tl.log(from_bits(k_bits)).to(dtype)
     lanes = tl.arange(0, BLOCK)
 
     s, valid = load_row(s_ptr, mask_ptr, lanes, n, HAS_MASK)
@@ -95,7 +94,7 @@ def _descent_kernel(
         tl.store(scores_ptr + start + lanes, tl.where(valid, scores, 0.0), mask=start + lanes < n)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_backward_kernel(
     grad_ptr, s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr, out_ptr,
     n, rows, experts, k_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
@@ -110,7 +109,7 @@ def _descent_backward_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    inverse_k = (1.0 / k_bits.to(tl.float64, bitcast=True)).to(dtype)
+    inverse_k = (1.0 / from_bits(k_bits)).to(dtype)
     lanes = tl.arange(0, BLOCK)
     a = tl.load(a_ptr + tl.cast(n_iters - 1, tl.int64) * rows + row)
     last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)

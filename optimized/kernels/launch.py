@@ -20,6 +20,12 @@ def double_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+@triton.jit
+def from_bits(bits):
+    """The double; Triton passes the bits of one below 1e-314 as int32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
 def as_bytes(mask: Tensor | None) -> Tensor | None:
     """A bool mask as contiguous int8, which Triton loads on every target."""
     return None if mask is None else mask.contiguous().view(torch.int8)

@@ -34,7 +34,7 @@ ROWS = 64  # queries of a program, fewer for wide heads
 TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
 
 
-@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "dim"])
+@triton.jit(do_not_specialize=["length", "rows_per_null", "heads"])
 def _merge_kernel(
     q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr, keep_ptr, lengths_ptr, merged_ptr, merged_lse_ptr,
     length, rows_per_null, heads, dim,
@@ -71,7 +71,7 @@ def _merge_kernel(
     tl.store(merged_lse_ptr + item * length + rows, merged_lse.to(merged_lse_ptr.dtype.element_ty), mask=rows < length)
 
 
-@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "dim", "chunks"])
+@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "chunks"])
 def _merge_backward_kernel(
     q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr, keep_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr,
     length, rows_per_null, heads, dim, chunks,

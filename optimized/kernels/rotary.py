@@ -18,7 +18,7 @@ from torch import Tensor
 from optimized.kernels.launch import contiguous
 
 
-@triton.jit(do_not_specialize=["length", "heads", "stride_r", "stride_l", "stride_h"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def _rotary_kernel(
     t_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, length, heads, half, stride_r, stride_l, stride_h,
     HAS_POSITIONS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,

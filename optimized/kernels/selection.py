@@ -6,7 +6,7 @@ row. All keys above it are in, and of its equals the first ones. Running counts 
 tokens first, masked ones after them, each in index order. So the result depends on no order of execution.
 
 Writes indices (int64) and slot mask (bool) of (B, E, K), and inverse (int32) of (B, E, N): the slot that holds a
-token, -1 for none and for masked ones. A row that fits in registers is read once.
+token, -1 for none and for masked ones. A row of at most 8192 logits is read once.
 
 Blind spots: one program per row; 32 (float64: 64) serial counts.
 """
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.rows import block_of_row, fits, row_arguments
+from optimized.kernels.launch import CHUNK
+from optimized.kernels.rows import row_arguments
 
 
 @triton.jit
@@ -123,13 +124,14 @@ def select(logits: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor,
     """Indices, slot mask, and inverse map; see `optimized.ops.select`."""
     batch, experts, n = logits.shape
     size = logits.element_size()
-    s, mask, constants = row_arguments(logits, mask, block_of_row(n, size))
+    s, mask, constants = row_arguments(logits, mask, CHUNK)
+    constants["num_warps"] *= 2  # the running counts take more registers than the solvers
     indices = torch.empty(batch, experts, k, dtype=torch.int64, device=s.device)
     slots = torch.empty(batch, experts, k, dtype=torch.bool, device=s.device)
     inverse = torch.empty(batch, experts, n, dtype=torch.int32, device=s.device)
     if s.numel():
         _select_kernel[(batch * experts,)](
             s, mask, indices, slots.view(torch.int8), inverse, n, k, experts,
-            BITS=8 * size, ONE_BLOCK=fits(n, size), **constants,
+            BITS=8 * size, ONE_BLOCK=n <= CHUNK, **constants,
         )  # fmt: skip
     return indices, slots, inverse

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["length", "heads", "stride_r", "stride_l", "stride_h"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def _value_score_kernel(
     v_ptr, scores_ptr, out_ptr, length, heads, dim, stride_r, stride_l, stride_h,
     DTYPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -34,7 +34,7 @@ def _value_score_kernel(
         tl.store(out_ptr + tile, (v * score).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "stride_r", "stride_l", "stride_h"])
+@triton.jit(do_not_specialize=["length", "heads"])
 def _value_score_backward_kernel(
     g_ptr, v_ptr, scores_ptr, dv_ptr, dscores_ptr, length, heads, dim, stride_r, stride_l, stride_h,
     DTYPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
