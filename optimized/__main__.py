@@ -4,17 +4,23 @@ Three parties compute the same: the reference in float64 (oracle), the reference
 this package. `reference.testing` says how far the last may be from the first. Decisions are compared apart from values:
 which tokens are picked, and which scores saturate, are steps of the logits, where rounding may legally go either way.
 So they are checked one by one, and then the oracle and the baseline are handed those of the package.
+
+Our Triton kernels are held against PyTorch's own beside it, without a GPU in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import json
 import math
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,9 +32,14 @@ from torch import Tensor
 
 import optimized
 import reference
-from optimized import _plot, _report, _text
+from optimized import _plot, _report, _text, ops
 from optimized._measure import Measured, measure
-from optimized._report import Row, picked
+from optimized._report import Compared, Row, picked
+from optimized.attention import module_name
+from optimized.backends import Request, choose, obstacle
+from optimized.local_attention import rotary_tables
+from optimized.mixture import _combine
+from optimized.routed_attention import gather, rotate
 from optimized.routing import Routes
 from reference.routing import routing_logits
 from reference.testing import STAGES, assert_matches
@@ -37,6 +48,10 @@ MIN_TOKENS = 256
 SIDES = ("query", "key_value")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STEPS = 7
+OWN = ("routing", "dispatch", "mixture")  # stages with kernels of ours
+KERNEL_BOUND = 1e-10  # of relative differences in float64: seen are 1e-14 at most, and mistakes are far above
+CHILD = "from optimized.__main__ import interpret; interpret()"
+CHILD_SECONDS = 120  # far more than it takes: it hangs
 
 
 def positive(text: str) -> int:
@@ -51,7 +66,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, _text.Text]:
     parser = argparse.ArgumentParser(
         prog="python -m optimized",
         description="Run Mixture of Attention on a text, forward and backward, and hold every stage against the "
-        "reference in float64. Exit status: 0 all within budget, 1 a stage failed, 2 wrong usage.",
+        "reference in float64, and our Triton kernels against PyTorch's. Exit status: 0 all within budget, 1 a stage "
+        "failed, 2 wrong usage.",
     )
     add = parser.add_argument
     add("file", nargs="?", type=Path, metavar="FILE", help="UTF-8 text (default: Python's own language reference)")
@@ -366,8 +382,115 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     return Proof(rows, tuple(routes[0]), soft[0]["query"], actual.mass, own_call)
 
 
+def compare_kernels(setup: Setup, backend: str) -> list[Compared]:
+    """Every stage with kernels of ours, by them and by PyTorch from the same inputs; in float64, where rounding hides
+    nothing and no logit is within it of a kink.
+    """
+    party = Party(optimized, torch.float64, torch.float64, setup)
+    layer, attn, x, n = party.layer, party.layer.attn, party.x, party.x.shape[1]
+    with optimized.use_backends(**dict.fromkeys(OWN, "torch")), torch.no_grad():
+        routes, inverse = layer.query_router.decide(x, party.slots)
+        rows = gather(x, routes, inverse, None, triton=False)
+    positions = routes.indices.transpose(0, 1).flatten(0, 1)
+    cos, sin = rotary_tables(n, layer.dim_head, x.device)
+    attention = module_name(choose("routed_attention", Request(x.device, x.dtype, layer.dim_head)).name, x.device)
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().clone().requires_grad_()
+
+    def by_triton() -> bool:
+        return choose("dispatch", Request(x.device, x.dtype)).triton
+
+    gamma, null_k, null_v = (leaf(t) for t in (attn.norm.gamma.squeeze(-1), *attn.null_kv.squeeze(3)))
+    spread = torch.linspace(0.5, 1, routes.scores.numel(), dtype=x.dtype, device=x.device)
+    scores, y, local = leaf(spread.view_as(routes.scores)), leaf(rows), leaf(x)
+    q, k, v = (leaf(rows.flatten(0, 1).unflatten(-1, (layer.heads, -1))) for _ in range(3))
+
+    def route() -> tuple[Tensor, ...]:
+        found = layer.query_router(x, party.slots)
+        return found.logits, found.indices.double(), found.scores
+
+    def dispatch() -> tuple[Tensor, ...]:
+        flat = scores.transpose(0, 1).flatten(0, 1)
+        scaled = ops.scale_values(v, flat) if by_triton() else v * flat[..., None, None]
+        return gather(x, routes, inverse, gamma, by_triton()), rotate(q, cos, sin, positions, by_triton()), scaled
+
+    def merge() -> tuple[Tensor, ...]:
+        return ops.attend(q, k, v, null_k, null_v, None, 0.0, -1, False, attention, by_triton())[:2]
+
+    def combine() -> tuple[Tensor, ...]:
+        return (_combine(y, routes._replace(scores=scores), inverse, local, False, None, None, x.dtype),)
+
+    def run(call: Callable[[], tuple[Tensor, ...]], leaves: list[Tensor], name: str) -> tuple[tuple[Tensor, ...], ...]:
+        with optimized.use_backends(**dict.fromkeys(OWN, name)):
+            outs = call()
+            graph = [out for out in outs if out.requires_grad]
+            generator = torch.Generator(x.device).manual_seed(0)
+            cotangents = [torch.empty_like(out).normal_(generator=generator) for out in graph]
+            return outs, torch.autograd.grad(graph, leaves, cotangents)
+
+    found = []
+    for stage, what, call, leaves in (
+        ("routing", "logits, solver, selection", route, [x, layer.query_router.routing_token]),
+        ("dispatch", "gather and norm, rotation, value scores", dispatch, [x, gamma, q, v, scores]),
+        ("null slot", f"merge into {attention}", merge, [q, k, v, null_k, null_v]),
+        ("combination", "sum over the experts", combine, [y, scores, local]),
+    ):
+        pairs = zip(run(call, leaves, backend), run(call, leaves, "torch"))
+        found.append(Compared(stage, what, *(max_difference(mine, theirs) for mine, theirs in pairs)))
+    return found
+
+
+def max_difference(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference over the largest element; NaN if there is one anywhere."""
+    found = [(a - b).detach().abs().max() / b.detach().abs().max() for a, b in zip(actual, expected)]
+    return float(torch.stack(found).max())
+
+
+def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
+    """Where and on what our kernels ran, what was found, and what went wrong with the run itself."""
+    if obstacle("routing", "triton", Request(setup.device, torch.float64)) is None:
+        return f"compiled, all {setup.x.shape[1]} tokens", compare_kernels(setup, "triton"), None
+    excerpt = min(MIN_TOKENS, max(1024 // setup.arguments["num_experts"], 64))
+    slots = dict.fromkeys(("num_routed_queries", "num_routed_key_values"), excerpt // 8)
+    x, cotangent = setup.x[:, :excerpt], setup.cotangent[:, :excerpt]
+    small = replace(setup, arguments=setup.arguments | slots, x=x, cotangent=cotangent, device=torch.device("cpu"))
+    where = f"in Triton's interpreter, an excerpt: the first {excerpt} tokens, {excerpt // 8} slots"
+    why_not = obstacle("routing", "triton_interpreted", Request(small.device, torch.float64))
+    if why_not is None:
+        return where, compare_kernels(small, "triton_interpreted"), None
+    if why_not == "Triton is not installed":
+        return f"not run, {why_not}", [], None
+    return where, *_run_in_child(small)
+
+
+def _run_in_child(setup: Setup) -> tuple[list[Compared], str | None]:
+    """Triton decides at its import whether it interprets, and here it has decided."""
+    data = io.BytesIO()
+    names = ("arguments", "state", "x", "cotangent")
+    torch.save({name: getattr(setup, name) for name in names}, data)
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", CHILD]
+    try:
+        done = subprocess.run(
+            command, input=data.getvalue(), env=environment, capture_output=True, check=True, timeout=CHILD_SECONDS
+        )
+        return [Compared(*row) for row in json.loads(done.stdout.splitlines()[-1])], None
+    except subprocess.TimeoutExpired:
+        return [], f"kernels: not done within {CHILD_SECONDS} s"
+    except subprocess.CalledProcessError as error:
+        return [], f"kernels: their process ended with {error.returncode}\n{error.stderr.decode()[-2000:]}"
+
+
+def interpret() -> None:
+    """The child's side: a setup from standard input, the rows to standard output."""
+    setup = Setup(**torch.load(io.BytesIO(sys.stdin.buffer.read())), device=torch.device("cpu"))
+    print(json.dumps(compare_kernels(setup, "triton_interpreted")))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if every row is within budget, else 1. Raises SystemExit(2) for wrong usage."""
+    """Exit status: 0 if every row is within its budget or bound, else 1. Raises SystemExit(2) for wrong usage."""
     args, text = parse(argv)
     started = time.perf_counter()
     console = _report.make_console(not args.no_color)
@@ -376,32 +499,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = prepare(args, text)
     proofs = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=STEPS * len(args.dtype))
+        task = progress.add_task("", total=STEPS * len(args.dtype) + 1)
         for name in args.dtype:
 
             def tick(what: str, name: str = name) -> None:
                 progress.update(task, description=f"{what}, {name}", advance=1)
 
             proofs.append(prove(setup, name, tick))
+        tick("kernels", "float64")
+        where, kernels, broken = run_kernels(setup)
     rows = [row for proof in proofs for row in proof.rows]
     console.print(_report.results(rows, args.device))
     for own in dict.fromkeys(proof.backends for proof in proofs):
         names = ", ".join(name for name, proof in zip(args.dtype, proofs) if proof.backends == own)
         console.print(f"Backends of the layer's own call, {names}: {own}")
     console.print()
+    console.print(_report.kernels(kernels, where, KERNEL_BOUND))
+    console.print()
     _report.show_routing(console, text, proofs[0].routes)
     if args.plot is not None:
         queries, keys_values = proofs[0].routes
         _plot.draw(args.plot, text, queries, keys_values, proofs[0].soft[0], proofs[0].mass)
         console.print(f"Routing map: {args.plot}", markup=False)
-    failed = [row for row in rows if row.failure]
-    for row in failed:
-        console.print(f"\n{row.failure}", style="red", markup=False)
+    failures = [row.failure for row in rows if row.failure]
+    failures += [f"kernels of {row.stage}: unlike PyTorch's" for row in kernels if not row.within(KERNEL_BOUND)]
+    failures += [broken] if broken else []
+    for failure in failures:
+        console.print(f"\n{failure}", style="red", markup=False)
     seconds = time.perf_counter() - started
-    if failed:
-        console.print(f"\n[bold red]FAIL[/]  {len(failed)} of {len(rows)} rows, {seconds:.1f} s")
+    if failures:
+        total = len(rows) + len(kernels) + bool(broken)
+        console.print(f"\n[bold red]FAIL[/]  {len(failures)} of {total} rows, {seconds:.1f} s")
         return 1
-    console.print(f"\n[bold green]PASS[/]  {len(rows)} rows within budget, {seconds:.1f} s")
+    equal = f", kernels of {len(kernels)} stages equal PyTorch's" * bool(kernels)
+    console.print(f"\n[bold green]PASS[/]  {len(rows)} rows within budget{equal}, {seconds:.1f} s")
     return 0
 
 

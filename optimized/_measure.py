@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-PACKAGES = ("triton", "flash-attn", "numpy", "verified-mixture-of-attention")
+PACKAGES = ("triton", "flash-attn", "flash-attn-4", "numpy", "verified-mixture-of-attention")
 
 
 class Measured(NamedTuple):

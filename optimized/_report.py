@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -33,6 +34,18 @@ class Row:
     verdict: str
     failure: str | None = None
     measured: tuple[Measured, Measured] | None = None  # reference, optimized
+
+
+class Compared(NamedTuple):
+    """Kernels of ours beside PyTorch's: the largest relative difference of values and of gradients."""
+
+    stage: str
+    kernels: str
+    values: float
+    gradients: float
+
+    def within(self, bound: float) -> bool:
+        return self.values <= bound and self.gradients <= bound  # False for NaN
 
 
 def colour(expert: int) -> str:
@@ -93,6 +106,23 @@ def results(rows: list[Row], device: torch.device) -> Table:
         verdict = Styled(row.verdict, style="bold red" if row.failure else "green")
         last = i + 1 == len(rows) or rows[i + 1].dtype != row.dtype
         table.add_row(row.stage, row.backend, row.dtype, verdict, *cells, end_section=last)
+    return table
+
+
+def kernels(rows: list[Compared], where: str, bound: float) -> Table:
+    caption = (
+        f"Largest difference over the largest element, forward and backward, in float64; the bound is {bound:g}. "
+        "Their registers and shared memory: docs/compilation.md."
+    )
+    title = f"Our Triton kernels against PyTorch's ({where})"
+    table = Table(title=title, title_justify="left", caption=caption if rows else None, caption_justify="left")
+    for name in ("stage", "kernels"):
+        table.add_column(name, no_wrap=True)
+    for name in ("values", "gradients", "verdict"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        verdict = Styled("pass", style="green") if row.within(bound) else Styled("FAIL", style="bold red")
+        table.add_row(row.stage, row.kernels, f"{row.values:.1e}", f"{row.gradients:.1e}", verdict)
     return table
 
 

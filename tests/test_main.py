@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import optimized
 import reference
 from optimized import __main__ as program
 from optimized import _plot, _text
+from optimized.kernels import combine, coordinate_descent, gather_norm, null_slot
 
 SMALL = ("--dim", "16", "--heads", "1", "--experts", "2", "--window", "9", "--device", "cpu")
 STAGES = (
@@ -32,6 +35,7 @@ STAGES = (
     "gradients (parameters)",
     "gradients (routers)",
 )
+KERNELS = ("routing", "dispatch", "null slot", "combination")
 LINES = """It is a truth universally acknowledged, that a single man in possession of a good fortune,
 must be in want of a wife. "My dear Mr. Bennet," said his lady to him one day, "have you heard ...?"
 """
@@ -45,10 +49,19 @@ def run(*argv: str) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
+def table(printed: str, columns: int) -> list[list[str]]:
+    """Cells of the one table with that many columns."""
+    rows = ([cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line[:1] == "│")
+    return [row for row in rows if len(row) == columns]
+
+
 def verdicts(printed: str) -> dict[str, str]:
     """Worst / budget by stage and dtype, from the table."""
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
-    return {f"{row[0]} {row[2]}": row[3] for row in rows if row[0] in STAGES}
+    return {f"{row[0]} {row[2]}": row[3] for row in table(printed, 8)}
+
+
+def kernel_verdicts(printed: str) -> dict[str, str]:
+    return {row[0]: row[4] for row in table(printed, 5)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +71,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the kernels, which take the longest."""
+    monkeypatch.setattr(program, "run_kernels", lambda setup: ("not run", [], None))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +103,7 @@ def test_every_stage_is_within_budget(passed: tuple[str, Path]) -> None:
             assert re.fullmatch(r"identical|\d+ near ties", verdict)
         else:
             assert 0 < float(verdict) <= 1, stage
-    assert re.search(r"^PASS  20 rows within budget", passed[0], re.MULTILINE)
+    assert re.search(r"^PASS  20 rows within budget, kernels of 4 stages equal PyTorch's, ", passed[0], re.MULTILINE)
     assert "FAIL" not in passed[0]
 
 
@@ -109,6 +128,7 @@ def test_plot(passed: tuple[str, Path]) -> None:
     assert len(data) > 20_000
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_colours(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal words are coloured; with --no-color no colour is left."""
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -123,6 +143,83 @@ def test_colours(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert status == 0
     assert not colour.search(printed)
     assert "superscripts" in printed
+
+
+def test_kernels_equal_pytorch(passed: tuple[str, Path]) -> None:
+    """In the process itself here, where Triton interprets already."""
+    assert kernel_verdicts(passed[0]) == dict.fromkeys(KERNELS, "pass")
+    assert "an excerpt: the first 256 tokens" in re.sub(r"\s+", " ", passed[0])
+    for stage, _, values, gradients, _ in table(passed[0], 5):
+        assert 0 <= float(values) < 1e-12, stage
+        assert 0 < float(gradients) < 1e-12, stage
+
+
+def test_kernels_in_a_process_of_their_own(book: str) -> None:
+    """As users have it: Triton compiles in the main process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(optimized.__file__).parents[1]
+    path = os.pathsep.join(filter(None, (str(root), environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "optimized", book, *SMALL, "--tokens", "256", "--no-color"]
+    done = subprocess.run(command, env={**environment, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert kernel_verdicts(done.stdout) == dict.fromkeys(KERNELS, "pass")
+
+
+def scale_result(original: Any, factor: float) -> Any:
+    """Its first tensor, if there are several."""
+
+    def call(*args: Any) -> Any:
+        found = original(*args)
+        return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "factor", "stage"),
+    [
+        (coordinate_descent, "coordinate_descent_backward", float("nan"), "routing"),
+        (gather_norm, "gather_norm", 1 + 1e-9, "dispatch"),
+        (null_slot, "merge_backward", 1.01, "null slot"),
+    ],
+)
+def test_a_wrong_kernel_is_named(
+    module: Any, name: str, factor: float, stage: str, book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, scale_result(getattr(module, name), factor))
+    setup = program.prepare(*program.parse((book, *SMALL, "--tokens", "256")))
+    _, rows, broken = program.run_kernels(setup)
+    assert broken is None
+    assert [row.stage for row in rows if not row.within(program.KERNEL_BOUND)] == [stage]
+
+
+def test_a_wrong_kernel_fails_the_job(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combine, "combine", scale_result(combine.combine, 0.5))
+    status, printed = run(book, *SMALL, "--tokens", "256")
+    assert status == 1
+    assert kernel_verdicts(printed) == {**dict.fromkeys(KERNELS, "pass"), "combination": "FAIL"}
+    assert "FAIL" not in verdicts(printed).values()
+    assert "kernels of combination: unlike PyTorch's" in printed
+    assert re.search(r"^FAIL  1 of 14 rows", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        ("raise SystemExit('no such luck')", "kernels: their process ended with 1\nno such luck"),
+        ("import time; time.sleep(60)", "kernels: not done within 1 s"),
+    ],
+)
+def test_kernels_that_do_not_run_fail_the_job(
+    child: str, message: str, book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "CHILD", child)
+    monkeypatch.setattr(program, "CHILD_SECONDS", 1)
+    monkeypatch.setattr(program, "run_kernels", lambda setup: ("child", *program._run_in_child(setup)))
+    status, printed = run(book, *SMALL, "--tokens", "256")
+    assert status == 1
+    assert message in printed
+    assert re.search(r"^FAIL  1 of 11 rows", printed, re.MULTILINE)
 
 
 def scale(factor: float) -> Callable[[Any], Any]:
@@ -172,6 +269,7 @@ LAYER = {"layer output", "gradients (x)", "gradients (parameters)", "gradients (
         ),
     ],
 )
+@pytest.mark.usefixtures("no_kernels")
 def test_a_broken_stage_is_named(
     place: str, name: str, fault: Any, stage: str, others: set[str], book: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +368,8 @@ def test_on_a_gpu(book: str) -> None:
     status, printed = run(book, "--dim", "64", "--experts", "2")
     assert status == 0, printed
     assert len(verdicts(printed)) == 20
+    assert kernel_verdicts(printed) == dict.fromkeys(KERNELS, "pass")
+    assert "compiled, all" in printed
 
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:

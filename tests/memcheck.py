@@ -1,0 +1,157 @@
+"""Runs every Triton kernel, forward and backward, at awkward sizes: something for a memory checker to watch. No test.
+
+    compute-sanitizer --tool memcheck --padding 64 --error-exitcode 1 python tests/memcheck.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/memcheck.py    # shared memory of the reductions
+    python tests/memcheck.py --device cpu                                             # interpreted: that it runs
+
+Every tensor is an allocation of its own, so that an access beyond its end is one beyond an allocation. It starts one
+element in, and is strided where that is allowed. Masked tokens hold NaN, and no result may. On the CPU long sequences
+are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: %(default)s)")
+given = parser.parse_args()
+# Read when torch first allocates, and when Triton is first imported.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+os.environ["TRITON_INTERPRET"] = str(int(given.device == "cpu"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import compilation  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import optimized  # noqa: E402
+from optimized import ops  # noqa: E402
+from optimized.kernels.launch import ROWS_IN_REGISTERS  # noqa: E402
+
+LENGTHS = (1, 17, 1000, 8193)
+CHANNELS = (1, 64, 1000)
+SHORT = 100  # tokens of a layer that the interpreter can take
+LOCAL = {"local_attn": True, "local_attn_window_size": 9}
+LAYERS: tuple[tuple[int, str, str, dict[str, Any]], ...] = (  # tokens, dtype, mask, and what is not the default
+    (1, "float32", "none", {}),
+    (1, "bfloat16", "random", {"dim": 1, "heads": 1, "dim_head": 2, **LOCAL}),
+    (17, "float32", "random", LOCAL),
+    (17, "float64", "random", {"average_routed": True, "rotary": True, "cosine_sim_routing": True}),
+    (17, "float16", "all", {"solver": "exact", "straight_through": False}),
+    (17, "bfloat16", "random", {"prenorm": False, "learned_routing_tokens": True, "dropout": 0.3}),
+    (40, "float32", "random", {"dim": 33, "dim_context": 70, "heads": 3, "dim_head": 10}),
+    (1000, "float32", "random", {"dim": 1000, "num_experts": 5, "dropout": 0.3, "rotary": True, **LOCAL}),
+    (1000, "bfloat16", "none", {"dim": 1000, "route_block_size": 130, "average_routed": True}),
+    (8193, "bfloat16", "random", {"cosine_sim_routing": True, **LOCAL}),
+    (8193, "float32", "random", {"solver": "exact", "straight_through": False, "dim": 1}),
+    (ROWS_IN_REGISTERS // 4 + 1, "float32", "random", {"dim": 8, "heads": 1, "straight_through": False}),
+)
+
+
+def awkward(t: Tensor) -> Tensor:
+    """The same values one element into their storage, the last two dimensions stored the other way round."""
+    turned = t.detach().mT if t.ndim > 1 else t.detach()
+    storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    storage[1:] = turned.reshape(-1)
+    out = storage[1:].view(turned.shape)
+    return out.mT if t.ndim > 1 else out
+
+
+def make_mask(kind: str, n: int) -> Tensor | None:
+    return {"none": None, "random": torch.rand(2, n) > 0.3, "all": torch.zeros(2, n, dtype=torch.bool)}[kind]
+
+
+def run_rows(n: int, dtype: torch.dtype) -> None:
+    """Selection and solvers on logits that differ, that tie, and that are NaN."""
+    random = torch.randn(2, 3, n, dtype=dtype)
+    poisoned = random.clone()
+    poisoned[0, 0, -1] = torch.nan
+    for kind in ("none", "random", "all"):
+        mask = make_mask(kind, n)
+        for logits in (random, random.round(), poisoned):
+            s = awkward(logits)
+            for k in {1, n // 2 or 1, n}:
+                indices, *_ = ops.select(s, mask, k, True)
+                assert (indices >= 0).all()
+                assert (indices < n).all()
+            s.requires_grad_()
+            mass = max(0.4 * n, 0.5)
+            scores = ops.descend(s, mask, mass, 20, 0.03, 4.0, 0.7, True)[0], ops.cap(s, mask, mass, 0.03, True)[0]
+            torch.autograd.grad(scores, s, [awkward(random)] * 2)
+
+
+def run_layer(n: int, dtype: torch.dtype, kind: str, arguments: dict[str, Any]) -> None:
+    sizes = {"dim": 64, "heads": 2, "dim_head": 16, "num_experts": 3, "num_routed_queries": 7}
+    arguments = {**sizes, "num_routed_key_values": 11, **arguments}
+    rotary = arguments.pop("rotary", False)
+    layer = optimized.MixtureOfAttention(**arguments, dtype=dtype)
+    for parameter in layer.parameters():
+        parameter.data = awkward(parameter)
+    inputs: dict[str, Any] = {"mask": make_mask(kind, n)}
+    x = tokens(n, layer.dim, dtype, inputs["mask"])
+    if "dim_context" in arguments:
+        inputs["context_mask"] = make_mask(kind, n + 3)
+        inputs["context"] = tokens(n + 3, layer.dim_context, dtype, inputs["context_mask"])
+    if rotary:
+        inputs["rotary_emb"] = awkward(torch.randn(n, layer.dim_head))
+    if arguments.get("learned_routing_tokens"):
+        for name in ("query_routing_tokens", "key_value_routing_tokens"):
+            inputs[name] = awkward(torch.randn(2, layer.num_experts, layer.dim, dtype=dtype)).requires_grad_()
+    out = layer(x, **inputs)
+    leaves = [t for t in (x, *inputs.values(), *layer.parameters()) if isinstance(t, Tensor) and t.requires_grad]
+    grads = torch.autograd.grad(out, leaves, awkward(torch.randn_like(out)), allow_unused=True)
+    for t in (out, *grads):
+        assert t is None or t.isfinite().all(), "not finite"
+
+
+def tokens(n: int, dim: int, dtype: torch.dtype, mask: Tensor | None) -> nn.Parameter:
+    x = torch.randn(2, n, dim, dtype=dtype)
+    return nn.Parameter(awkward(x if mask is None else x.masked_fill(~mask[..., None], torch.nan)))
+
+
+def runs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, function, arguments."""
+    for dtype in (torch.float32, torch.float64):
+        lengths = (*LENGTHS, ROWS_IN_REGISTERS // dtype.itemsize + 1) if given.device == "cuda" else LENGTHS[:3]
+        for n in lengths:
+            yield f"rows of {n}, {dtype}", run_rows, (n, dtype)
+            yield "the wrappers alone", compilation.call_row_kernels, (dtype, n, compilation.on_and_off)
+    for dtype in (torch.float32, torch.bfloat16):
+        for dim in CHANNELS:
+            every = (dtype, dim) == (torch.float32, 64)
+            switches = compilation.combinations if every else compilation.all_on
+            name = f"{dim} channels, {dtype}"
+            yield name, compilation.call_channel_kernels, (dtype, dtype, dim, switches)
+        for heads, dim in ((1, 2), (3, 10), (8, 64)):
+            name = f"{heads} heads of {dim}, {dtype}"
+            yield name, compilation.call_head_kernels, (dtype, heads, dim, compilation.combinations)
+    for n, dtype, mask, arguments in LAYERS:
+        if given.device == "cuda" or n <= SHORT:
+            name = f"layer, {n} tokens, {dtype}, mask {mask}, {arguments}"
+            yield name, run_layer, (n, getattr(torch, dtype), mask, arguments)
+
+
+def main() -> None:
+    torch.set_default_device(given.device)
+    torch.manual_seed(0)
+    kernels = "triton" if given.device == "cuda" else "triton_interpreted"
+    # Attention by PyTorch's plain operations: only our kernels are in question.
+    chosen = {**dict.fromkeys(("routing", "dispatch", "mixture"), kernels), "routed_attention": "math"}
+    start = time.monotonic()
+    with optimized.use_backends(**chosen, local_attention="banded_math"):
+        for name, function, arguments in runs():
+            function(*arguments)
+            if given.device == "cuda":
+                torch.cuda.synchronize()
+            print(f"{time.monotonic() - start:5.0f} s  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
