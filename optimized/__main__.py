@@ -459,13 +459,16 @@ def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
     why_not = obstacle("routing", "triton_interpreted", Request(small.device, torch.float64))
     if why_not is None:
         return where, compare_kernels(small, "triton_interpreted"), None
-    if why_not == "Triton is not installed":
-        return f"not run, {why_not}", [], None
-    return where, *_run_in_child(small)
+    if why_not == "needs TRITON_INTERPRET=1":
+        found, broken = _run_in_child(small)
+        if not isinstance(found, str):
+            return where, found, broken
+        why_not = found
+    return f"not run: {why_not}", [], None
 
 
-def _run_in_child(setup: Setup) -> tuple[list[Compared], str | None]:
-    """Triton decides at its import whether it interprets, and here it has decided."""
+def _run_in_child(setup: Setup) -> tuple[list[Compared] | str, str | None]:
+    """What it found, or why it can't run; and what went wrong. Triton decides at its import whether it interprets."""
     data = io.BytesIO()
     names = ("arguments", "state", "x", "cotangent")
     torch.save({name: getattr(setup, name) for name in names}, data)
@@ -476,7 +479,8 @@ def _run_in_child(setup: Setup) -> tuple[list[Compared], str | None]:
         done = subprocess.run(
             command, input=data.getvalue(), env=environment, capture_output=True, check=True, timeout=CHILD_SECONDS
         )
-        return [Compared(*row) for row in json.loads(done.stdout.splitlines()[-1])], None
+        found = json.loads(done.stdout.splitlines()[-1])
+        return found if isinstance(found, str) else [Compared(*row) for row in found], None
     except subprocess.TimeoutExpired:
         return [], f"kernels: not done within {CHILD_SECONDS} s"
     except subprocess.CalledProcessError as error:
@@ -486,7 +490,8 @@ def _run_in_child(setup: Setup) -> tuple[list[Compared], str | None]:
 def interpret() -> None:
     """The child's side: a setup from standard input, the rows to standard output."""
     setup = Setup(**torch.load(io.BytesIO(sys.stdin.buffer.read())), device=torch.device("cpu"))
-    print(json.dumps(compare_kernels(setup, "triton_interpreted")))
+    why_not = obstacle("routing", "triton_interpreted", Request(setup.device, torch.float64))
+    print(json.dumps(why_not or compare_kernels(setup, "triton_interpreted")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

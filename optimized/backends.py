@@ -92,7 +92,19 @@ def _triton_interpreted(r: Request) -> str | None:
         return "use_triton=False"
     if _triton_state() != "interpreted":
         return "Triton is not installed" if _triton_state() == "missing" else "needs TRITON_INTERPRET=1"
-    return None if r.device.type == "cpu" else f"runs on the CPU, not on {r.device.type}"
+    return _interpreter_obstacle() if r.device.type == "cpu" else f"runs on the CPU, not on {r.device.type}"
+
+
+@_constant
+def _interpreter_obstacle() -> str | None:
+    """By a run: Triton 3.6 fails in every loop since NumPy 2.4 refuses to convert arrays of one element to numbers."""
+    from optimized.kernels.value_score import value_score
+
+    try:
+        value_score(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
+    except Exception as error:
+        return f"Triton's interpreter fails here: {error}"
+    return None
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
