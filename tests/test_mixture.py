@@ -219,6 +219,25 @@ def test_combination_counts_by_hand(implementation: ModuleType, average: bool, d
             assert out[0, n, 0].item() == expected
 
 
+@BOTH
+@pytest.mark.parametrize("average", [False, True])
+def test_combination_takes_no_gradient_from_hidden_tokens(
+    implementation: ModuleType, average: bool, device: torch.device
+) -> None:
+    """Not even NaN, and not even where a slot that counts as valid holds one."""
+    mask = torch.tensor([[True, False, True]], device=device)
+    slots = torch.ones(1, 2, 3, dtype=torch.bool, device=device)
+    indices = torch.arange(3, device=device).expand(1, 2, 3)
+    routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
+    y, local = (torch.ones(*shape, 4, device=device, requires_grad=True) for shape in ((1, 2, 3), (1, 3)))
+    out = implementation.combine(y, routes, 3, local=local, average_routed=average, mask=mask)
+    cotangent = torch.ones_like(out).masked_fill(~mask[..., None], math.nan)
+    share = mask[..., None].float().expand_as(out) / (3 if average else 1)
+    dy, dlocal = torch.autograd.grad(out, (y, local), cotangent)
+    torch.testing.assert_close(dy, share[:, None].expand_as(y))
+    torch.testing.assert_close(dlocal, share)
+
+
 # --- properties of the layer -----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ mode and double backward. What a transform can't do must raise: a tangent that i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,7 +36,7 @@ class Sample:
     masked: bool = False
     layout: str = "contiguous"
     batch: int = 2
-    n: int = 9
+    n: int = 6
     experts: int = 3
 
     def floats(self, *shape: int, seed: int = 0) -> Tensor:
@@ -191,8 +190,15 @@ MOVES = ("dispatch", "collect")
 
 
 def samples() -> Iterator[Any]:
-    layouts = ("contiguous", "transposed", "sliced")
-    every = [Sample(*v) for v in itertools.product((torch.float64, torch.float32), (False, True), layouts)]
+    # Every pair of dtype, mask and layout; and every layout and dtype by either kind of kernels.
+    every = [
+        Sample(),
+        Sample(torch.float32, True),
+        Sample(torch.float32, False, "transposed"),
+        Sample(torch.float64, True, "transposed"),
+        Sample(torch.float64, False, "sliced"),
+        Sample(torch.float32, True, "sliced"),
+    ]
     # The moves run in the dtype of the model, the solvers and the selection in float32 at least.
     half = [Sample(torch.bfloat16, True, "transposed"), Sample(torch.float16, True, "sliced")]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True), Sample(n=1, masked=True)]
@@ -230,13 +236,18 @@ def test_no_operator_is_missed() -> None:
 
 @EVERY_SAMPLE
 def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
-    """Schema, autograd registration, fake kernel (strides too), and eager against AOTAutograd with dynamic shapes."""
+    """Schema, autograd registration, fake kernel (strides too), and eager against AOTAutograd with dynamic shapes.
+
+    AOTAutograd knows dtypes and strides from the fake kernel alone, which every sample compares with the real one.
+    """
     arguments = arguments_of(name, sample, device)
     if name in DIFFERENTIABLE:
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
-    result = opcheck(getattr(torch.ops.moa, name).default, arguments)
-    assert set(result.values()) == {"SUCCESS"}
-    assert len(result) == 4
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if sample.dtype != torch.float32 and sample.layout != "sliced":
+        checks.append("test_aot_dispatch_dynamic")
+    result = opcheck(getattr(torch.ops.moa, name).default, arguments, test_utils=checks)
+    assert result == dict.fromkeys(checks, "SUCCESS")
 
 
 @EVERY_SAMPLE
@@ -251,27 +262,29 @@ def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: t
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("sample", [Sample(), Sample(masked=True), Sample(batch=0)], ids=["plain", "masked", "empty"])
+@pytest.mark.parametrize(
+    "sample", [Sample(experts=2), Sample(masked=True, experts=2), Sample(batch=0)], ids=["plain", "masked", "empty"]
+)
 @pytest.mark.parametrize("name", list(SAMPLES))
 def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None:
-    """vmap of an operator equals a loop, with the new dimension first or last, and with any one argument shared."""
+    """vmap of an operator equals a loop, with the new dimension first or last, and with every other argument shared."""
     op = getattr(torch.ops.moa, name)
     calls = [arguments_of(name, sample, device)]
     tensors = [i for i, a in enumerate(calls[0]) if isinstance(a, Tensor)]
     for step in (1, 2):  # other values: along the batch, and another sign
         calls.append(tuple(a.roll(step, 0) if i in tensors else a for i, a in enumerate(calls[0])))
-    for shared, place in [(None, 0), (None, -1), *((i, 0) for i in tensors if len(tensors) > 1)]:
-        in_dims = tuple(place if i in tensors and i != shared else None for i in range(len(calls[0])))
-        stacked = [
-            a if d is None else torch.stack([call[i] for call in calls], d)
-            for i, (a, d) in enumerate(zip(calls[0], in_dims))
-        ]
-        loop = [op(*(call[i] if d is not None else calls[0][i] for i, d in enumerate(in_dims))) for call in calls]
-        batched = vmap(op, in_dims=in_dims)(*stacked)
+    halves = (tensors[::2], tensors[1::2]) if len(tensors) > 1 else ()
+    for batched, places in ((tensors, (0, -1)), *((half, (0,)) for half in halves)):
+        loop = [op(*(call[i] if i in batched else a for i, a in enumerate(calls[0]))) for call in calls]
         expected = (
             torch.stack(loop) if isinstance(loop[0], Tensor) else tuple(torch.stack(outputs) for outputs in zip(*loop))
         )
-        torch.testing.assert_close(batched, expected, rtol=1e-12, atol=1e-12)
+        for place in places:
+            in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
+            stacked = [
+                torch.stack([call[i] for call in calls], place) if i in batched else a for i, a in enumerate(calls[0])
+            ]
+            torch.testing.assert_close(vmap(op, in_dims=in_dims)(*stacked), expected, rtol=1e-12, atol=1e-12)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Numbers are those of the table in README.md. Each configuration is one in which 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from harness import BOTH, check, check_identical
 from strategies import generator
 from torch import Tensor
+from torch.autograd import gradcheck
 
 import reference
 
@@ -251,6 +253,34 @@ def test_defect_06_relative_position(implementation: ModuleType, device: torch.d
     torch.testing.assert_close(out[0, 1], mean_of(0), rtol=1e-9, atol=1e-9)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(out[0, 1], mean_of(1), rtol=1e-9, atol=1e-9)
+
+
+@BOTH
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_defect_07_gradients_of_the_solvers(
+    implementation: ModuleType, solver: str, masked: bool, device: torch.device
+) -> None:
+    """colt5-attention 0.11.2: the Triton gradient of coordinate descent is wrong (relative error 1.0).
+
+    Finite differences in float64 of whatever computes here, our kernels too, at random logits: they are off the kinks.
+    """
+    logits = randn(2, 2, 6, seed=5, device=device).requires_grad_()
+    mask = torch.arange(6, device=device)[None] != torch.tensor([[2], [4]], device=device) if masked else None
+    if solver == "exact":
+        assert gradcheck(lambda s: implementation.capped_simplex(s, 2.4, mask, eps=0.5), logits)
+        return
+    for n_iters, eps in ((1, 1.0), (2, 0.5), (8, 0.3)):
+        options = {"n_iters": n_iters, "eps": eps, "eps_init": 2.0, "eps_decay": 0.7}
+        solve = functools.partial(implementation.coordinate_descent, k=2.4, mask=mask, **options)
+        assert gradcheck(solve, logits)
+
+    def without_the_normaliser(s: Tensor) -> Tensor:
+        """The same scores min(1, exp((s + a) / eps)); their gradient takes a for a constant."""
+        scores = solve(s).detach()
+        return scores * (1 + (s - s.detach()) / eps * (scores < 1))
+
+    assert not gradcheck(without_the_normaliser, logits, fast_mode=True, raise_exception=False)
 
 
 @BOTH

@@ -7,7 +7,6 @@ oracle, after these sets were compared with the oracle's own.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from dataclasses import replace
@@ -308,20 +307,18 @@ def degenerate_rows(scores: Tensor, k: float, mask: Tensor | None, tolerance: fl
     return touching & ~(all_full & (valid.sum(-1) <= k))
 
 
-@BOTH
-@pytest.mark.parametrize("solver", ["iterative", "exact"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_solver_gradcheck(implementation: ModuleType, solver: str, masked: bool, device: torch.device) -> None:
-    """Finite differences in float64, at random logits, which are off the kinks."""
-    logits = torch.randn(2, 2, 9, generator=generator(5), dtype=torch.float64).to(device).requires_grad_()
-    mask = to_device(draw_mask(2, 9, "random", 3), device) if masked else None
-    if solver == "exact":
-        assert torch.autograd.gradcheck(lambda s: implementation.capped_simplex(s, 3.4, mask, eps=0.5), logits)
-        return
-    for n_iters, eps in ((1, 1.0), (2, 0.5), (12, 0.3)):
-        options = {"n_iters": n_iters, "eps": eps, "eps_init": 2.0, "eps_decay": 0.7}
-        solve = functools.partial(implementation.coordinate_descent, k=3.4, mask=mask, **options)
-        assert torch.autograd.gradcheck(solve, logits)
+@EVERY_KERNEL
+def test_smallest_temperature(kernels: str, device: torch.device) -> None:
+    """A double reaches the kernels as the integer of its bits, one below 1e-314 as an int32: max(1.0, eps) is 1.0."""
+    logits = torch.randn(2, 1, 6, generator=generator(5), dtype=torch.float64).to(device)
+    runs = []
+    for eps in (5e-324, 1e-3):
+        leaf = logits.clone().requires_grad_()
+        scores, a = descend(leaf, 2.4, None, {"n_iters": 3, "eps": eps, "eps_init": 1.0, "eps_decay": 1.0}, kernels)
+        runs.append((scores.detach(), a, *torch.autograd.grad(scores, leaf, logits.flip(-1))))
+    for actual, expected in zip(*runs):
+        assert expected.any()
+        check_identical(actual, expected)
 
 
 @BOTH
