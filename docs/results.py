@@ -1,7 +1,7 @@
 """Rewrites the table of README.md and draws docs/error_bands.png from tests/reports/*.json.
 
 Run from the repository root after `pytest --report tests/reports/cpu.json` and, on a GPU,
-`pytest --device cuda --report tests/reports/h100.json`.
+`pytest --device cuda --report tests/reports/h100.json`, and once more with each flash-attn installed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,26 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
+    """Worst of all reports of the same hardware."""
+    devices = dict.fromkeys(report["hardware"]["name"] for report in reports.values())
     lines = []
     for stage in STAGES:
         cells = []
         for dtype in DTYPES:
-            values = [r["worst_fraction"].get(f"{stage} {dtype}") for r in reports.values()]
-            cells.append(" / ".join("-" if v is None else f"{v:.2f}" for v in values))
+            values = []
+            for device in devices:
+                fractions = (r["worst_fraction"] for r in reports.values() if r["hardware"]["name"] == device)
+                values.append(max((f.get(f"{stage} {dtype}", -1.0) for f in fractions)))
+            cells.append(" / ".join("-" if v < 0 else f"{v:.2f}" for v in values))
         lines.append(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(reports: dict[str, dict[str, Any]]) -> None:
     """Worst use of the budget by property: a dot for every property, stage, dtype and backend."""
-    figure, axes = plt.subplots(1, len(reports), figsize=(5.5 * len(reports), 4.6), sharey=True, layout="constrained")
-    for axis, report in zip([axes] if len(reports) == 1 else axes, reports.values()):
+    rows = -(-len(reports) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 4.6 * rows), sharey=True, layout="constrained", squeeze=False)
+    for axis, (name, report) in zip(axes.flat, reports.items()):
         for i, stage in enumerate(STAGES):
             for j, dtype in enumerate(DTYPES):
                 rows = (r for r in report["properties"] if (r["stage"], r["dtype"]) == (stage, dtype))
@@ -52,7 +58,7 @@ def draw(reports: dict[str, dict[str, Any]]) -> None:
         axis.set_yticks(range(len(STAGES)), [s.replace("_", " ") for s in STAGES])
         axis.set_ylim(len(STAGES) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
-        axis.set_title(f"{report['hardware']['name']}: {report['examples']} examples", fontsize=9)
+        axis.set_title(f"{name}: {report['hardware']['name']}, {report['examples']} examples", fontsize=9)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(ROOT / "docs" / "error_bands.png", dpi=110)
 
