@@ -36,7 +36,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
             values = []
             for device in devices:
                 fractions = (r["worst_fraction"] for r in reports.values() if r["hardware"]["name"] == device)
-                values.append(max((f.get(f"{stage} {dtype}", -1.0) for f in fractions)))
+                values.append(max(f.get(f"{stage} {dtype}", -1.0) for f in fractions))
             cells.append(" / ".join("-" if v < 0 else f"{v:.2f}" for v in values))
         lines.append(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
