@@ -11,10 +11,8 @@ chooses between them at import: so this is a process of its own, `compile_in_chi
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -235,21 +233,17 @@ def record_launches(backend: str) -> list[Launch]:
 
 
 def launched_kernels() -> list[str]:
-    """Names of all functions that a module of `optimized.kernels` launches, `kernel[grid](...)` in its source."""
+    """Names of all kernels of `optimized.kernels`: Triton functions whose names end in `_kernel`."""
     from triton.runtime.jit import JITFunction
 
     import optimized.kernels
 
-    names = set()
-    for entry in pkgutil.iter_modules(optimized.kernels.__path__):
-        module = importlib.import_module(f"optimized.kernels.{entry.name}")
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                function = getattr(module, ast.unparse(node.func.value), None)
-                if isinstance(function, JITFunction):
-                    names.add(function.__name__)
-        names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction) and "_kernel" in name}
-    return sorted(names)
+    modules = [
+        importlib.import_module(f"optimized.kernels.{entry.name}")
+        for entry in pkgutil.iter_modules(optimized.kernels.__path__)
+    ]
+    functions = (item for module in modules for item in vars(module).items())
+    return sorted({name for name, value in functions if isinstance(value, JITFunction) and name.endswith("_kernel")})
 
 
 # Compilation.

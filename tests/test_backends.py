@@ -161,6 +161,18 @@ def test_use_backends_sets_restores_and_refuses(device: torch.device) -> None:
             optimized.use_backends(routed_attention="torch_cudnn")
 
 
+def test_an_interpreter_that_fails_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton 3.6 does with NumPy 2.4 or newer."""
+    from optimized.kernels import value_score
+
+    def fail(*_: object) -> None:
+        raise TypeError("only 0-dimensional arrays can be converted")
+
+    monkeypatch.setattr(value_score, "value_score", fail)
+    probe = sys.modules["optimized.backends"]._interpreter_obstacle.__wrapped__
+    assert probe() == "Triton's interpreter fails here: only 0-dimensional arrays can be converted"
+
+
 def test_a_chosen_backend_never_gives_way(device: torch.device) -> None:
     """Dropout rules flash out on the CPU, a mask on CUDA: explicitly chosen, it raises; by itself, another serves."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
