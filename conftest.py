@@ -40,6 +40,7 @@ import reference  # noqa: E402
 FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
     "test_routing.py": 20,
+    "test_rows.py": 5,
     "test_local_attention.py": 15,
     "test_routed_attention.py": 20,
     "test_mixture.py": 25,

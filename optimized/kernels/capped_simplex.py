@@ -1,7 +1,8 @@
 """The exact solver, forward and implicit gradient: min(1, exp((s + a) / eps)) of a given mass.
 
-Rows are (B, E) rows of N logits, contiguous, float32 or float64; one program per row, which writes its N scores and its
-threshold (tokens at or below it are unsaturated). Michelot's iteration: solve for a over the free tokens, saturate
+Rows are (B, R) rows of N logits, contiguous, float32 or float64; one program per row, which writes its N scores and its
+threshold (tokens at or below it are unsaturated). Rows are of one or two groups of experts, with a mass each; the
+backward takes the gradient of the scores dense, or as that of the picked ones, by the inverse map. Michelot's iteration: solve for a over the free tokens, saturate
 those with s + a >= 0, until none is left to saturate. The saturated set only grows, so the loop ends, after at most k
 rounds and in practice a handful.
 
@@ -15,18 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, double_bits, from_bits
-from optimized.kernels.rows import load_row, row_arguments
+from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits
+from optimized.kernels.rows import (
+    gradient_arguments,
+    gradient_of_row,
+    load_gradient,
+    load_row,
+    mass_arguments,
+    mass_of_row,
+    row_arguments,
+)
 
 # A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
 # loaded in vectors has another layout than the row, and costs shared memory.
-UNSPECIALIZED = ["k_bits", "eps_bits", "experts"]
+UNSPECIALIZED = ["n", "mass_0_bits", "mass_1_bits", "eps_bits", "experts", "group", "k_0", "k_1"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _exact_kernel(
     s_ptr, mask_ptr, scores_ptr, threshold_ptr,
-    n, experts, k_bits, eps_bits,
+    n, experts, group, mass_0_bits, mass_1_bits, eps_bits,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`level`: tokens with s >= level are saturated. It starts at +inf and falls until no free token reaches 1."""
@@ -36,7 +45,7 @@ def _exact_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    k = from_bits(k_bits).to(dtype)
+    k = mass_of_row(row, experts, group, mass_0_bits, mass_1_bits).to(dtype)
     eps = from_bits(eps_bits).to(dtype)
     lanes = tl.arange(0, BLOCK)
     infinity = tl.full((), float("inf"), dtype)
@@ -84,15 +93,31 @@ def _exact_kernel(
     tl.store(threshold_ptr + row, threshold)
 
 
+@triton.jit
+def _weighted(
+    grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, offsets, n, threshold,
+    PICKED: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """Weights w and gradients of the scores."""
+    s, valid = load_row(s_ptr, mask_ptr, offsets, n, HAS_MASK)
+    grad = load_gradient(grad_ptr, inverse_ptr, offsets, valid, PICKED)
+    scores = tl.load(scores_ptr + offsets, mask=valid, other=0.0)
+    if PICKED:
+        grad = tl.where(scores != scores, 0.0, grad)  # picked scores that were set to NaN are constants
+    return tl.where(s <= threshold, scores, 0.0), grad
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _exact_backward_kernel(
-    grad_ptr, s_ptr, mask_ptr, scores_ptr, threshold_ptr, out_ptr,
-    n, experts, eps_bits,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    grad_0, grad_1, inverse_0, inverse_1, dlogits_ptr, s_ptr, mask_ptr, scores_ptr, threshold_ptr, out_ptr,
+    n, experts, group, k_0, k_1, eps_bits,
+    PICKED: tl.constexpr, HAS_DLOGITS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ds = w (g - <g>_w) / eps over the unsaturated tokens, w their scores."""
     row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * n
+    grad_ptr, inverse_ptr = gradient_of_row(
+        grad_0, grad_1, inverse_0, inverse_1, row, experts, group, n, k_0, k_1, PICKED
+    )
     s_ptr += row * n
     scores_ptr += row * n
     out_ptr += row * n
@@ -105,27 +130,33 @@ def _exact_backward_kernel(
     weight = tl.full((), 0.0, dtype)
     moment = tl.full((), 0.0, dtype)
     for start in range(0, n, BLOCK):
-        s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-        grad = tl.load(grad_ptr + start + lanes, mask=valid, other=0.0)
-        w = tl.load(scores_ptr + start + lanes, mask=valid & (s <= threshold), other=0.0)
+        w, grad = _weighted(
+            grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, start + lanes, n, threshold, PICKED, HAS_MASK
+        )
         weight += tl.sum(w)
         moment += tl.sum(w * grad)
     mean = tl.where(weight == 0, 0.0, moment / weight)
     for start in range(0, n, BLOCK):
-        s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-        grad = tl.load(grad_ptr + start + lanes, mask=valid, other=0.0)
-        w = tl.load(scores_ptr + start + lanes, mask=valid & (s <= threshold), other=0.0)
-        tl.store(out_ptr + start + lanes, w * (grad - mean) / eps, mask=start + lanes < n)
+        inside = start + lanes < n
+        w, grad = _weighted(
+            grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, start + lanes, n, threshold, PICKED, HAS_MASK
+        )
+        ds = w * (grad - mean) / eps
+        if HAS_DLOGITS:
+            ds += tl.load(dlogits_ptr + row * n + start + lanes, mask=inside, other=0.0)
+        tl.store(out_ptr + start + lanes, ds, mask=inside)
 
 
-def capped_simplex(logits: Tensor, mask: Tensor | None, k: float, eps: float) -> tuple[Tensor, Tensor]:
-    """See `optimized.ops.capped_simplex`."""
+def capped_simplex(
+    logits: Tensor, mask: Tensor | None, k: float | tuple[float, ...], eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `optimized.ops.capped_simplex`. k: the mass, or that of each group of rows."""
     batch, experts, n = logits.shape
     s, mask, constants = row_arguments(logits, mask, CHUNK)
     scores, threshold = torch.empty_like(s), s.new_full((batch, experts), -float("inf"))
     if s.numel():
         _exact_kernel[(batch * experts,)](
-            s, mask, scores, threshold, n, experts, double_bits(k), double_bits(eps), **constants
+            s, mask, scores, threshold, n, experts, *mass_arguments(experts, k), double_bits(eps), **constants
         )
     return scores, threshold
 
@@ -134,20 +165,41 @@ def capped_simplex_backward(
     grad: Tensor, logits: Tensor, mask: Tensor | None, scores: Tensor, threshold: Tensor, eps: float
 ) -> Tensor:
     """See `optimized.ops.capped_simplex_backward`."""
+    return _backward((grad,), None, None, logits, mask, scores, threshold, eps)
+
+
+def capped_simplex_picked_backward(
+    grads: tuple[Tensor, ...],
+    inverses: tuple[Tensor, ...],
+    dlogits: Tensor | None,
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    threshold: Tensor,
+    eps: float,
+) -> Tensor:
+    """From the gradients (B, E, K) of each group's picked scores, by its inverse map (B, E, N); dlogits is added."""
+    return _backward(grads, inverses, dlogits, logits, mask, scores, threshold, eps)
+
+
+def _backward(
+    grads: tuple[Tensor, ...],
+    inverses: tuple[Tensor, ...] | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    threshold: Tensor,
+    eps: float,
+) -> Tensor:
     batch, experts, n = logits.shape
     s, mask, constants = row_arguments(logits, mask, CHUNK)
     out = torch.empty_like(s)
     if s.numel():
+        pointers, widths, picked = gradient_arguments(grads, inverses)
         _exact_backward_kernel[(batch * experts,)](
-            grad.contiguous(),
-            s,
-            mask,
-            scores.contiguous(),
-            threshold.contiguous(),
-            out,
-            n,
-            experts,
-            double_bits(eps),
-            **constants,
-        )
+            *pointers, contiguous(dlogits), s, mask, scores.contiguous(), threshold.contiguous(), out,
+            n, experts, experts // len(grads), *widths, double_bits(eps),
+            HAS_DLOGITS=dlogits is not None, **picked, **constants,
+        )  # fmt: skip
     return out

@@ -1,15 +1,18 @@
 """Coordinate descent, the iterative solver: scores, iterates and counts, and the gradient of the logits.
 
-Rows are (B, E) rows of N logits, contiguous, float32 or float64; one program per row forward, and per row and chunk
-backward. A row that fits stays in registers; a longer one is read again in every step (from L2: 131072 float32 take
-512 KB). The program of a row writes its N scores, and T iterates a and T counts at (t, row).
+Rows are (B, R) rows of N logits, contiguous, float32 or float64, of one or two groups of experts with a mass each; one
+program per row forward. A row that fits stays in registers; a longer one is read again in every step (from L2: 131072
+float32 take 512 KB). The program of a row writes its N scores, and T iterates a and T counts at (t, row).
 
 For t = 0 .. T-1 (see `optimized.ops.coordinate_descent`): a_t = eps_t (log k - logsumexp(u_t / eps_t)). The largest
-u_t is min(max s, -a_{t-1}), so a step needs one reduction of two sums: of exponentials, and of saturated tokens. The
-backward needs no reduction per step: dA follows from the counts, by scalars; each of its programs sums the first dA
-over the whole row, then finishes its own chunk.
+u_t is min(max s, -a_{t-1}), so a step needs one reduction of two sums: of exponentials, and of saturated tokens.
 
-Blind spots: one program per row leaves most of a GPU idle when there are few long rows.
+The backward needs no reduction per step: dA follows from the counts, by scalars. One program per row sums the first dA,
+and writes c_t = dA_t / k, and 1 / eps_t, to (t, row). Then programs (row, chunk of 512 tokens) write ds, in tiles of
+steps and tokens: g scores / eps_T [s < -a_{T-1}] - sum_t c_t exp((s + a_t) / eps_t) [s < -a_{t-1}]. The gradient g of
+the scores comes dense (B, R, N), or as that of the picked ones, (B, E, K) per group, by the inverse map.
+
+Blind spots: one program per row, forward and for the first dA, leaves most of a GPU idle when there are few long rows.
 """
 
 from __future__ import annotations
@@ -19,12 +22,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, double_bits, from_bits
-from optimized.kernels.rows import block_of_row, fits, load_row, row_arguments
+from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits
+from optimized.kernels.rows import (
+    block_of_row,
+    fits,
+    gradient_arguments,
+    gradient_of_row,
+    load_gradient,
+    load_row,
+    mass_arguments,
+    mass_of_row,
+    row_arguments,
+    sum_both,
+)
 
 # A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
 # loaded in vectors has another layout than the row, and costs shared memory.
-UNSPECIALIZED = ["k_bits", "eps_bits", "eps_init_bits", "eps_decay_bits", "n_iters", "rows", "experts"]
+UNSPECIALIZED = [
+    *("n", "rows", "experts", "group", "k_0", "k_1"),
+    *("mass_0_bits", "mass_1_bits", "n_iters", "eps_bits", "eps_init_bits", "eps_decay_bits"),
+]
+TOKENS = 512  # of a tile of the backward
+STEPS = 8
+SCALARS = 32  # steps at a time where each is a scalar
 
 
 @triton.jit
@@ -37,7 +57,7 @@ def _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, DTYPE: tl.constexpr
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_kernel(
     s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr,
-    n, rows, experts, k_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
+    n, rows, experts, group, mass_0_bits, mass_1_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -46,7 +66,7 @@ def _descent_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    log_k = tl.log(from_bits(k_bits)).to(dtype)
+    log_k = tl.log(mass_of_row(row, experts, group, mass_0_bits, mass_1_bits)).to(dtype)
     lanes = tl.arange(0, BLOCK)
 
     s, valid = load_row(s_ptr, mask_ptr, lanes, n, HAS_MASK)
@@ -72,15 +92,15 @@ def _descent_kernel(
         peak = tl.minimum(top, bound)
         peak = tl.where(peak == -float("inf"), 0.0, peak)
         if ONE_BLOCK:
-            total = tl.sum(tl.exp((tl.minimum(s, bound) - peak) / temperature))
-            count = tl.sum((s >= bound).to(tl.int32))
+            total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) / temperature), (s >= bound).to(tl.int32))
         else:
             total = tl.full((), 0.0, dtype)
             count = tl.full((), 0, tl.int32)
             for start in range(0, n, BLOCK):
                 s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-                total += tl.sum(tl.exp((tl.minimum(s, bound) - peak) / temperature))
-                count += tl.sum((s >= bound).to(tl.int32))
+                part, more = sum_both(tl.exp((tl.minimum(s, bound) - peak) / temperature), (s >= bound).to(tl.int32))
+                total += part
+                count += more
         a = tl.where(total > 0, temperature * (log_k - tl.log(total)) - peak, 0.0)
         a = tl.where(poisoned > 0, float("nan"), a)
         tl.store(a_ptr + tl.cast(t, tl.int64) * rows + row, a)
@@ -94,56 +114,111 @@ def _descent_kernel(
         tl.store(scores_ptr + start + lanes, tl.where(valid, scores, 0.0), mask=start + lanes < n)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
-def _descent_backward_kernel(
-    grad_ptr, s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr, out_ptr,
-    n, rows, experts, k_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _direct(
+    grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, offsets, n, a, temperature,
+    PICKED: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, chunk): every one sums ds over the whole row, then finishes its own chunk."""
+    """Logits, which are valid, and g scores / eps_T [s < -a_{T-1}]."""
+    s, valid = load_row(s_ptr, mask_ptr, offsets, n, HAS_MASK)
+    grad = load_gradient(grad_ptr, inverse_ptr, offsets, valid, PICKED)
+    scores = tl.load(scores_ptr + offsets, mask=valid, other=0.0)
+    return s, valid, tl.where(valid & (s >= -a), 0.0, grad * scores / temperature)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
+def _descent_sums_kernel(
+    grad_0, grad_1, inverse_0, inverse_1, s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr, c_ptr, rates_ptr,
+    n, rows, experts, group, k_0, k_1, mass_0_bits, mass_1_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
+    PICKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, SCALARS: tl.constexpr,
+):  # fmt: skip
+    """c_t of a row, and by the first row 1 / eps_t, for t = 1 .. T-1."""
     row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * n
+    grad_ptr, inverse_ptr = gradient_of_row(
+        grad_0, grad_1, inverse_0, inverse_1, row, experts, group, n, k_0, k_1, PICKED
+    )
     s_ptr += row * n
     scores_ptr += row * n
-    out_ptr += row * n
     if HAS_MASK:
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
-    inverse_k = (1.0 / from_bits(k_bits)).to(dtype)
-    lanes = tl.arange(0, BLOCK)
+    inverse_k = (1.0 / mass_of_row(row, experts, group, mass_0_bits, mass_1_bits)).to(dtype)
     a = tl.load(a_ptr + tl.cast(n_iters - 1, tl.int64) * rows + row)
     last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
-
     da = tl.full((), 0.0, dtype)
     for start in range(0, n, BLOCK):
-        s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-        # Masked lanes are not read: a cotangent may be NaN there, and 0 * NaN is NaN.
-        grad = tl.load(grad_ptr + start + lanes, mask=valid, other=0.0)
-        scores = tl.load(scores_ptr + start + lanes, mask=valid, other=0.0)
-        da += tl.sum(tl.where(valid & (s >= -a), 0.0, grad * scores / last))
+        s, valid, ds = _direct(
+            grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, start + tl.arange(0, BLOCK), n, a, last,
+            PICKED, HAS_MASK,
+        )  # fmt: skip
+        da += tl.sum(ds)
 
-    mine = tl.program_id(1) * BLOCK + lanes
-    s, valid = load_row(s_ptr, mask_ptr, mine, n, HAS_MASK)
-    grad = tl.load(grad_ptr + mine, mask=valid, other=0.0)
-    scores = tl.load(scores_ptr + mine, mask=valid, other=0.0)
-    ds = tl.where(s >= -a, 0.0, grad * scores / last)
-    for back in range(1, n_iters):
-        t = n_iters - back
-        temperature = _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype)
-        before = tl.load(a_ptr + tl.cast(t - 1, tl.int64) * rows + row)
-        count = tl.load(counts_ptr + tl.cast(t, tl.int64) * rows + row)
-        # Saturated tokens take no part, and their exponential may overflow.
-        p = tl.exp(tl.where(s >= -before, -float("inf"), (s + a) / temperature))
-        ds -= p * (da * inverse_k)
-        da = da * count * tl.exp((a - before) / temperature) * inverse_k
-        a = before
-    tl.store(out_ptr + mine, tl.where(valid, ds, 0.0), mask=mine < n)
+    # From the last step back: dA_t is the first dA times a factor of each later step. Each factor is the share of the
+    # mass that is saturated, so no product overflows.
+    lanes = tl.arange(0, SCALARS)
+    for back in range(0, n_iters, SCALARS):
+        t = n_iters - 1 - back - lanes
+        at = t.to(tl.int64) * rows + row
+        later = (t >= 1) & (t + 1 < n_iters)
+        mine = tl.load(a_ptr + at, mask=later, other=0.0)
+        following = tl.load(a_ptr + at + rows, mask=later, other=0.0)
+        count = tl.load(counts_ptr + at + rows, mask=later, other=0.0)
+        temperature = _temperature(t + 1, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+        factor = count * tl.exp((following - mine) / temperature) * inverse_k
+        product = da * tl.cumprod(tl.where(later, tl.where(count > 0, factor, 0.0), 1.0))
+        tl.store(c_ptr + at, product * inverse_k, mask=t >= 1)
+        rate = 1.0 / _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+        tl.store(rates_ptr + t, rate, mask=t >= tl.where(row == 0, 1, n_iters))
+        da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
+def _descent_backward_kernel(
+    grad_0, grad_1, inverse_0, inverse_1, dlogits_ptr, s_ptr, mask_ptr, scores_ptr, a_ptr, c_ptr, rates_ptr, out_ptr,
+    n, rows, experts, group, k_0, k_1, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
+    PICKED: tl.constexpr, HAS_DLOGITS: tl.constexpr, HAS_MASK: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Program (row, chunk)."""
+    row = tl.program_id(0).to(tl.int64)
+    grad_ptr, inverse_ptr = gradient_of_row(
+        grad_0, grad_1, inverse_0, inverse_1, row, experts, group, n, k_0, k_1, PICKED
+    )
+    if HAS_MASK:
+        mask_ptr += row // experts * n
+    dtype: tl.constexpr = s_ptr.dtype.element_ty
+    a = tl.load(a_ptr + tl.cast(n_iters - 1, tl.int64) * rows + row)
+    last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    mine = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    s, valid, ds = _direct(
+        grad_ptr, inverse_ptr, s_ptr + row * n, mask_ptr, scores_ptr + row * n, mine, n, a, last, PICKED, HAS_MASK
+    )
+    for first in range(1, n_iters, STEPS):
+        t = first + tl.arange(0, STEPS)
+        inside = t < n_iters
+        at = t.to(tl.int64) * rows + row
+        a = tl.load(a_ptr + at, mask=inside, other=0.0)
+        bound = -tl.load(a_ptr + at - rows, mask=inside, other=float("inf"))
+        c = tl.load(c_ptr + at, mask=inside, other=0.0)
+        rate = tl.load(rates_ptr + t, mask=inside, other=1.0)
+        # Saturated tokens take no part, and their exponential may overflow. Past the last step all are.
+        p = tl.where(s[None, :] >= bound[:, None], -float("inf"), (s[None, :] + a[:, None]) * rate[:, None])
+        ds -= tl.sum(tl.exp(p) * c[:, None], axis=0)
+    ds = tl.where(valid, ds, 0.0)
+    if HAS_DLOGITS:
+        ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)
+    tl.store(out_ptr + row * n + mine, ds, mask=mine < n)
 
 
 def coordinate_descent(
-    logits: Tensor, mask: Tensor | None, k: float, n_iters: int, eps: float, eps_init: float, eps_decay: float
+    logits: Tensor,
+    mask: Tensor | None,
+    k: float | tuple[float, ...],
+    n_iters: int,
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `optimized.ops.coordinate_descent`."""
+    """See `optimized.ops.coordinate_descent`. k: the mass, or that of each group of rows."""
     batch, experts, n = logits.shape
     size = logits.element_size()
     s, mask, constants = row_arguments(logits, mask, block_of_row(n, size))
@@ -153,20 +228,9 @@ def coordinate_descent(
     if s.numel():
         rows, bits = batch * experts, map(double_bits, (eps, eps_init, eps_decay))
         _descent_kernel[(rows,)](
-            s,
-            mask,
-            scores,
-            a,
-            counts,
-            n,
-            rows,
-            experts,
-            double_bits(k),
-            n_iters,
-            *bits,
-            ONE_BLOCK=fits(n, size),
-            **constants,
-        )
+            s, mask, scores, a, counts, n, rows, experts, *mass_arguments(experts, k), n_iters, *bits,
+            ONE_BLOCK=fits(n, size), **constants,
+        )  # fmt: skip
     return scores, a, counts
 
 
@@ -177,20 +241,62 @@ def coordinate_descent_backward(
     scores: Tensor,
     a: Tensor,
     counts: Tensor,
-    k: float,
+    k: float | tuple[float, ...],
     eps: float,
     eps_init: float,
     eps_decay: float,
 ) -> Tensor:
     """See `optimized.ops.coordinate_descent_backward`."""
+    return _backward((grad,), None, None, logits, mask, scores, a, counts, k, (eps, eps_init, eps_decay))
+
+
+def coordinate_descent_picked_backward(
+    grads: tuple[Tensor, ...],
+    inverses: tuple[Tensor, ...],
+    dlogits: Tensor | None,
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    a: Tensor,
+    counts: Tensor,
+    k: float | tuple[float, ...],
+    eps: float,
+    eps_init: float,
+    eps_decay: float,
+) -> Tensor:
+    """From the gradients (B, E, K) of each group's picked scores, by its inverse map (B, E, N); dlogits is added."""
+    return _backward(grads, inverses, dlogits, logits, mask, scores, a, counts, k, (eps, eps_init, eps_decay))
+
+
+def _backward(
+    grads: tuple[Tensor, ...],
+    inverses: tuple[Tensor, ...] | None,
+    dlogits: Tensor | None,
+    logits: Tensor,
+    mask: Tensor | None,
+    scores: Tensor,
+    a: Tensor,
+    counts: Tensor,
+    k: float | tuple[float, ...],
+    epsilons: tuple[float, float, float],
+) -> Tensor:
     batch, experts, n = logits.shape
     s, mask, constants = row_arguments(logits, mask, CHUNK)
     out = torch.empty_like(s)
     if s.numel():
-        rows, bits = batch * experts, map(double_bits, (eps, eps_init, eps_decay))
-        grid = (rows, triton.cdiv(n, constants["BLOCK"]))
-        _descent_backward_kernel[grid](
-            grad.contiguous(), s, mask, scores.contiguous(), a.contiguous(), counts.contiguous(), out,
-            n, rows, experts, double_bits(k), a.shape[0], *bits, **constants,
+        rows, n_iters, bits = batch * experts, a.shape[0], [double_bits(eps) for eps in epsilons]
+        pointers, widths, picked = gradient_arguments(grads, inverses)
+        group, *masses = mass_arguments(experts, k)
+        scores, a = scores.contiguous(), a.contiguous()
+        c, rates = torch.empty_like(a), a.new_empty(n_iters)
+        _descent_sums_kernel[(rows,)](
+            *pointers, s, mask, scores, a, counts.contiguous(), c, rates,
+            n, rows, experts, group, *widths, *masses, n_iters, *bits, SCALARS=SCALARS, **picked, **constants,
+        )  # fmt: skip
+        _descent_backward_kernel[(rows, triton.cdiv(n, TOKENS))](
+            *pointers, contiguous(dlogits), s, mask, scores, a, c, rates, out,
+            n, rows, experts, group, *widths, n_iters, *bits,
+            HAS_DLOGITS=dlogits is not None, HAS_MASK=mask is not None, TOKENS=TOKENS, STEPS=STEPS, num_warps=4,
+            **picked,
         )  # fmt: skip
     return out

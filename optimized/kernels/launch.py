@@ -13,6 +13,7 @@ from torch import Tensor
 MAX_BLOCK_D = 4096  # channels in registers at a time; longer rows are read in pieces
 ROWS_IN_REGISTERS = 131072  # bytes: 64 float32 in each of 512 threads
 CHUNK = 8192  # elements of a longer row that are read at a time
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def double_bits(value: float) -> int:

@@ -1,0 +1,186 @@
+"""Kernels of whole rows where the rows are those of two groups of experts: selection with the picked scores, solvers
+with a mass per group, and gradients that come by the inverse map. What is known of one group is in test_routing.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from harness import check_identical
+from strategies import draw, draw_mask, generator
+from torch import Tensor
+
+from optimized import ops
+
+TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+MASKED = pytest.mark.parametrize("mask_kind", ["none", "random", "none_valid"])
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+# Beyond a tile of the backward, and beyond the steps that it takes at a time.
+SIZES = pytest.mark.parametrize(("n", "n_iters"), [(9, 1), (9, 2), (600, 20), (40, 45)])
+KS = (3, 5)
+MASSES = (1.375, 3.625)  # below K, so that some of the picked are not saturated
+EPSILONS = (0.3, 4.0, 0.7)
+
+
+def problem(n: int, mask_kind: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Logits (2, 4, n), two groups of two experts, with a tie at every row's start, and the mask."""
+    logits = draw((2, 4, n), "normal", 1).to(dtype)
+    logits[..., 1] = logits[..., 0]
+    mask = draw_mask(2, n, mask_kind, 4)
+    return logits.to(device), None if mask is None else mask.to(device)
+
+
+def halves(t: Tensor) -> tuple[Tensor, Tensor]:
+    return t[:, :2], t[:, 2:]
+
+
+def dense(grads: tuple[Tensor, ...], inverses: tuple[Tensor, ...]) -> Tensor:
+    """The gradient of all scores, by PyTorch."""
+    rows = []
+    for grad, inverse in zip(grads, inverses):
+        rows.append(torch.where(inverse >= 0, grad.gather(-1, inverse.clamp_min(0).long()), 0))
+    return torch.cat(rows, 1)
+
+
+@TRITON
+@MASKED
+@FLOATS
+@pytest.mark.parametrize("content", ["numbers", "nan", "ties"])
+def test_groups_select_what_each_selects_alone(
+    kernels: str, mask_kind: str, dtype: torch.dtype, content: str, device: torch.device
+) -> None:
+    """Against PyTorch's selection of each group. A NaN at a valid token poisons its row, at a masked one nothing."""
+    from optimized.kernels.selection import select_groups
+
+    logits, mask = problem(9, mask_kind, dtype, device)
+    if content == "nan":
+        logits[0, 1, 2] = logits[1, 2, 4] = math.nan
+        logits[1, 3, :] = math.nan
+    elif content == "ties":
+        logits = logits.round()
+    scores = draw((2, 4, 9), "normal", 2).to(dtype).to(device).mT.contiguous().mT
+    valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
+    poisoned = (logits.isnan() & valid).any(-1, keepdim=True)
+    for given, unit in ((scores, False), (scores, True), (None, True), (None, False)):
+        groups = select_groups(logits, mask, KS, given, unit)
+        assert len({t.untyped_storage().data_ptr() for group in groups for t in group if t.numel()}) == 6 + 2 * (
+            unit or given is not None
+        )
+        for group, s, weight, bad, k in zip(groups, halves(logits), halves(scores), halves(poisoned), KS):
+            indices, slots, inverse, picked = group
+            for actual, expected in zip((indices, slots, inverse), ops.select(s, mask, k, False)):
+                check_identical(actual, expected)
+            if given is None and not unit:
+                assert picked.shape == (2, 2, 0)
+                continue
+            numbers = torch.ones_like(picked) if unit else weight.gather(-1, indices)
+            check_identical(picked, torch.where(bad, math.nan, torch.where(slots, numbers, 0)))
+            alone = select_groups(s, mask, (k,), None if given is None else weight, unit)[0]
+            for actual, expected in zip(group, alone):
+                check_identical(actual, expected)
+
+
+@TRITON
+@pytest.mark.parametrize("n", [8192, 8193, 32769])
+def test_selection_beyond_its_blocks(kernels: str, n: int, device: torch.device) -> None:
+    """Few distinct logits: ties in every block, cut within one."""
+    from optimized.kernels.selection import select
+
+    logits = torch.randint(4, (1, 2, n), generator=generator(3)).float().to(device)
+    mask = draw_mask(1, n, "random", 3).to(device)
+    for k in (1, n // 2, n - 1):
+        for actual, expected in zip(select(logits, mask, k), ops.select(logits, mask, k, False)):
+            check_identical(actual, expected)
+
+
+def solve(solver: str, logits: Tensor, mask: Tensor | None, mass: Any, n_iters: int) -> tuple[Tensor, ...]:
+    from optimized.kernels import capped_simplex, coordinate_descent
+
+    if solver == "exact":
+        return capped_simplex.capped_simplex(logits, mask, mass, EPSILONS[0])
+    return coordinate_descent.coordinate_descent(logits, mask, mass, n_iters, *EPSILONS)
+
+
+def pull_back(
+    solver: str, grads: tuple, inverses: tuple, dlogits: Tensor | None, saved: tuple[Any, ...], mass: Any
+) -> Tensor:
+    from optimized.kernels import capped_simplex, coordinate_descent
+
+    if solver == "exact":
+        return capped_simplex.capped_simplex_picked_backward(grads, inverses, dlogits, *saved, EPSILONS[0])
+    return coordinate_descent.coordinate_descent_picked_backward(grads, inverses, dlogits, *saved, mass, *EPSILONS)
+
+
+SOLVERS = pytest.mark.parametrize("solver", ["iterative", "exact"])
+
+
+@TRITON
+@MASKED
+@FLOATS
+@SOLVERS
+def test_groups_have_a_mass_each(
+    kernels: str, solver: str, mask_kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, mask = problem(9, mask_kind, dtype, device)
+    together = solve(solver, logits, mask, MASSES, 6)
+    for i, mass in enumerate(MASSES):
+        for actual, alone in zip(together, solve(solver, halves(logits)[i], mask, mass, 6)):
+            rows = actual.movedim(-1, 1) if actual.ndim == 3 and actual.shape[-1] == 4 else actual
+            part = halves(rows)[i]
+            check_identical(part, alone.movedim(-1, 1) if alone.ndim == 3 and alone.shape[-1] == 2 else alone)
+
+
+@TRITON
+@MASKED
+@FLOATS
+@SOLVERS
+@SIZES
+def test_picked_backward_is_the_dense_one(
+    kernels: str, solver: str, n: int, n_iters: int, mask_kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Against PyTorch's backward of each group with its gradient made dense; dlogits reaches masked tokens too."""
+    from optimized.kernels.selection import select_groups
+
+    logits, mask = problem(n, mask_kind, dtype, device)
+    saved = solve(solver, logits, mask, MASSES, n_iters)
+    inverses = tuple(group[2] for group in select_groups(logits, mask, KS, None))
+    grads = tuple(draw((2, 2, k), "normal", k).to(dtype).to(device).mT.contiguous().mT for k in KS)
+    dlogits = draw((2, 4, n), "normal", 7).to(dtype).to(device).mT.contiguous().mT
+    plain = pull_back(solver, grads, inverses, None, (logits, mask, *saved), MASSES)
+    both = pull_back(solver, grads, inverses, dlogits, (logits, mask, *saved), MASSES)
+    check_identical(both, plain + dlogits)
+    for i, mass in enumerate(MASSES):
+        g, s = halves(dense(grads, inverses))[i], halves(logits)[i]
+        if solver == "exact":
+            parts = halves(saved[0])[i], halves(saved[1])[i]
+            expected = torch.ops.moa.capped_simplex_backward(g, s, mask, *parts, EPSILONS[0])
+        else:
+            parts = halves(saved[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in saved[1:])
+            expected = torch.ops.moa.coordinate_descent_backward(g, s, mask, *parts, mass, *EPSILONS)
+        assert expected.any()
+        error = (halves(plain)[i] - expected).abs().max()
+        # The exponentials' arguments are rounded logits over eps; the sums are of n terms.
+        assert error <= 64 * torch.finfo(dtype).eps * g.abs().max() / EPSILONS[0] / EPSILONS[0]
+
+
+@TRITON
+@SOLVERS
+def test_poisoned_rows_pull_back_as_through_pytorch(kernels: str, solver: str, device: torch.device) -> None:
+    """A gradient of NaN arrives where a picked score was set to NaN, which is a constant."""
+    from optimized.kernels.selection import select_groups
+
+    logits, _ = problem(9, "none", torch.float64, device)
+    logits[1, 2, 4] = math.nan
+    saved = solve(solver, logits, None, MASSES, 6)
+    groups = select_groups(logits, None, KS, saved[0])
+    grads = tuple(torch.where(group[3].isnan(), math.nan, 1.0) for group in groups)
+    actual = pull_back(solver, grads, tuple(group[2] for group in groups), None, (logits, None, *saved), MASSES)
+    poisoned = logits.isnan().any(-1)
+    assert actual[~poisoned].isfinite().all()
+    if solver == "exact":
+        assert not actual[poisoned].any()
+    else:
+        assert actual[poisoned].isnan().all()
