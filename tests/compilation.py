@@ -83,11 +83,17 @@ def call_row_kernels(dtype: torch.dtype, n: int, switches: Switches) -> None:
     s = torch.zeros(1, 2, n, dtype=dtype)
     for (masked,) in switches(1):
         mask = torch.ones(1, n, dtype=torch.bool) if masked else None
-        saved = coordinate_descent.coordinate_descent(s, mask, 3.0, 20, 0.03, 4.0, 0.7)
-        coordinate_descent.coordinate_descent_backward(s, s, mask, *saved, 3.0, 0.03, 4.0, 0.7)
-        saved = capped_simplex.capped_simplex(s, mask, 3.0, 0.03)
-        capped_simplex.capped_simplex_backward(s, s, mask, *saved, 0.03)
+        (*_, inverse, picked), _ = selection.select_groups(s, mask, (1, 1), s)
+        selection.select_groups(s, mask, (1, 1), None, unit=True)
         selection.select(s, mask, 1)
+        pick = (picked, picked), (inverse, inverse), s if masked else None
+        masses, epsilons = (3.0, 5.0), (0.03, 4.0, 0.7)
+        saved = coordinate_descent.coordinate_descent(s, mask, masses, 20, *epsilons)
+        coordinate_descent.coordinate_descent_backward(s, s, mask, *saved, 3.0, *epsilons)
+        coordinate_descent.coordinate_descent_picked_backward(*pick, s, mask, *saved, masses, *epsilons)
+        saved = capped_simplex.capped_simplex(s, mask, masses, 0.03)
+        capped_simplex.capped_simplex_backward(s, s, mask, *saved, 0.03)
+        capped_simplex.capped_simplex_picked_backward(*pick, s, mask, *saved, 0.03)
 
 
 def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, switches: Switches) -> None:

@@ -15,6 +15,7 @@ ALL_DTYPES = {"*fp64", "*fp32", "*bf16", "*fp16"}
 # The router computes in no less than float32.
 ROW_KERNELS = {
     "_descent_kernel",
+    "_descent_sums_kernel",
     "_descent_backward_kernel",
     "_exact_kernel",
     "_exact_backward_kernel",

@@ -160,7 +160,7 @@ def test_picked_backward_is_the_dense_one(
         else:
             parts = halves(saved[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in saved[1:])
             expected = torch.ops.moa.coordinate_descent_backward(g, s, mask, *parts, mass, *EPSILONS)
-        assert expected.any()
+        assert expected.any() or mask_kind != "none"  # few valid tokens may all be saturated
         error = (halves(plain)[i] - expected).abs().max()
         # The exponentials' arguments are rounded logits over eps; the sums are of n terms.
         assert error <= 64 * torch.finfo(dtype).eps * g.abs().max() / EPSILONS[0] / EPSILONS[0]

@@ -54,6 +54,13 @@ def _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, DTYPE: tl.constexpr
     return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)
 
 
+@triton.jit
+def _rate(temperature, DTYPE: tl.constexpr):
+    """Its reciprocal, finite: a difference of 0 over a temperature that underflowed is 0, not NaN."""
+    largest: tl.constexpr = 1.7e308 if DTYPE == tl.float64 else 3.4e38
+    return tl.minimum(1.0 / temperature, largest)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_kernel(
     s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr,
@@ -86,30 +93,33 @@ def _descent_kernel(
     a = tl.where(poisoned > 0, float("nan"), a)
     tl.store(a_ptr + row, a)
     tl.store(counts_ptr + row, 0.0)
+    hot = from_bits(eps_init_bits)
     for t in range(1, n_iters):
-        temperature = _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+        hot *= from_bits(eps_decay_bits)
+        temperature = tl.maximum(hot, from_bits(eps_bits)).to(dtype)
+        rate = _rate(temperature, dtype)
         bound = -a
         peak = tl.minimum(top, bound)
         peak = tl.where(peak == -float("inf"), 0.0, peak)
         if ONE_BLOCK:
-            total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) / temperature), (s >= bound).to(tl.int32))
+            total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound).to(tl.int32))
         else:
             total = tl.full((), 0.0, dtype)
             count = tl.full((), 0, tl.int32)
             for start in range(0, n, BLOCK):
                 s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-                part, more = sum_both(tl.exp((tl.minimum(s, bound) - peak) / temperature), (s >= bound).to(tl.int32))
+                part, more = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound).to(tl.int32))
                 total += part
                 count += more
         a = tl.where(total > 0, temperature * (log_k - tl.log(total)) - peak, 0.0)
         a = tl.where(poisoned > 0, float("nan"), a)
         tl.store(a_ptr + tl.cast(t, tl.int64) * rows + row, a)
         tl.store(counts_ptr + tl.cast(t, tl.int64) * rows + row, count.to(dtype))
-    temperature = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    rate = _rate(_temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
     for start in range(0, n, BLOCK):
         if not ONE_BLOCK:
             s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-        scores = tl.exp(tl.minimum(s + a, 0.0) / temperature)
+        scores = tl.exp(tl.minimum(s + a, 0.0) * rate)
         scores = tl.where(poisoned > 0, float("nan"), scores)
         tl.store(scores_ptr + start + lanes, tl.where(valid, scores, 0.0), mask=start + lanes < n)
 
@@ -167,7 +177,7 @@ def _descent_sums_kernel(
         factor = count * tl.exp((following - mine) / temperature) * inverse_k
         product = da * tl.cumprod(tl.where(later, tl.where(count > 0, factor, 0.0), 1.0))
         tl.store(c_ptr + at, product * inverse_k, mask=t >= 1)
-        rate = 1.0 / _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+        rate = _rate(_temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
         tl.store(rates_ptr + t, rate, mask=t >= tl.where(row == 0, 1, n_iters))
         da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))
 
@@ -196,13 +206,13 @@ def _descent_backward_kernel(
         t = first + tl.arange(0, STEPS)
         inside = t < n_iters
         at = t.to(tl.int64) * rows + row
-        a = tl.load(a_ptr + at, mask=inside, other=0.0)
-        bound = -tl.load(a_ptr + at - rows, mask=inside, other=float("inf"))
-        c = tl.load(c_ptr + at, mask=inside, other=0.0)
-        rate = tl.load(rates_ptr + t, mask=inside, other=1.0)
+        a_t = tl.load(a_ptr + at, mask=inside, other=0.0)[:, None]
+        bound = -tl.load(a_ptr + at - rows, mask=inside, other=float("inf"))[:, None]
+        c = tl.load(c_ptr + at, mask=inside, other=0.0)[:, None]
+        rate = tl.load(rates_ptr + t, mask=inside, other=1.0)[:, None]
         # Saturated tokens take no part, and their exponential may overflow. Past the last step all are.
-        p = tl.where(s[None, :] >= bound[:, None], -float("inf"), (s[None, :] + a[:, None]) * rate[:, None])
-        ds -= tl.sum(tl.exp(p) * c[:, None], axis=0)
+        p = tl.exp(tl.where(s[None, :] >= bound, -float("inf"), (s[None, :] + a_t) * rate))
+        ds -= tl.sum(p * c, axis=0)
     ds = tl.where(valid, ds, 0.0)
     if HAS_DLOGITS:
         ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)

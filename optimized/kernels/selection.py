@@ -129,26 +129,25 @@ def _select_kernel(
     seen_equal = tl.full((), 0, tl.int32)
     seen_valid = tl.full((), 0, tl.int32)
     seen_masked = tl.full((), 0, tl.int32)
-    lanes = tl.arange(0, SLOT_BLOCK)
     for start in range(0, n, SLOT_BLOCK):
-        offsets = start + lanes
-        key, valid, inside = _keys(s_ptr, mask_ptr, offsets, n, HAS_MASK)
-        chosen = key >= least
+        offsets = start + tl.arange(0, SLOT_BLOCK)
+        keys, shown, there = _keys(s_ptr, mask_ptr, offsets, n, HAS_MASK)
+        chosen = keys >= least
         if found > k:  # otherwise all equals fit
-            equal = (key == least).to(tl.int32)
-            chosen = (key > least) | ((equal > 0) & (seen_equal + tl.cumsum(equal) <= room))
+            equal = (keys == least).to(tl.int32)
+            chosen = (keys > least) | ((equal > 0) & (seen_equal + tl.cumsum(equal) <= room))
             seen_equal += tl.sum(equal)
-        # One running count of both: of valid tokens in the lower 16 bits, of masked ones in the upper.
-        one = tl.where(chosen, tl.where(valid, 1, 1 << 16), 0)
+        # One running count of both: of shown tokens in the lower 16 bits, of masked ones in the upper.
+        one = tl.where(chosen, tl.where(shown, 1, 1 << 16), 0)
         counts = tl.cumsum(one)
-        slot = tl.where(valid, seen_valid + (counts & 0xFFFF), first_masked + seen_masked + (counts >> 16)) - 1
+        slot = tl.where(shown, seen_valid + (counts & 0xFFFF), first_masked + seen_masked + (counts >> 16)) - 1
         tl.store(indices_0 + slot, offsets.to(tl.int64), mask=chosen)
-        tl.store(slots_0 + slot, valid.to(tl.int8), mask=chosen)
-        tl.store(inverse_0 + offsets, tl.where(chosen & valid, slot, -1), mask=inside)
+        tl.store(slots_0 + slot, shown.to(tl.int8), mask=chosen)
+        tl.store(inverse_0 + offsets, tl.where(chosen & shown, slot, -1), mask=there)
         if UNIT or HAS_SCORES:
-            picked = valid.to(picked_0.dtype.element_ty)
+            picked = shown.to(picked_0.dtype.element_ty)
             if not UNIT:
-                picked = tl.load(scores_ptr + offsets, mask=chosen & valid, other=0.0)
+                picked = tl.load(scores_ptr + offsets, mask=chosen & shown, other=0.0)
             tl.store(picked_0 + slot, tl.where(poisoned > 0, float("nan"), picked), mask=chosen)
         total = tl.sum(one)
         seen_valid += total & 0xFFFF
