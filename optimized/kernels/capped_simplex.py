@@ -1,10 +1,11 @@
 """The exact solver, forward and implicit gradient: min(1, exp((s + a) / eps)) of a given mass.
 
-Rows are (B, R) rows of N logits, contiguous, float32 or float64; one program per row, which writes its N scores and its
-threshold (tokens at or below it are unsaturated). Rows are of one or two groups of experts, with a mass each; the
-backward takes the gradient of the scores dense, or as that of the picked ones, by the inverse map. Michelot's iteration: solve for a over the free tokens, saturate
-those with s + a >= 0, until none is left to saturate. The saturated set only grows, so the loop ends, after at most k
-rounds and in practice a handful.
+Rows are (B, R) rows of N logits, contiguous, float32 or float64, of one or two groups of experts with a mass each; one
+program per row, which writes its N scores and its threshold (tokens at or below it are unsaturated). Michelot's
+iteration: solve for a over the free tokens, saturate those with s + a >= 0, until none is left to saturate. The
+saturated set only grows, so the loop ends, after at most k rounds and in practice a handful.
+
+The gradient of the scores comes dense (B, R, N), or as that of the picked ones, (B, E, K) per group, by the inverse map.
 
 Blind spots: long rows are read again, chunk by chunk, in every round.
 """

@@ -94,9 +94,11 @@ def _descent_kernel(
     tl.store(a_ptr + row, a)
     tl.store(counts_ptr + row, 0.0)
     hot = from_bits(eps_init_bits)
+    cooling = from_bits(eps_decay_bits)
+    coldest = from_bits(eps_bits)
     for t in range(1, n_iters):
-        hot *= from_bits(eps_decay_bits)
-        temperature = tl.maximum(hot, from_bits(eps_bits)).to(dtype)
+        hot *= cooling
+        temperature = tl.maximum(hot, coldest).to(dtype)
         rate = _rate(temperature, dtype)
         bound = -a
         peak = tl.minimum(top, bound)
@@ -157,7 +159,7 @@ def _descent_sums_kernel(
     last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
     da = tl.full((), 0.0, dtype)
     for start in range(0, n, BLOCK):
-        s, valid, ds = _direct(
+        _, _, ds = _direct(
             grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, start + tl.arange(0, BLOCK), n, a, last,
             PICKED, HAS_MASK,
         )  # fmt: skip

@@ -114,7 +114,7 @@ def _select_kernel(
             count_2 = tl.full((), 0, tl.int32)
             count_3 = tl.full((), 0, tl.int32)
             for start in range(0, n, BLOCK):
-                key, valid, inside = _keys(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
+                key, _, _ = _keys(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
                 more_1, more_2, more_3 = _count(key, first, second, third)
                 count_1 += more_1
                 count_2 += more_2
