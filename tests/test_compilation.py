@@ -28,6 +28,8 @@ KNOWN_SPILLS = {
     ("_descent_kernel", "16384"): 512,
     ("_descent_kernel", "32768"): 512,
     ("_select_kernel", "8192"): 512,
+    ("_select_kernel", "16384"): 512,
+    ("_select_kernel", "32768"): 512,
 }
 
 

@@ -5,7 +5,8 @@ program per row, which writes its N scores and its threshold (tokens at or below
 iteration: solve for a over the free tokens, saturate those with s + a >= 0, until none is left to saturate. The
 saturated set only grows, so the loop ends, after at most k rounds and in practice a handful.
 
-The gradient of the scores comes dense (B, R, N), or as that of the picked ones, (B, E, K) per group, by the inverse map.
+The gradient of the scores comes dense (B, R, N), or as that of the picked ones, (B, E, K) per group, by the inverse
+map.
 
 Blind spots: long rows are read again, chunk by chunk, in every round.
 """

@@ -87,14 +87,14 @@ def _select_kernel(
     picked_0 += place * k
 
     lanes = tl.arange(0, BLOCK)
-    key, valid, inside = _keys(s_ptr, mask_ptr, lanes, n, HAS_MASK)
+    key, valid, _ = _keys(s_ptr, mask_ptr, lanes, n, HAS_MASK)
     key_type: tl.constexpr = key.dtype
     lowest = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)
     valid_tokens = tl.sum(valid.to(tl.int32))
     poisoned = tl.max((key == lowest + 2).to(tl.int32))
     if not ONE_BLOCK:
         for start in range(BLOCK, n, BLOCK):
-            key, valid, inside = _keys(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
+            key, valid, _ = _keys(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
             valid_tokens += tl.sum(valid.to(tl.int32))
             poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))
 
