@@ -85,6 +85,20 @@ def run_rows(n: int, dtype: torch.dtype) -> None:
             mass = max(0.4 * n, 0.5)
             scores = ops.descend(s, mask, mass, 20, 0.03, 4.0, 0.7, True)[0], ops.cap(s, mask, mass, 0.03, True)[0]
             torch.autograd.grad(scores, s, [awkward(random)] * 2)
+        run_groups(awkward(torch.cat((random, poisoned), 1)), mask)
+
+
+def run_groups(s: Tensor, mask: Tensor | None) -> None:
+    """Two groups of three experts: what one launch selects for both, and gradients by its inverse maps."""
+    from optimized.kernels import capped_simplex, coordinate_descent, selection
+
+    n, masses, epsilons = s.shape[-1], (max(0.4 * s.shape[-1], 0.5), 0.5), (0.03, 4.0, 0.7)
+    saved = coordinate_descent.coordinate_descent(s, mask, masses, 20, *epsilons)
+    groups = selection.select_groups(s, mask, (n, 1), awkward(saved[0]))
+    grads, inverses = tuple(awkward(group[3]) for group in groups), tuple(group[2] for group in groups)
+    coordinate_descent.coordinate_descent_picked_backward(grads, inverses, s, s, mask, *saved, masses, *epsilons)
+    saved = capped_simplex.capped_simplex(s, mask, masses, 0.03)
+    capped_simplex.capped_simplex_picked_backward(grads, inverses, s, s, mask, *saved, 0.03)
 
 
 def run_layer(n: int, dtype: torch.dtype, kind: str, arguments: dict[str, Any]) -> None:
