@@ -22,7 +22,7 @@ from .competitors import DIRECTIONS
 from .session import Job, Session, jobs
 from .shapes import cases
 
-FIGURES = (("ms", "p50", ".3f"), ("TFLOP/s", "tflops", ".1f"), ("x floor", "over_floor", ".2f"),
+FIGURES = (("ms", "p50", ".3f"), ("TFLOP/s", "tflops", ".3g"), ("x floor", "over_floor", ".2f"),
            ("MiB", "peak_mib", ".0f"), ("kernels", "kernels", "d"), ("host ms", "host_ms", ".3f"))  # fmt: skip
 
 
