@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,16 @@ PART_STAGE = {"attention": "attention", "local attention": "attention", "copy": 
 
 def load(folder: Path) -> list[Report]:
     """GPUs' reports first."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("benchmarks-*.json"))]
-    return sorted(reports, key=lambda report: report["device"] != "cuda")
+    paths = sorted(folder.glob("benchmarks-*.json"), key=lambda path: path.stem)
+    return sorted((json.loads(path.read_text()) for path in paths), key=lambda report: report["device"] != "cuda")
+
+
+def leading(reports: list[Report]) -> list[Report]:
+    """The first of each machine: other installations on it have their tables only."""
+    first: dict[str, Report] = {}
+    for report in reports:
+        first.setdefault(report["hardware"]["name"], report)
+    return list(first.values())
 
 
 def find(report: Report, case: str, competitor: str, direction: str) -> dict[str, Any]:
@@ -185,7 +194,9 @@ x and of all parameters. Where two figures stand, they are forward / forward+bac
 - x floor: over the floor, which is the batched products, the fastest attention that is installed, and one read of x
   and one write of the result, each measured bare in the same run and summed ([floor.py](../tests/benchmarks/floor.py)).
 - peak MiB: of the allocator, above inputs and parameters. A CUDA graph keeps a pool of its own: no figure.
-- kernels and copies (memcpy, memset) of a call, by the profiler. host ms: until a call is enqueued.
+- kernels and copies (memcpy, memset) of a call, by the profiler. host ms: until a call is enqueued. The
+  reference checks routes by value, which waits for the device: its host time is all of its time.
+- deterministic: PyTorch's mode as it is by default, which fills fresh memory besides.
 
 Competitors: [competitors.py](../tests/benchmarks/competitors.py). All of a report ran in one process.
 Written by `python docs/benchmarks.py`.
@@ -281,12 +292,13 @@ def draw_against_n(path: Path, reports: list[Report], key: str, label: str) -> N
     drawn = [report for report in reports if has_lines(report)]
     if not drawn:
         return
-    figure = Figure(figsize=(12, 5.2 * len(drawn)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(14, 5.0 * len(drawn)), dpi=120, layout="constrained")
     axes = figure.subplots(len(drawn), 2, squeeze=False, sharey="row")
     for row, report in zip(axes, drawn):
         for axis, direction in zip(row, DIRECTIONS):
             for line in LINES[report["device"]]:
                 _line(axis, report, line, direction, key)
+            _proportional(axis, report, direction, key)
             lengths = sorted({x for drawn_line in axis.lines for x in drawn_line.get_xdata()})
             axis.set(xscale="log", yscale="log", xlabel="tokens N", title=direction.replace("+", " + "))
             axis.set_xticks(lengths, [f"{int(n) // 1024}k" if n >= 1024 else f"{int(n)}" for n in lengths])
@@ -295,7 +307,8 @@ def draw_against_n(path: Path, reports: list[Report], key: str, label: str) -> N
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.grid(alpha=0.3, which="major")
         row[0].set_ylabel(label)
-        row[0].legend(fontsize=9, title=report["hardware"]["name"], title_fontsize=9)
+        place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "alignment": "left", "frameon": False}
+        row[1].legend(fontsize=9, title=textwrap.fill(report["hardware"]["name"], 34), title_fontsize=9, **place)
     figure.savefig(path)
 
 
@@ -310,6 +323,16 @@ def _line(axis: Axes, report: Report, line: tuple[str, ...], direction: str, key
         axis.fill_between(columns[0], columns[2], columns[3], color=colour, alpha=0.15, linewidth=0)
 
 
+def _proportional(axis: Axes, report: Report, direction: str, key: str) -> None:
+    """What growth with N would be from the last point of the layer at fixed K."""
+    fixed = {"cuda": "sweep K = 1024", "cpu": "fixed K"}[report["device"]]
+    columns = curve(report, "optimized", fixed, direction, (key,))
+    if columns:
+        (*_, last), (*_, end) = columns
+        slope = [end * n / last for n in columns[0]]
+        axis.plot(columns[0], slope, color="0.6", linewidth=1, label="proportional to N", zorder=0)
+
+
 def floor_by_stage(parts: dict[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for part, ms in parts.items():
@@ -321,7 +344,8 @@ def floor_by_stage(parts: dict[str, float]) -> dict[str, float]:
 
 def draw_stages(path: Path, report: Report) -> None:
     """A small plot for each shape and direction: kernels of the layer stacked by stage, beside the floor."""
-    cases = [case for case in in_order(report) if "stage_ms" in find(report, case, "optimized", BOTH)]
+    standard = groups(report).get("standard", [])
+    cases = [case for case in standard if "stage_ms" in find(report, case, "optimized", BOTH)]
     if not cases:
         return
     figure = Figure(figsize=(2.3 * len(cases) + 0.6, 8.4), dpi=120, layout="constrained")
@@ -372,13 +396,14 @@ def between_markers(text: str, content: str) -> str:
 
 
 def render(reports: list[Report], docs: Path, readme: Path) -> None:
-    draw_against_n(docs / "speed.png", reports, "p50", "time, ms")
-    draw_against_n(docs / "memory.png", reports, "peak_mib", "peak memory above inputs, MiB")
-    for report in reports[:1]:
+    shown = leading(reports)
+    draw_against_n(docs / "speed.png", shown, "p50", "time, ms")
+    draw_against_n(docs / "memory.png", shown, "peak_mib", "peak memory above inputs, MiB")
+    for report in shown[:1]:
         draw_stages(docs / "stages.png", report)
     pictures = [f"![{title}]({name})" for name, title in PLOTS.items() if (docs / name).exists()]
     (docs / "benchmarks.md").write_text("\n\n".join([INTRODUCTION.rstrip(), *pictures, *map(section, reports)]) + "\n")
-    readme.write_text(between_markers(readme.read_text(), readme_table(reports)))
+    readme.write_text(between_markers(readme.read_text(), readme_table(shown)))
 
 
 def main() -> int:

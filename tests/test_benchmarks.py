@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmarks import __main__ as command
 from benchmarks import flops, session
-from benchmarks.attentions import UnavailableError, attention
+from benchmarks.attentions import FlexWindow, UnavailableError, attention
 from benchmarks.competitors import BOTH, DIRECTIONS, FORWARD, Replayed, Steps, enter
-from benchmarks.measure import host_ms, interleaved, peak_bytes, summarise, time_call
+from benchmarks.floor import Floor
+from benchmarks.measure import CpuClock, Profile, host_ms, interleaved, peak_bytes, summarise, time_call
 from benchmarks.session import FLOOR, Job, Session, jobs
 from benchmarks.shapes import Case, cases
 from benchmarks.stages import ORDER, own_kernels, stage_of
@@ -240,6 +243,51 @@ def test_a_replay_computes_what_the_eager_step_does() -> None:
         pass
 
 
+class FakeGraph:
+    """In place of torch.cuda: what is captured is called, a replay is counted."""
+
+    made: ClassVar[list[FakeGraph]] = []
+
+    def __init__(self) -> None:
+        self.replays = 0
+        self.made.append(self)
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_graph_is_captured_once_for_each_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda side: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext())
+    monkeypatch.setattr(FakeGraph, "made", [])
+    calls = []
+    with enter("dense", SMALL, CPU) as eager:
+        run = eager.call
+        eager.call = lambda x: (calls.append(1), run(x))[1]
+        steps = Replayed(eager)
+        for direction in (FORWARD, FORWARD, BOTH, BOTH, BOTH):
+            steps.direction(direction)()
+    assert [graph.replays for graph in FakeGraph.made] == [2, 3]
+    assert len(calls) == 2 * 4, "three warm calls and the captured one"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_window_sees_the_window() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = FlexWindow(3)
+    attend.compiled = flex_attention  # compiled, it is only faster
+    q, k, v = torch.randn(3, 2, 20, 2, 16).unbind()
+    at = torch.arange(20)
+    near = (at[:, None] - at).abs() <= 3
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=near)
+    torch.testing.assert_close(attend(q, k, v), expected.transpose(1, 2))
+
+
 def test_windows_of_the_libraries_are_asked_for() -> None:
     with pytest.raises(UnavailableError, match="no window"):
         attention("sdpa", window=3)
@@ -282,6 +330,34 @@ def test_everybody_has_two_rows(report_file: Path) -> None:
                 assert row["reason"]
     assert report["floors"]["small"][BOTH]["ms"] > report["floors"]["small"][FORWARD]["ms"] > 0
     assert "not installed" in report["floors"]["windowed"]["reason"]
+
+
+@pytest.mark.parametrize("competitor", ["optimized", "reference"])
+def test_a_gpus_rows_have_kernels_and_host_time(competitor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch of a GPU, with the CPU's clock and a profile made up."""
+    made_up = Profile(20, 2, {"GEMM": 0.1}, {"nvjet": 3.0})
+    ceilings = {"product_tflops": 792.0, "copy_tbs": 3.02}
+    monkeypatch.setattr(session, "profile_kernels", lambda call, clock, before: made_up)
+    monkeypatch.setattr(session, "peak_bytes", lambda call, device: 2**20)
+    monkeypatch.setattr(Floor, "ceilings", lambda floor: ceilings)
+    monkeypatch.setattr(Session, "_free", lambda running: None)
+    running = Session(CPU, None, effort=QUICK)
+    with enter(competitor, SMALL, CPU) as steps:
+        monkeypatch.setattr(session, "enter", lambda *given: contextlib.nullcontext(steps))
+        running.device = SimpleNamespace(type="cuda")
+        report = running.run([Job(replace(SMALL, detail=True), competitor)])
+    assert report["ceilings"] == ceilings
+    for row in report["rows"]:
+        assert (row["kernels"], row["copies"], row["peak_mib"]) == (20, 2, 1.0)
+        assert row["host_ms"] > 0
+        assert ("names" in row) == (competitor == "optimized")
+
+
+def test_ceilings_are_in_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = Floor(CPU, CpuClock())
+    monkeypatch.setattr(Floor, "_product", lambda *given: 2.0)
+    monkeypatch.setattr(Floor, "_copy", lambda *given: 1.0)
+    assert floor.ceilings() == pytest.approx({"product_tflops": 549.755813888, "copy_tbs": 2.147483648})
 
 
 def test_failures_become_rows(monkeypatch: pytest.MonkeyPatch) -> None:

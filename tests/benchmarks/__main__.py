@@ -31,7 +31,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="the report, rewritten after every competitor")
     patterns = {"nargs": "*", "default": [], "metavar": "PATTERN"}
-    parser.add_argument("--cases", **patterns, help="names or patterns as of a shell: --cases 8k '8k *' 'N * K 1024'")
+    parser.add_argument(
+        "--cases", **patterns, help="names, groups, or patterns of either as of a shell: --cases 8k standard 'sweep*'"
+    )
     parser.add_argument("--competitors", **patterns, help="likewise: --competitors optimized 'dense*' floor")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="skip, and say so, what no longer fits")
     parser.add_argument("--commit", help="for the report, where the files are a copy outside of git")

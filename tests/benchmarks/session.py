@@ -32,21 +32,21 @@ class Job(NamedTuple):
     @property
     def rank(self) -> int:
         """Torch compiles last: it takes longest, and says least."""
-        if "compiled" in self.competitor or "flex" in self.competitor:
-            return 2
-        return int("=" in self.competitor)
+        if "compiled" in self.competitor:
+            return 3
+        return 2 if "flex" in self.competitor else int("=" in self.competitor)
 
     @property
     def seconds(self) -> float:
         """A guess at what it takes, for the budget."""
-        return (2.0, 2.0, 45.0)[self.rank] + 5e-10 * self.case.batch * self.case.n**2 * self.competitor.startswith(
-            "dense"
-        )
+        return (2.0, 2.0, 20.0, 40.0)[
+            self.rank
+        ] + 5e-10 * self.case.batch * self.case.n**2 * self.competitor.startswith("dense")
 
 
 def jobs(cases: list[Case], shapes: list[str], competitors: list[str]) -> list[Job]:
-    """Those whose names match one of the patterns, most important first."""
-    wanted = [case for case in cases if _matches(case.name, shapes)]
+    """Those whose names (of a case: or its group's) match one of the patterns, most important first."""
+    wanted = [case for case in cases if _matches(case.name, shapes) or _matches(case.group, shapes)]
     found = [Job(case, name) for case in wanted for name in (FLOOR, *case.competitors) if _matches(name, competitors)]
     return sorted(found, key=lambda job: job.rank)
 

@@ -126,7 +126,7 @@ def _cpu() -> list[Case]:
     for n in (512, 1024, 2048, 4096, 8192):
         out.append(Case(f"N {n}", "fixed K", n=n, **shape, competitors=competitors))
         out.append(Case(f"N {n} local", "fixed K, local", n=n, **shape, window=64, competitors=competitors))
-    tiny = Case("tiny", "tiny", batch=16, n=50, dim=512, heads=8, experts=4, slots=100, dtype="float32")
+    tiny = Case("tiny", "short", batch=16, n=50, dim=512, heads=8, experts=4, slots=100, dtype="float32")
     tiny = replace(tiny, competitors=competitors)
     return [*out, tiny, replace(tiny, name="tiny 400", n=400, competitors=(*competitors, *COMPILED))]
 
