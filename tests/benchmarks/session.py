@@ -63,6 +63,8 @@ class Session:
         effort: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.device, self.out, self.budget = device, out, budget
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
         self.effort = effort or EFFORT[device.type]
         self.start = time.monotonic()
         self.clock = clock_of(device)
@@ -100,6 +102,7 @@ class Session:
                 said = self._floor(job.case, reason)
             else:
                 rows = list(self._rows(job, reason))
+                self._free()  # here, since the generator held the competitor to its end
                 self.report["rows"] += rows
                 said = " / ".join(row.get("reason") or f"{row['p50']:.3f} ms" for row in rows)
             self._save()
@@ -147,7 +150,6 @@ class Session:
         except Exception as error:
             said = self._reason(error)
             yield from (row | {"reason": said} for row in named[done:])
-        self._free()
 
     def _figures(self, job: Job, steps: Steps, direction: str) -> dict[str, Any]:
         call = steps.direction(direction)
