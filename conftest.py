@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +28,7 @@ if not {"--device=cuda", "cuda"} & set(sys.argv) and "PYTEST_XDIST_WORKER" not i
 import harness  # noqa: E402
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
+from benchmarks.environment import tree_hash  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -52,6 +52,7 @@ FILE_BUDGET_SECONDS = {
     "test_attention.py": 35,
     "test_compilation.py": 400,
     "test_main.py": 50,
+    "test_benchmarks.py": 30,
 }
 
 
@@ -74,8 +75,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
+    config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
+    config.addinivalue_line("markers", "speed: compares times, on a machine left alone; selected by -m speed only")
     for package in (reference, optimized):
         if Path(package.__file__).parent.parent != ROOT:
             raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")
@@ -84,8 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
     harness.DEVICE = torch.device(config.option.device)
     if (os.environ.get("TRITON_INTERPRET") == "1") != (config.option.device == "cpu"):
         raise pytest.UsageError("--device: expected on the command line, where it decides whether Triton interprets")
-    # Small tensors: on a busy machine more threads would mostly wait for one another.
-    torch.set_num_threads(1)
+    if not _asks_for("speed", config):
+        # Small tensors: on a busy machine more threads would mostly wait for one another.
+        torch.set_num_threads(1)
     common = {
         "deadline": None,
         "print_blob": True,
@@ -99,7 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **common)
     hypothesis.settings.register_profile("nightly", max_examples=1000, **common)
     name = "ci" if os.environ.get("CI") else "dev"
-    name = "nightly" if _asks_for_nightly(config) else name
+    name = "nightly" if _asks_for("nightly", config) else name
     if config.option.max_examples is not None:
         base = hypothesis.settings.get_profile(name)
         hypothesis.settings.register_profile("custom", base, max_examples=config.option.max_examples)
@@ -107,15 +111,20 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile(name)
 
 
-def _asks_for_nightly(config: pytest.Config) -> bool:
-    return "nightly" in (config.option.markexpr or "")
+def _asks_for(mark: str, config: pytest.Config) -> bool:
+    return mark in (config.option.markexpr or "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselected, not skipped: a skip would hide a gap in a list of dots."""
     unwanted = {
         mark
-        for mark, wanted in (("gpu", config.option.device == "cuda"), ("nightly", _asks_for_nightly(config)))
+        for mark, wanted in (
+            ("gpu", config.option.device == "cuda"),
+            ("cpu", config.option.device == "cpu"),
+            ("nightly", _asks_for("nightly", config)),
+            ("speed", _asks_for("speed", config)),
+        )
         if not wanted
     }
     without_triton = config.option.device == "cpu" and not config.option.interpreted
@@ -223,23 +232,14 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def tree_hash(folder: str) -> str:
-    """sha256 over names and contents of the Python files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / folder).rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [", ".join(f"{name} {v}" for name, v in versions().items())]
     lines.append(f"device: {config.option.device}, " + ", ".join(hardware(config.option.device).values()))
     lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
     lines.append(f"reference and optimized imported from {ROOT}")
-    hashes = {folder: tree_hash(folder) for folder in ("optimized", "tests")}
     for path in sorted((ROOT / "tests" / "reports").glob("*.json")):
         report = json.loads(path.read_text())
-        stale = [folder for folder, value in hashes.items() if report["hashes"][folder] != value]
+        stale = [folder for folder, value in report["hashes"].items() if tree_hash(folder) != value]
         state = f"STALE, {' and '.join(stale)} changed since" if stale else "current"
         lines.append(f"report {path.stem} ({report['hardware']['name']}): {state}")
     return lines
@@ -312,7 +312,7 @@ def over_budget(config: pytest.Config, seconds: dict[str, float]) -> list[str]:
         config.option.device != "cpu"
         or config.option.interpreted
         or config.option.max_examples is not None
-        or _asks_for_nightly(config)
+        or _asks_for("nightly", config)
     ):
         return []
     return [

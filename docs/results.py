@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 def load() -> dict[str, dict[str, Any]]:
     """Reports by name, the CPU's first."""
     paths = sorted((ROOT / "tests" / "reports").glob("*.json"), key=lambda p: (p.stem != "cpu", p.stem))
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {name: report for name, report in reports.items() if report.get("kind") != "benchmarks"}
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:

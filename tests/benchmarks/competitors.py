@@ -1,0 +1,192 @@
+"""Who takes part, by name:
+
+- `optimized`: this layer, with the backends that it chooses; `optimized STAGE=BACKEND ...`: with these;
+  `optimized graph`: replayed as a CUDA graph; `optimized compiled`: torch.compile(fullgraph=True);
+  `optimized deterministic`: torch.use_deterministic_algorithms(True)
+- `reference`, `reference compiled`: the readable layer, and that under torch.compile
+- `upstream`: mixture-of-attention 0.0.25
+- `dense`: LayerNorm, qkv projection, F.scaled_dot_product_attention as it chooses, output projection;
+  `dense flash-attn 2`, `dense flash-attn 4`, `dense flex window` (FlexAttention), `dense deterministic`
+
+A name that can't take part raises: the reason becomes its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optimized
+import reference
+
+from .attentions import Attention, UnavailableError, attention
+from .shapes import Case
+
+FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
+
+
+class Steps:
+    """The two calls that are measured: forward without gradients; forward, and backward to x and all parameters."""
+
+    memory = True  # torch's allocator sees what a call takes
+
+    def __init__(self, call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> None:
+        self.call, self.x = call, x.requires_grad_()
+        self.leaves = [self.x, *parameters]
+        self.dout = torch.randn_like(x)
+        self.backends: dict[str, str] = {}
+
+    def forward(self) -> None:
+        with torch.no_grad():
+            self.call(self.x)
+
+    def both(self) -> None:
+        self.call(self.x).backward(self.dout)
+
+    def clear(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    def direction(self, name: str) -> Callable[[], None]:
+        return self.forward if name == FORWARD else self.both
+
+
+class Replayed(Steps):
+    """The same as CUDA graphs, captured at the first call of each direction."""
+
+    memory = False  # a graph keeps its own pool
+
+    def __init__(self, eager: Steps) -> None:
+        super().__init__(eager.call, eager.x, eager.leaves[1:])
+        self.backends = eager.backends
+        self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def forward(self) -> None:
+        self._graph(FORWARD, self._run_forward).replay()
+
+    def both(self) -> None:
+        self._graph(BOTH, self._run_both).replay()
+
+    def _run_forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.call(self.x)
+
+    def _run_both(self) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(self.call(self.x), self.leaves, self.dout, allow_unused=True)
+
+    def _graph(self, direction: str, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+        if direction not in self.graphs:
+            self.graphs.clear()  # the memory of the other direction
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles and probes everything
+                    run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = run()
+            self.graphs[direction] = graph, results
+        return self.graphs[direction][0]
+
+
+class Dense(nn.Module):
+    def __init__(self, case: Case, attend: Attention, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.heads, self.attend = case.heads, attend
+        self.norm = nn.LayerNorm(case.dim, **where)
+        self.to_qkv = nn.Linear(case.dim, 3 * case.inner, bias=False, **where)
+        self.to_out = nn.Linear(case.inner, case.dim, bias=False, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.to_out(self.attend(q, k, v).flatten(2))
+
+
+@contextlib.contextmanager
+def enter(name: str, case: Case, device: torch.device) -> Iterator[Steps]:
+    """The competitor named so, ready to run; modes of the process are set back at the end. Raises why it can't."""
+    torch.manual_seed(0)
+    family, _, mode = name.partition(" ")
+    with contextlib.ExitStack() as stack:
+        if mode == "deterministic":
+            stack.enter_context(_deterministic())
+        if mode == "compiled":
+            stack.callback(torch._dynamo.reset)
+            torch._dynamo.reset()
+        if family == "optimized":
+            stack.enter_context(optimized.use_backends(**_choices(mode)))
+            yield _optimized(case, device, mode)
+        elif family == "reference":
+            yield _steps(reference.MixtureOfAttention, case, device, compiled=mode == "compiled")
+        elif family == "dense":
+            yield _dense(case, device, mode)
+        elif name == "upstream":
+            yield _upstream(case, device)
+        else:
+            raise UnavailableError(f"no competitor named {name!r}")
+
+
+def _choices(mode: str) -> dict[str, str]:
+    """ "routing=torch mixture=torch" to keywords of `use_backends`."""
+    return dict(choice.split("=") for choice in mode.split() if "=" in choice)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _steps(
+    make: Callable[..., nn.Module], case: Case, device: torch.device, *, compiled: bool = False, fullgraph: bool = False
+) -> Steps:
+    """A layer with the arguments and the forward of ours."""
+    x, mask = case.make_x(device), case.make_mask(device)
+    layer = make(**case.layer_arguments(), device=device, dtype=x.dtype)
+    run = torch.compile(layer, dynamic=False, fullgraph=fullgraph) if compiled else layer
+    steps = Steps(lambda given: run(given, mask=mask), x, list(layer.parameters()))
+    if isinstance(layer, optimized.MixtureOfAttention):
+        report = optimized.explain(layer, x, mask=mask)
+        steps.backends = {stage: found.backend for stage, found in report.stages.items()}
+    return steps
+
+
+def _optimized(case: Case, device: torch.device, mode: str) -> Steps:
+    if mode == "graph" and device.type != "cuda":
+        raise UnavailableError("CUDA graphs need CUDA")
+    steps = _steps(optimized.MixtureOfAttention, case, device, compiled=mode == "compiled", fullgraph=True)
+    return Replayed(steps) if mode == "graph" else steps
+
+
+def _dense(case: Case, device: torch.device, mode: str) -> Steps:
+    x, mask = case.make_x(device), case.make_mask(device)
+    if mode == "flex window":
+        attend = attention("flex", window=case.window, mask=mask)
+    else:
+        attend = attention(mode if mode.startswith("flash") else "sdpa", dropout=case.dropout, mask=mask)
+    layer = Dense(case, attend, device, x.dtype)
+    return Steps(layer, x, list(layer.parameters()))
+
+
+def _upstream(case: Case, device: torch.device) -> Steps:
+    """With its PyTorch router: the Triton one of its dependency needs Triton 2."""
+    try:
+        from mixture_of_attention import MixtureOfAttention
+    except ImportError as error:
+        raise UnavailableError(f"mixture-of-attention is not installed: {error}") from error
+    x, mask = case.make_x(device), case.make_mask(device)
+    arguments = case.layer_arguments()
+    if case.window is None:
+        del arguments["local_attn_window_size"]
+    layer = MixtureOfAttention(**arguments, use_triton=False).to(device, x.dtype)
+    return Steps(lambda given: layer(given, mask=mask), x, list(layer.parameters()))

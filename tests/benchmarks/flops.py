@@ -1,0 +1,56 @@
+"""Floating-point operations, counted from the definition: a product and a sum are two.
+
+A matrix product (m, k) x (k, n) takes 2 m k n. Attention from L queries to S keys takes 4 L S d a head: scores, and
+weights times values. The backward of a product is two products, that of attention five of its two (the scores again),
+so 2 and 2.5 times the forward. Norms, softmax, solver and selection are not counted: they do no matrix products.
+"""
+
+from __future__ import annotations
+
+from .shapes import Case
+
+BACKWARD = {"projections": 2.0, "router": 2.0, "attention": 2.5, "local projections": 2.0, "local attention": 2.5}
+
+
+def layer(case: Case) -> dict[str, float]:
+    """Forward of Mixture of Attention, by part. The null key is left out: one in K + 1."""
+    rows = case.batch * case.experts
+    parts = {
+        "projections": 2.0 * rows * case.taken * case.dim * 4 * case.inner,  # q, k, v, out
+        "router": 2.0 * case.batch * case.n * case.dim * 2 * case.experts if case.n > case.slots else 0.0,
+        "attention": 4.0 * rows * case.taken**2 * case.inner,
+    }
+    return parts if case.window is None else parts | local(case, case.window)
+
+
+def local(case: Case, window: int) -> dict[str, float]:
+    return {
+        "local projections": 2.0 * case.batch * case.n * case.dim * 4 * case.inner,
+        "local attention": 4.0 * case.batch * pairs(case.n, window) * case.inner,
+    }
+
+
+def dense(case: Case) -> dict[str, float]:
+    """Forward of multi-head attention of every token to every token."""
+    return {
+        "projections": 2.0 * case.batch * case.n * case.dim * 4 * case.inner,
+        "attention": 4.0 * case.batch * case.n**2 * case.inner,
+    }
+
+
+def pairs(n: int, window: int) -> int:
+    """Pairs |i - j| <= window among n tokens."""
+    w = min(window, n - 1)
+    return n * (2 * w + 1) - w * (w + 1)
+
+
+def total(parts: dict[str, float], direction: str) -> float:
+    both = direction == "forward+backward"
+    return sum(count * (1 + BACKWARD[name] * both) for name, count in parts.items())
+
+
+def of(competitor: str, case: Case, direction: str) -> float:
+    """Operations of the competitor named so, see `competitors`."""
+    if competitor == "dense flex window" and case.window is not None:
+        return total(local(case, case.window), direction)
+    return total(dense(case) if competitor.startswith("dense") else layer(case), direction)

@@ -1,0 +1,136 @@
+"""What is measured: cases as data, and who takes part in each."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import optimized
+
+LAYERS = ("optimized", "reference")
+DENSE = ("dense", "dense flash-attn 2", "dense flash-attn 4")
+MODES = ("optimized graph", "optimized deterministic")
+COMPILED = ("optimized compiled", "reference compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, and who is measured on it. window: of local attention, None for none. mask: "none" or "holes"."""
+
+    name: str
+    group: str
+    batch: int
+    n: int
+    dim: int
+    heads: int
+    experts: int
+    slots: int
+    dim_head: int = 64
+    dtype: str = "bfloat16"
+    window: int | None = None
+    dropout: float = 0.0
+    mask: str = "none"
+    detail: bool = False  # kernels, their stages, and host time too
+    competitors: tuple[str, ...] = LAYERS
+
+    @property
+    def taken(self) -> int:
+        """Slots that are filled: all tokens where N <= K."""
+        return min(self.slots, self.n)
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.dim_head
+
+    def described(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """Keywords of both `MixtureOfAttention`."""
+        return {
+            "dim": self.dim,
+            "num_routed_queries": self.slots,
+            "num_routed_key_values": self.slots,
+            "num_experts": self.experts,
+            "dim_head": self.dim_head,
+            "heads": self.heads,
+            "dropout": self.dropout,
+            "local_attn": self.window is not None,
+            "local_attn_window_size": self.window,
+        }
+
+    def make_x(self, device: torch.device) -> Tensor:
+        """Random, never zeros: a GPU computes faster on zeros."""
+        return torch.randn(self.batch, self.n, self.dim, device=device, dtype=getattr(torch, self.dtype))
+
+    def make_mask(self, device: torch.device) -> Tensor | None:
+        """A quarter of the tokens hidden, anywhere."""
+        return None if self.mask == "none" else torch.rand(self.batch, self.n, device=device) > 0.25
+
+
+def cases(device: str) -> list[Case]:
+    """In order of importance: a run that is cut short keeps the first."""
+    return _cuda() if device == "cuda" else _cpu()
+
+
+def _cuda() -> list[Case]:
+    full = (*LAYERS, *DENSE, "upstream", *MODES)
+    backends = _each_backend("routed_attention")
+    by_torch = "optimized routing=torch dispatch=torch mixture=torch"
+    standard = {"group": "standard", "detail": True, "competitors": full}
+    large = {"dim": 1024, "heads": 16, "experts": 4}
+    tiny = Case("tiny", batch=16, n=50, dim=512, heads=8, experts=4, slots=100, **standard)
+    k8 = Case("8k", batch=4, n=8192, slots=1024, **large, **standard)
+    competitors = (*full, "dense deterministic", by_torch, *backends, *COMPILED)
+    out = [
+        replace(k8, competitors=competitors),
+        Case(
+            "2k", batch=8, n=2048, dim=512, heads=8, experts=4, slots=256,
+            **standard | {"competitors": (*full, by_torch, *backends, *COMPILED)},
+        ),
+        Case("32k", batch=1, n=32768, slots=2048, **large, **standard | {"competitors": (*full, "reference compiled")}),
+        replace(
+            k8, name="8k local", window=128,
+            competitors=(*full, "dense flex window", *_each_backend("local_attention"), "optimized compiled"),
+        ),
+        replace(tiny, competitors=(*full, "optimized compiled")),
+        replace(tiny, name="tiny 400", n=400, competitors=(*full, *COMPILED)),
+    ]  # fmt: skip
+    variant = replace(k8, group="variants", competitors=(*LAYERS, *DENSE))
+    out += [
+        replace(variant, name="8k dropout 0.1", dropout=0.1),
+        replace(variant, name="8k mask with holes", mask="holes"),
+        replace(variant, name="8k d 128", heads=8, dim_head=128),
+        replace(variant, name="8k float32", dtype="float32"),
+    ]
+    lengths = [1024 << i for i in range(8)]
+    sweep = {"batch": 1, **large}
+    for n in lengths:
+        by_length = {"group": "sweep K = N/8", "competitors": (*LAYERS, "dense")}
+        out.append(Case(f"N {n} K N/8", n=n, slots=n // 8, **sweep, **by_length))
+    out += [Case(f"N {n} K 1024", n=n, slots=1024, **sweep, group="sweep K = 1024") for n in lengths]
+    for experts in (1, 2, 4, 8, 16):
+        out.append(
+            replace(k8, name=f"8k E {experts}", group="sweep E", experts=experts, detail=False, competitors=LAYERS)
+        )
+    return out
+
+
+def _cpu() -> list[Case]:
+    shape = {"batch": 1, "dim": 256, "heads": 4, "experts": 2, "slots": 128, "dtype": "float32"}
+    competitors = (*LAYERS, "dense")
+    out = []
+    for n in (512, 1024, 2048, 4096, 8192):
+        out.append(Case(f"N {n}", "fixed K", n=n, **shape, competitors=competitors))
+        out.append(Case(f"N {n} local", "fixed K, local", n=n, **shape, window=64, competitors=competitors))
+    tiny = Case("tiny", "short", batch=16, n=50, dim=512, heads=8, experts=4, slots=100, dtype="float32")
+    tiny = replace(tiny, competitors=competitors)
+    return [*out, tiny, replace(tiny, name="tiny 400", n=400, competitors=(*competitors, *COMPILED))]
+
+
+def _each_backend(stage: str) -> tuple[str, ...]:
+    """One competitor for each backend of a stage; those that can't run here become a row that says why."""
+    return tuple(f"optimized {stage}={name}" for name in optimized.backends()[stage])

@@ -1,0 +1,58 @@
+"""Which stage of the layer a CUDA kernel belongs to, by its name.
+
+Our kernels: by the file of optimized/kernels that defines them. Libraries': by what their names contain.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import optimized
+
+ORDER = (
+    "router", "solver", "selection", "gather", "GEMM", "attention", "null slot", "combine", "dx", "rotary", "norm",
+    "copies", "other",
+)  # fmt: skip
+MODULES = {
+    "router_logits": "router",
+    "coordinate_descent": "solver",
+    "capped_simplex": "solver",
+    "gather_norm": "gather",
+    "null_slot": "null slot",
+    "value_score": "null slot",  # both are about values and scores around the flash kernel
+}
+TOKENS_GRADIENT = re.compile(r"_(dx|scatter|tokens_gradient)(_|$)")  # assembles the gradient of x from the slots
+LIBRARIES = (  # in this order: flash-attn 4's kernels are called cutlass too
+    ("attention", ("flash", "fmha", "sdpa", "cudnn", "attention", "compute_dot_do_o")),
+    ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas")),
+    ("norm", ("layer_norm", "layernorm", "gammabeta", "rms_norm")),
+)
+
+
+@functools.cache
+def own_kernels() -> dict[str, str]:
+    """Name of each Triton kernel to its stage, read from the sources: the names are not imported, they may change."""
+    found = {}
+    for path in sorted((Path(optimized.__file__).parent / "kernels").glob("*.py")):
+        stage = MODULES.get(path.stem, path.stem.replace("_", " "))
+        for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE):
+            found[name] = "dx" if TOKENS_GRADIENT.search(name.removesuffix("kernel")) else stage
+    return found
+
+
+def is_copy(name: str) -> bool:
+    return name.startswith(("Memcpy", "Memset"))
+
+
+@functools.cache
+def stage_of(kernel: str) -> str:
+    if is_copy(kernel):
+        return "copies"
+    own = own_kernels()
+    names = sorted((name for name in own if kernel.startswith(name)), key=len)
+    if names:
+        return own[names[-1]]
+    lower = kernel.lower()
+    return next((stage for stage, marks in LIBRARIES if any(mark in lower for mark in marks)), "other")
