@@ -329,7 +329,8 @@ def test_everybody_has_two_rows(report_file: Path) -> None:
             elif competitor != "optimized deterministic":
                 assert row["reason"]
     assert report["floors"]["small"][BOTH]["ms"] > report["floors"]["small"][FORWARD]["ms"] > 0
-    assert "not installed" in report["floors"]["windowed"]["reason"]
+    # flash-attn 2 is missing, or refuses the CPU.
+    assert "flash-attn 2" in report["floors"]["windowed"]["reason"]
 
 
 @pytest.mark.parametrize("competitor", ["optimized", "reference"])

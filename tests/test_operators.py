@@ -4,6 +4,7 @@ mode and double backward. What a transform can't do must raise: a tangent that i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimized
 import reference
@@ -749,3 +751,42 @@ def test_compiled_layer_refuses_forward_mode(device: torch.device) -> None:
             compiled(forward_ad.make_dual(x, torch.ones_like(x)))
         with pytest.raises(RuntimeError, match=r"moa::\w+: forward-mode"):
             jvp(compiled, (x,), (torch.ones_like(x),))
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the operators that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plain_call_is_the_operator() -> None:
+    """Values, gradients and layout; and a mode that looks on sees the operators, forward and backward."""
+    logits = torch.randn(2, 3, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights = torch.arange(17.0, dtype=torch.float64)
+    found, names = [], []
+    for mode in (contextlib.nullcontext(), _Seen()):
+        s = logits.clone().requires_grad_()
+        with mode:
+            scores, a, counts = ops.descend(s, None, 5.0, 20, 0.03, 4.0, 0.7)
+            (scores * weights).sum().backward()
+        assert scores.requires_grad
+        assert not a.requires_grad
+        assert not counts.requires_grad
+        found.append((scores.detach(), a, counts, s.grad))
+        names.append(getattr(mode, "names", []))
+    for plain, seen in zip(*found):
+        check_identical(plain, seen)
+    assert {"moa::coordinate_descent", "moa::coordinate_descent_backward"} <= set(names[1])
+
+
+def test_a_plain_call_without_gradients_records_nothing() -> None:
+    with torch.no_grad():
+        scores = ops.cap(torch.zeros(1, 1, 4, requires_grad=True), None, 2.0, 0.1)[0]
+    assert scores.grad_fn is None
+    assert ops.cap(torch.zeros(1, 1, 4), None, 2.0, 0.1)[0].grad_fn is None

@@ -182,6 +182,7 @@ def combine_backward(
     dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)
     partial = None if null is None else torch.zeros(programs, dim, dtype=wide(y.dtype), device=y.device)
     if g.numel():
+        constants["num_warps"] = min(max(constants["BLOCK_D"] // 256, 1), 8)  # few programs, each of many rows
         _tokens_kernel[(programs,)](
             g, inverse, mask, dlocal, partial, n, dim, batch * n, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,

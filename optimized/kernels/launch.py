@@ -42,7 +42,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DTYPE, BLOCK_D and num_warps of a kernel that handles rows of `dim` channels."""
+    """DTYPE, BLOCK_D and num_warps of a kernel that handles rows of `dim` channels.
+
+    A warp for 4 KB: with fewer threads more rows are in flight, and a sum over channels needs no shared memory.
+    """
     block = min(triton.next_power_of_2(dim), MAX_BLOCK_D)
     arithmetic = tl.float64 if dtype == torch.float64 else tl.float32
-    return {"DTYPE": arithmetic, "BLOCK_D": block, "num_warps": min(max(block // 256, 1), 8)}
+    warps = max(block * wide(dtype).itemsize // 4096, 1)
+    return {"DTYPE": arithmetic, "BLOCK_D": block, "num_warps": warps}
