@@ -208,7 +208,8 @@ def coordinate_descent(
     _check_solver(logits, k, mask)
     options = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return ops.descend(wide, mask, float(k), options.n_iters, eps, eps_init, eps_decay, _by_triton(wide))[0]
+    epsilons = (options.eps, options.eps_init, options.eps_decay)
+    return ops.descend(wide, mask, float(k), options.n_iters, *epsilons, _by_triton(wide))[0]
 
 
 def capped_simplex(

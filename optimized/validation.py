@@ -171,16 +171,23 @@ class RouterOptions:
         flag("straight_through", self.straight_through)
         flag("cosine_sim_routing", self.cosine_sim_routing)
         flag("learned_routing_tokens", self.learned_routing_tokens)
-        positive_int("n_iters", self.n_iters)
-        number("fetch_k_ratio", self.fetch_k_ratio, "a finite number >= 1", lambda v: v >= 1)
-        number("eps", self.eps, "a finite number > 0", lambda v: v > 0)
-        number("eps_init", self.eps_init, "a finite number > 0", lambda v: v > 0)
-        number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1)
-        number("cosine_sim_scale", self.cosine_sim_scale, "a finite number > 0", lambda v: v > 0)
+        # Numbers of NumPy and the like become Python's: Triton takes no others.
+        numbers = {
+            "n_iters": positive_int("n_iters", self.n_iters),
+            "fetch_k_ratio": number("fetch_k_ratio", self.fetch_k_ratio, "a finite number >= 1", lambda v: v >= 1),
+            "eps": number("eps", self.eps, "a finite number > 0", lambda v: v > 0),
+            "eps_init": number("eps_init", self.eps_init, "a finite number > 0", lambda v: v > 0),
+            "eps_decay": number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1),
+            "cosine_sim_scale": number(
+                "cosine_sim_scale", self.cosine_sim_scale, "a finite number > 0", lambda v: v > 0
+            ),
+        }
         if self.solver not in ("iterative", "exact"):
             reject("solver", "'iterative' or 'exact'", describe(self.solver))
         if self.route_block_size is not None:
-            positive_int("route_block_size", self.route_block_size)
+            numbers["route_block_size"] = positive_int("route_block_size", self.route_block_size)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
     def of_module(options: dict[str, Any]) -> RouterOptions:

@@ -869,6 +869,14 @@ def test_strides_are_legal(
     assert (out - plain).abs().max().item() <= 1e-12
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numbers_of_options_are_pythons(integer: type) -> None:
+    """A NumPy integer that reached a Triton kernel could not be specialised there."""
+    options = optimized.RouterOptions(n_iters=integer(3), route_block_size=integer(4), eps=np.float32(0.5))
+    assert (options.n_iters, options.route_block_size, options.eps) == (3, 4, 0.5)
+    assert [type(v) for v in (options.n_iters, options.route_block_size, options.eps)] == [int, int, float]
+
+
 @BOTH
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
 def test_numpy_integers_are_legal(implementation: ModuleType, device: torch.device, integer: type) -> None:
