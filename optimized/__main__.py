@@ -32,15 +32,15 @@ from torch import Tensor
 
 import optimized
 import reference
-from optimized import _plot, _report, _text, ops
+from optimized import _plot, _report, _text
 from optimized._measure import Measured, measure
 from optimized._report import Compared, Row, picked
 from optimized.attention import module_name
 from optimized.backends import Request, choose, obstacle
 from optimized.local_attention import rotary_tables
 from optimized.mixture import _combine
-from optimized.routed_attention import gather, rotate
-from optimized.routing import Routes
+from optimized.routed_attention import attend_rows, gather, rotate
+from optimized.routing import Routes, route_both
 from reference.routing import routing_logits
 from reference.testing import STAGES, assert_matches
 
@@ -393,6 +393,7 @@ def compare_kernels(setup: Setup, backend: str) -> list[Compared]:
         rows = gather(x, routes, inverse, None, triton=False)
     positions = routes.indices.transpose(0, 1).flatten(0, 1)
     cos, sin = rotary_tables(n, layer.dim_head, x.device)
+    routers, ks = (layer.query_router, layer.key_value_router), (party.slots, party.slots)
     attention = module_name(choose("routed_attention", Request(x.device, x.dtype, layer.dim_head)).name, x.device)
 
     def leaf(t: Tensor) -> Tensor:
@@ -401,22 +402,33 @@ def compare_kernels(setup: Setup, backend: str) -> list[Compared]:
     def by_triton() -> bool:
         return choose("dispatch", Request(x.device, x.dtype)).triton
 
-    gamma, null_k, null_v = (leaf(t) for t in (attn.norm.gamma.squeeze(-1), *attn.null_kv.squeeze(3)))
+    gamma = leaf(attn.norm.gamma)
+    weights = [leaf(t) for t in (attn.to_q.weight, attn.to_kv.weight, attn.to_out.weight, attn.null_kv)]
     spread = torch.linspace(0.5, 1, routes.scores.numel(), dtype=x.dtype, device=x.device)
-    scores, y, local = leaf(spread.view_as(routes.scores)), leaf(rows), leaf(x)
-    q, k, v = (leaf(rows.flatten(0, 1).unflatten(-1, (layer.heads, -1))) for _ in range(3))
+    scores, local = leaf(spread.view_as(routes.scores)), leaf(x)
+    y, queries, keys_values = leaf(rows), leaf(rows), leaf(rows)
+    q = leaf(rows.flatten(0, 1).unflatten(-1, (layer.heads, -1)))
 
     def route() -> tuple[Tensor, ...]:
         found = layer.query_router(x, party.slots)
         return found.logits, found.indices.double(), found.scores
 
     def dispatch() -> tuple[Tensor, ...]:
-        flat = scores.transpose(0, 1).flatten(0, 1)
-        scaled = ops.scale_values(v, flat) if by_triton() else v * flat[..., None, None]
-        return gather(x, routes, inverse, gamma, by_triton()), rotate(q, cos, sin, positions, by_triton()), scaled
+        return gather(x, routes, inverse, gamma, by_triton()), rotate(q, cos, sin, positions, by_triton())
 
-    def merge() -> tuple[Tensor, ...]:
-        return ops.attend(q, k, v, null_k, null_v, None, 0.0, -1, False, attention, by_triton())[:2]
+    def route_all() -> tuple[Tensor, ...]:
+        if by_triton():
+            *found, q_routes, kv_routes, _ = route_both(x, routers, (None, None), (gamma, gamma), ks, None)
+        else:
+            decided = [router.decide(x, k) for router, k in zip(routers, ks)]
+            found = [gather(x, *decision, gamma, triton=False) for decision in decided]
+            q_routes, kv_routes = (taken for taken, _ in decided)
+        return *found, q_routes.scores, kv_routes.scores
+
+    def attend() -> tuple[Tensor, ...]:
+        scored = routes._replace(scores=scores)
+        settings = None, 0.0, False, False, True, by_triton()
+        return (attend_rows(queries, keys_values, routes, scored, *weights, *settings),)
 
     def combine() -> tuple[Tensor, ...]:
         return (_combine(y, routes._replace(scores=scores), inverse, local, False, None, None, x.dtype),)
@@ -432,8 +444,9 @@ def compare_kernels(setup: Setup, backend: str) -> list[Compared]:
     found = []
     for stage, what, call, leaves in (
         ("routing", "logits, solver, selection", route, [x, layer.query_router.routing_token]),
-        ("dispatch", "gather and norm, rotation, value scores", dispatch, [x, gamma, q, v, scores]),
-        ("null slot", f"merge into {attention}", merge, [q, k, v, null_k, null_v]),
+        ("dispatch", "gather and norm, rotation", dispatch, [x, gamma, q]),
+        ("both at once", "both routers, their rows", route_all, [x, gamma, *(r.routing_token for r in routers)]),
+        ("experts", f"value scores, null slot of {attention}", attend, [queries, keys_values, scores, *weights]),
         ("combination", "sum over the experts", combine, [y, scores, local]),
     ):
         pairs = zip(run(call, leaves, backend), run(call, leaves, "torch"))

@@ -101,7 +101,7 @@ def _interpreter_obstacle() -> str | None:
     from optimized.kernels.value_score import value_score
 
     try:
-        value_score(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1))
+        value_score(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))
     except Exception as error:
         return f"Triton's interpreter fails here: {error}"
     return None

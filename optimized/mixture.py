@@ -12,7 +12,7 @@ from optimized import ops, validation
 from optimized.backends import Request, choose
 from optimized.local_attention import LocalAttention
 from optimized.routed_attention import RoutedAttention, pack
-from optimized.routing import Router, Routes
+from optimized.routing import Router, Routes, route_both
 from optimized.validation import RouterOptions, flag, positive_int, reject
 
 
@@ -153,25 +153,47 @@ class MixtureOfAttention(nn.Module):
         masked = context_mask is not None or routes is not None
         for stage, request in self._requests(x, masked, mask is not None).items():
             choose(stage, request)  # a chosen backend that can't serve raises here, before any work
-        if routes is None:
-            q_routes, q_inverse = self.query_router.decide(x, k_q, mask, query_routing_tokens)
-            kv_routes, kv_inverse = self.key_value_router.decide(context, k_kv, context_mask, key_value_routing_tokens)
+        straight = routes is None and self.query_router.options.straight_through
+        unit_scores = straight or (routes is None and context.shape[1] <= k_kv)
+        if routes is None and context is x and self._routes_in_one(x, max(k_q, k_kv)):
+            tokens = query_routing_tokens, key_value_routing_tokens
+            routers = self.query_router, self.key_value_router
+            queries, keys_values, q_routes, kv_routes, q_inverse = route_both(
+                x, routers, tokens, self.attn.gammas(), (k_q, k_kv), mask
+            )
+            y = self.attn.attend(queries, keys_values, q_routes, kv_routes, rotary_emb, masked, unit_scores)
         else:
-            q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
-            q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
-
-        packed = kv_routes
-        if masked and (routes is not None or context.shape[1] <= k_kv):
-            # A router's choice is packed already, unless there was nothing to choose.
-            packed = pack(kv_routes)
-            kv_inverse = ops.inverse_map(packed.indices, packed.mask, context.shape[1])
-        y = self.attn(x, context, q_routes, packed, q_inverse, kv_inverse, rotary_emb, masked)
+            if routes is None:
+                q_routes, q_inverse = self.query_router.decide(x, k_q, mask, query_routing_tokens)
+                kv_routes, kv_inverse = self.key_value_router.decide(
+                    context, k_kv, context_mask, key_value_routing_tokens
+                )
+            else:
+                q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
+                q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
+            packed = kv_routes
+            if masked and (routes is not None or context.shape[1] <= k_kv):
+                # A router's choice is packed already, unless there was nothing to choose.
+                packed = pack(kv_routes)
+                kv_inverse = ops.inverse_map(packed.indices, packed.mask, context.shape[1])
+            y = self.attn(x, context, q_routes, packed, q_inverse, kv_inverse, rotary_emb, masked, unit_scores)
         local = None if self.local_attn is None else self.local_attn(x, mask)
-        null = None if self.null_routed_token is None else self.null_routed_token[0, 0]
         out = _combine(
-            y, q_routes, q_inverse, local, self.average_routed, null, mask, x.dtype, allow_triton=self.use_triton
-        )
+            y, q_routes, q_inverse, local, self.average_routed, self.null_routed_token, mask, x.dtype,
+            allow_triton=self.use_triton,
+        )  # fmt: skip
         return (out, (q_routes, kv_routes)) if return_routes else out
+
+    def _routes_in_one(self, x: Tensor, k: int) -> bool:
+        """Whether one operator routes and gathers for both: by Triton, where each has a choice, over whole rows."""
+        options, n = self.query_router.options, x.shape[1]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        requests = {"routing": exact, "dispatch": x.dtype}
+        by_triton = all(
+            choose(stage, Request(x.device, dtype, allow_triton=self.use_triton)).triton
+            for stage, dtype in requests.items()
+        )
+        return by_triton and n > k and (options.route_block_size is None or options.route_block_size >= n)
 
     def _requests(self, x: Tensor, masked: bool, token_mask: bool) -> dict[str, Request]:
         """What a call asks of each stage. masked: keys of the routed attention may have to be hidden.

@@ -56,8 +56,10 @@ def routed_attention(
         ops.inverse_map(routes.indices, routes.mask, tokens.shape[1])
         for routes, tokens in ((q_routes, x), (kv_routes, context))
     )
+    weights = (w.flatten(0, 1)[..., None] for w in (w_q, w_kv, w_out))
+    gammas = (None if g is None else g[..., None] for g in (gamma, context_gamma))
     y = _routed_attention(
-        x, context, q_routes, kv_routes, *inverses, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout
+        x, context, q_routes, kv_routes, *inverses, *weights, null_kv.unsqueeze(3), *gammas, rotary_emb, dropout
     )
     y = y.transpose(0, 1) * q_routes.scores[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
@@ -86,44 +88,64 @@ def _routed_attention(
     rotary_emb: Tensor | None,
     dropout: float,
     masked: bool = True,
+    unit_scores: bool = False,
     allow_flash: bool = True,
     allow_triton: bool = True,
 ) -> Tensor:
     """(E, B, Kq, D), not yet times the query scores; rows of masked slots hold anything.
 
-    kv_routes: valid slots first. q_inverse, kv_inverse (B, E, N): see `ops.inverse_map`. masked=False promises that
-    every key/value slot is valid, which admits backends that take no lengths.
+    Parameters in the shapes of `RoutedAttention`. kv_routes: valid slots first. q_inverse, kv_inverse (B, E, N): see
+    `ops.inverse_map`. masked=False promises that every key/value slot is valid, which admits backends that take no
+    lengths; unit_scores=True that key/value scores of valid slots are 1 or NaN.
     """
-    _, experts, heads, dim_head = null_kv.shape
-    batch, _, k_q = q_routes.indices.shape
-    k_kv = kv_routes.indices.shape[-1]
-    rows = experts * batch
     triton = choose("dispatch", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
     queries = gather(x, q_routes, q_inverse, gamma, triton)
     keys_values = gather(context, kv_routes, kv_inverse, context_gamma, triton)
+    return attend_rows(
+        queries, keys_values, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, rotary_emb, dropout, masked, unit_scores,
+        allow_flash, triton,
+    )  # fmt: skip
 
-    q = torch.bmm(queries.flatten(1, 2), w_q.mT).view(rows, k_q, heads, dim_head)
-    k, v = torch.bmm(keys_values.flatten(1, 2), w_kv.mT).view(rows, k_kv, 2, heads, dim_head).unbind(2)
+
+def attend_rows(
+    queries: Tensor,
+    keys_values: Tensor,
+    q_routes: Routes,
+    kv_routes: Routes,
+    w_q: Tensor,
+    w_kv: Tensor,
+    w_out: Tensor,
+    null_kv: Tensor,
+    rotary_emb: Tensor | None,
+    dropout: float,
+    masked: bool,
+    unit_scores: bool,
+    allow_flash: bool,
+    triton: bool,
+) -> Tensor:
+    """(E, B, Kq, D) from the gathered rows (E, B, K, D); see `_routed_attention` and `ops.expert_attention`."""
+    tensors = [queries, keys_values, w_q, w_kv, w_out]
+    device = queries.device
+    if torch.is_autocast_enabled(device.type) and queries.dtype != torch.float64:
+        tensors = [t.to(torch.get_autocast_dtype(device.type)) for t in tensors]
+    dtype, dim_head = tensors[0].dtype, null_kv.shape[-1]
+    tables: tuple[Tensor | None, ...] = (None,) * 4
     if rotary_emb is not None:
-        angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, x.dtype))
-        cos, sin = angles.cos(), angles.sin()
-        q, k = (
-            rotate(t, cos, sin, routes.indices.transpose(0, 1).flatten(0, 1), triton)
-            for t, routes in ((q, q_routes), (k, kv_routes))
-        )
-    scores = kv_routes.scores.transpose(0, 1).flatten(0, 1)
-    v = ops.scale_values(v, scores) if triton else (v * scores[..., None, None]).to(k.dtype)
-    null_k, null_v = null_kv.to(k.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, queries.dtype))
+        positions = (routes.indices.transpose(0, 1).flatten(0, 1) for routes in (q_routes, kv_routes))
+        tables = angles.cos().to(wide), angles.sin().to(wide), *positions
     lengths = kv_routes.mask.sum(-1, dtype=torch.int32).t().flatten() if masked else None
-    request = Request(q.device, q.dtype, dim_head, masked, dropout, allow_flash=allow_flash, allow_triton=allow_triton)
-    backend = module_name(choose("routed_attention", request).name, q.device)
-    out = ops.attend(q, k, v, null_k, null_v, lengths, dropout, -1, False, backend, triton)[0]
-    y = torch.bmm(out.view(experts, batch * k_q, heads * dim_head), w_out.mT)
-    return y.view(experts, batch, k_q, w_out.shape[1])
+    request = Request(device, dtype, dim_head, masked, dropout, allow_flash=allow_flash, allow_triton=triton)
+    backend = module_name(choose("routed_attention", request).name, device)
+    return ops.attend_by_experts(
+        *tensors[:2], kv_routes.scores, *tensors[2:], null_kv.to(dtype), lengths, *tables, dropout, unit_scores,
+        backend, triton,
+    )[0]  # fmt: skip
 
 
 def gather(
-    x: Float[Tensor, "B N D"], routes: Routes, inverse: Tensor, gamma: Float[Tensor, "E D"] | None, triton: bool
+    x: Float[Tensor, "B N D"], routes: Routes, inverse: Tensor, gamma: Float[Tensor, "E D 1"] | None, triton: bool
 ) -> Float[Tensor, "E B K D"]:
     """Routed tokens, RMS-normalised if gamma is given; masked slots are 0."""
     if triton:
@@ -131,13 +153,13 @@ def gather(
     return rms_norm(ops.gather_tokens(x, routes.indices, routes.mask, inverse), gamma)
 
 
-def rms_norm(x: Float[Tensor, "E B K D"], gamma: Float[Tensor, "E D"] | None) -> Float[Tensor, "E B K D"]:
+def rms_norm(x: Float[Tensor, "E B K D"], gamma: Float[Tensor, "E D 1"] | None) -> Float[Tensor, "E B K D"]:
     """x / max(||x||, 1e-12) sqrt(D) gamma[e] in at least float32, returned in x's dtype."""
     if gamma is None:
         return x
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-    scale = gamma.to(wide.dtype) * x.shape[-1] ** 0.5
+    scale = gamma.squeeze(-1).to(wide.dtype) * x.shape[-1] ** 0.5
     return (wide / norm * scale[:, None, None]).to(x.dtype)
 
 
@@ -267,33 +289,39 @@ class RoutedAttention(nn.Module):
         kv_inverse: Tensor,
         rotary_emb: Float[Tensor, "N d"] | None = None,
         masked: bool = True,
+        unit_scores: bool = False,
     ) -> Float[Tensor, "E B Kq D"]:
         """See `_routed_attention`."""
-        w_q, w_kv, w_out = (
-            layer.weight.squeeze(-1).unflatten(0, (self.num_experts, -1))
-            for layer in (self.to_q, self.to_kv, self.to_out)
-        )
-        gamma = None if self.norm is None else self.norm.gamma.squeeze(-1)
-        context_gamma = None if self.context_norm is None else self.context_norm.gamma.squeeze(-1)
         return _routed_attention(
-            x,
-            context,
-            q_routes,
-            kv_routes,
-            q_inverse,
-            kv_inverse,
-            w_q,
-            w_kv,
-            w_out,
-            self.null_kv.squeeze(3),
-            gamma,
-            context_gamma,
-            rotary_emb,
-            self.dropout if self.training else 0.0,
-            masked,
-            self.flash_attn,
-            self.use_triton,
-        )
+            x, context, q_routes, kv_routes, q_inverse, kv_inverse, *self._weights(), *self.gammas(), rotary_emb,
+            self._probability(), masked, unit_scores, self.flash_attn, self.use_triton,
+        )  # fmt: skip
+
+    def attend(
+        self,
+        queries: Float[Tensor, "E B Kq D"],
+        keys_values: Float[Tensor, "E B Kkv D"],
+        q_routes: Routes,
+        kv_routes: Routes,
+        rotary_emb: Float[Tensor, "N d"] | None,
+        masked: bool,
+        unit_scores: bool,
+    ) -> Float[Tensor, "E B Kq D"]:
+        """The same from rows that Triton gathered and normalised already."""
+        return attend_rows(
+            queries, keys_values, q_routes, kv_routes, *self._weights(), rotary_emb, self._probability(), masked,
+            unit_scores, self.flash_attn, True,
+        )  # fmt: skip
+
+    def gammas(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of queries and of keys/values, (E, D, 1); None without norm."""
+        return (None, None) if self.norm is None else (self.norm.gamma, self.context_norm.gamma)
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        return self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.null_kv
+
+    def _probability(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, heads={self.heads}, dim_head={self.dim_head}, dropout={self.dropout}"

@@ -122,6 +122,44 @@ def _route(
     return Routes(indices, slot_mask, torch.where(nan.any(-1, keepdim=True), math.nan, scores), logits), inverse
 
 
+def route_both(
+    x: Tensor,
+    routers: tuple[Router, Router],
+    routing_tokens: tuple[Tensor | None, Tensor | None],
+    gammas: tuple[Tensor | None, Tensor | None],
+    ks: tuple[int, int],
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Routes, Routes, Tensor]:
+    """Rows of queries and of keys/values (E, B, K, D), normalised, their routes, and the queries' inverse map.
+
+    By one Triton operator, for checked arguments with N > K on both sides.
+    """
+    options, n = routers[0].options, x.shape[1]
+    tokens = [
+        given if router.routing_token is None else router.routing_token
+        for router, given in zip(routers, routing_tokens)
+    ]
+    batched = max(t.ndim for t in tokens) == 3
+    tokens = [t.expand(x.shape[0], -1, -1) if batched else t for t in tokens]
+    solver = ops.Solver(
+        *(float(min(k * options.fetch_k_ratio, n)) for k in ks),
+        scale=options.cosine_sim_scale if options.cosine_sim_routing else None,
+        straight_through=options.straight_through,
+        exact=options.solver == "exact",
+        n_iters=options.n_iters,
+        eps=options.eps,
+        eps_init=options.eps_init,
+        eps_decay=options.eps_decay,
+    )
+    queries, keys_values, q_scores, kv_scores, logits, *made = ops.route_and_gather(
+        x, *tokens, *gammas, mask, *ks, *solver
+    )
+    q_indices, q_slots, q_inverse, kv_indices, kv_slots, _, *_ = made
+    q_logits, kv_logits = logits.chunk(2, 1)
+    q_routes = Routes(q_indices, q_slots, q_scores, q_logits)
+    return queries, keys_values, q_routes, Routes(kv_indices, kv_slots, kv_scores, kv_logits), q_inverse
+
+
 def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, options: RouterOptions) -> Tensor:
     """(B, E, N): one GEMM when all batch items share their routing tokens."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)

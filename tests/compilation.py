@@ -101,14 +101,19 @@ def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, swi
     import torch
 
     from optimized.kernels import combine, gather_norm, router_logits
+    from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
 
     x, gamma = torch.zeros(2, 50, dim, dtype=dtype), torch.zeros(3, dim, dtype=weights)
     routing = torch.zeros(2, 3, 7, dtype=torch.int64), torch.ones(2, 3, 7, dtype=torch.bool)
     inverse, mask = torch.zeros(2, 3, 50, dtype=torch.int32), torch.ones(2, 50, dtype=torch.bool)
+    norms = gather_norm.token_norms(x)
+    dots = norms.new_zeros(1, 42)
     for (has_norm,) in switches(1):
-        norm = gamma if has_norm else None
-        rows = gather_norm.gather_norm(x, *routing, norm)
-        gather_norm.gather_norm_backward(rows, x, *routing, inverse, norm)
+        taken = (gather_norm.Taken(*routing, gamma if has_norm else None),) * 2
+        rows, _ = gather_norm.gather_norm(x, norms if has_norm else None, taken)
+        if has_norm:
+            _, dots = gather_norm.slot_gradients(x, norms, taken, (rows, rows))
+        token_gradient(x, None, norms, (TakenRows(rows, inverse, taken[0].gamma),), dots, None)
 
     scores = torch.zeros(2, 3, 7, dtype=torch.promote_types(dtype, torch.float32))
     for has_local, has_null, masked, average in switches(4):
@@ -118,8 +123,11 @@ def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, swi
 
     for masked, cosine in switches(2):
         shown, scale = mask if masked else None, 8.0 if cosine else None
-        logits, norms = router_logits.router_logits(x, gamma, shown, scale)
-        router_logits.router_logits_backward(logits, x, gamma, shown, logits, norms, scale)
+        logits, norms, factors = router_logits.router_logits(x, gamma, shown, scale)
+        router_logits.routing_token_gradient(logits, x, gamma, shown, logits, norms, factors)
+        router = RouterGradient(logits, logits, gamma, factors)
+        token_gradient(x, shown, norms, (), dots, router)
+        token_gradient(x, shown, norms, (TakenRows(rows, inverse, gamma),) * 2, dots, router)
 
 
 def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: Switches) -> None:
@@ -138,8 +146,10 @@ def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: S
     table, positions = torch.zeros(50, dim_head, dtype=wide), torch.zeros(6, 7, dtype=torch.int64)
     for has_positions, transposed in switches(2):
         rotary.rotate(q, table, table, positions if has_positions else None, transposed)
-    value_score.value_score(q, lse[:, 0])
-    value_score.value_score_backward(q, q, lse[:, 0])
+    scores = lse[:, 0].view(2, 3, 7)
+    value_score.value_score(q, scores)
+    value_score.value_score_(q, scores)
+    value_score.value_score_backward_(q, q, scores)
 
 
 def call_at_every_size() -> None:

@@ -108,17 +108,20 @@ def sample_logits(s: Sample) -> tuple[Any, ...]:
 def sample_logits_backward(s: Sample) -> tuple[Any, ...]:
     x, tokens, mask, scale = sample_logits(s)
     wide = torch.promote_types(s.dtype, torch.float32)
-    saved = (s.floats(s.batch, s.experts, s.n, seed=3).to(wide).contiguous(), x.to(wide).norm(dim=-1).contiguous())
-    return (s.floats(s.batch, s.experts, s.n, seed=2), x, tokens, mask, *saved, scale)
+    factors = scale / tokens.to(wide).norm(dim=-1).expand(s.batch, -1)
+    logits = s.floats(s.batch, s.experts, s.n, seed=3).to(wide).contiguous()
+    saved = logits, x.to(wide).norm(dim=-1).contiguous(), factors.contiguous()
+    return (s.floats(s.batch, s.experts, s.n, seed=2), x, tokens, mask, *saved)
 
 
 def sample_gather(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch, s.n, 5), s.floats(s.experts, 5, seed=1), *s.routing())
+    return (s.floats(s.batch, s.n, 5), s.floats(s.experts, 5, seed=1)[..., None], *s.routing())
 
 
 def sample_gather_backward(s: Sample) -> tuple[Any, ...]:
     arguments = sample_gather(s)
-    return (s.floats(s.experts, s.batch, arguments[2].shape[-1], 5, seed=2), *arguments)
+    norms = arguments[0].to(torch.promote_types(s.dtype, torch.float32)).norm(dim=-1).contiguous()
+    return (s.floats(s.experts, s.batch, arguments[2].shape[-1], 5, seed=2), *arguments, norms)
 
 
 def sample_rotary(s: Sample) -> tuple[Any, ...]:
@@ -129,14 +132,59 @@ def sample_rotary(s: Sample) -> tuple[Any, ...]:
     return (s.floats(s.batch * s.experts, s.n, 3, 4), *tables, positions, False)
 
 
-def sample_value_score(s: Sample) -> tuple[Any, ...]:
-    rows = s.batch * s.experts
+def sample_rows(s: Sample) -> tuple[Any, ...]:
+    """By the exact solver, whose scores are handed on, if masked; by the iterative one, straight-through, if not."""
+    tokens, gammas = ((s.floats(s.experts, 5, seed=i), s.floats(s.experts, 5, seed=i + 2)) for i in (1, 2))
+    gammas = [gamma[..., None] for gamma in gammas]
+    slots = min(4, s.n), min(3, s.n)
+    epsilons = DESCENT[2:]
+    return (
+        s.floats(s.batch, s.n, 5),
+        *tokens,
+        *gammas,
+        s.token_mask(),
+        *slots,
+        3.375,
+        2.25,
+        8.0,
+        not s.masked,
+        s.masked,
+        6,
+        *epsilons,
+    )
+
+
+def sample_rows_backward(s: Sample) -> tuple[Any, ...]:
+    arguments = sample_rows(s)
+    rows, kv_rows, q_picked, kv_picked, *saved = torch.ops.moa.routed_rows(*arguments)
+    outputs = rows, kv_rows, q_picked, kv_picked, saved[0]
+    grads = [draw(tuple(t.shape), "normal", i).to(t.dtype) for i, t in enumerate(outputs)]
+    return *grads, *arguments[:6], *saved, *arguments[8:]
+
+
+def sample_experts(s: Sample) -> tuple[Any, ...]:
+    """With rotation and lengths if masked."""
+    batch, experts, n = s.batch, s.experts, s.n
+    rows = s.floats(experts, batch, n, 5), s.floats(experts, batch, n, 6, seed=1)
+    weights = (
+        s.floats(experts * 8, 5, 1, seed=2),
+        s.floats(experts * 16, 6, 1, seed=3),
+        s.floats(experts * 5, 8, 1, seed=4),
+    )
     wide = torch.promote_types(s.dtype, torch.float32)
-    return s.floats(rows, s.n, 2, 3), draw((rows, s.n), "normal", 1).to(wide)
+    scores = draw((batch, experts, n), "normal", 5).to(wide)
+    angles = draw((7, 4), "normal", 6)
+    positions = torch.randint(7, (batch * experts, n), generator=generator(7))
+    lengths = torch.randint(n + 1, (batch * experts,), generator=generator(8), dtype=torch.int32)
+    tables = (angles.cos().to(wide), angles.sin().to(wide), positions, positions.flip(-1)) if s.masked else (None,) * 4
+    hidden = lengths if s.masked else None
+    return *rows, scores, *weights, s.floats(2, experts, 2, 1, 4, seed=9), hidden, *tables, 0.0, False, "math", s.masked
 
 
-def sample_value_score_backward(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch * s.experts, s.n, 2, 3, seed=2), *sample_value_score(s))
+def sample_experts_backward(s: Sample) -> tuple[Any, ...]:
+    arguments = sample_experts(s)
+    y, *saved = torch.ops.moa.expert_attention(*arguments[:-1], False)
+    return draw(tuple(y.shape), "normal", 10).to(s.dtype), *arguments[:12], *saved, *arguments[12:]
 
 
 def sample_combine(s: Sample) -> tuple[Any, ...]:
@@ -172,8 +220,10 @@ SAMPLES = {
     "gather_norm": sample_gather,
     "gather_norm_backward": sample_gather_backward,
     "rotary": sample_rotary,
-    "value_score": sample_value_score,
-    "value_score_backward": sample_value_score_backward,
+    "routed_rows": sample_rows,
+    "routed_rows_backward": sample_rows_backward,
+    "expert_attention": sample_experts,
+    "expert_attention_backward": sample_experts_backward,
     "combine": sample_combine,
     "combine_backward": sample_combine_backward,
     "attention": sample_attention,
@@ -186,8 +236,16 @@ SAMPLES = {
     "dispatch": sample_dispatch,
     "collect": sample_collect,
 }
-TRITON = ("router_logits", "gather_norm", "rotary", "value_score", "combine")  # by kernels of ours alone
-DIFFERENTIABLE = ("coordinate_descent", "capped_simplex", "dispatch", "collect", "attention", *TRITON)
+TRITON = ("router_logits", "gather_norm", "rotary", "routed_rows", "combine")  # by kernels of ours alone
+DIFFERENTIABLE = (
+    "coordinate_descent",
+    "capped_simplex",
+    "dispatch",
+    "collect",
+    "attention",
+    "expert_attention",
+    *TRITON,
+)
 MOVES = ("dispatch", "collect")
 
 

@@ -3,11 +3,14 @@
 Each module but `flex_window`, which has no raw form, has
 
     forward(q, k, v, setting) -> (out, lse, state)
-    backward(dout, q, k, v, out, lse, state, setting) -> (dq, dk, dv)
+    backward(dout, q, k, v, out, lse, state, setting, dk, dv) -> (dq, dk, dv)
     state(q, k, dropout) -> an empty tensor of the shape and dtype that `state` of forward has
 
 q (R, L, H, d), k and v (R, S, H, d), d padded with zeros; L, S >= 1. lse (R, H, L); that of a row without keys is
 whatever the kernel leaves. state: what a backward must know of the random draw.
+
+dk and dv of the arguments are buffers shaped as k and v: a backward that can write there does, and returns them; others
+return tensors of their own.
 
 The backward forms P = exp(s - lse) and delta = <dout, out> from what it is handed, so that handing it the out and lse
 of attention over more keys than k gives the exact gradients of q's, k's and v's part (see `kernels.null_slot`).

@@ -45,7 +45,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, _, _ = q.shape
     options = {
@@ -53,7 +62,7 @@ def backward(
         "rng_state": state if setting.dropout else None,
         **_options(setting),
     }
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if setting.lengths is None:
         interface._flash_attn_backward(dout, q, k, v, out, lse, dq, dk, dv, **options)
     else:

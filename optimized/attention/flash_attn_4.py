@@ -31,13 +31,22 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # Hidden keys are not written.
-    make = torch.empty if setting.lengths is None else torch.zeros
-    dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-    dq, dk, dv, *_ = interface._flash_attn_bwd(
+    if setting.lengths is not None:  # hidden keys are not written
+        dk.zero_()
+        dv.zero_()
+    dq, _, _, *_ = interface._flash_attn_bwd(
         q, k, v, out, dout, lse, dq=dq, dk=dk, dv=dv,
         deterministic=torch.are_deterministic_algorithms_enabled(), **_options(setting),
     )  # fmt: skip

@@ -42,7 +42,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # A row without keys and without a null slot has lse -inf, and -inf - -inf is no number.
     p = (_logits(q, k, setting) - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()

@@ -35,7 +35,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, length, _, _ = q.shape
     starts = offsets(rows, length, k.shape[1], setting.lengths, q.device)

@@ -34,7 +34,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Tensor, setting: Setting
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    dk: Tensor,
+    dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
     bias = _bias(q, k, setting.lengths)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits
+from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits, launch
 from optimized.kernels.rows import (
     gradient_arguments,
     gradient_of_row,
@@ -157,8 +157,18 @@ def capped_simplex(
     s, mask, constants = row_arguments(logits, mask, CHUNK)
     scores, threshold = torch.empty_like(s), s.new_full((batch, experts), -float("inf"))
     if s.numel():
-        _exact_kernel[(batch * experts,)](
-            s, mask, scores, threshold, n, experts, *mass_arguments(experts, k), double_bits(eps), **constants
+        launch(
+            _exact_kernel,
+            (batch * experts,),
+            s,
+            mask,
+            scores,
+            threshold,
+            n,
+            experts,
+            *mass_arguments(experts, k),
+            double_bits(eps),
+            **constants,
         )
     return scores, threshold
 
@@ -199,7 +209,8 @@ def _backward(
     out = torch.empty_like(s)
     if s.numel():
         pointers, widths, picked = gradient_arguments(grads, inverses)
-        _exact_backward_kernel[(batch * experts,)](
+        launch(
+            _exact_backward_kernel, (batch * experts,),
             *pointers, contiguous(dlogits), s, mask, scores.contiguous(), threshold.contiguous(), out,
             n, experts, experts // len(grads), *widths, double_bits(eps),
             HAS_DLOGITS=dlogits is not None, **picked, **constants,

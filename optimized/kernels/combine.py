@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, channel_constants, contiguous, wide
+from optimized.kernels.launch import as_bytes, channel_constants, contiguous, launch, wide
 
 ROWS = 32  # tokens of one program of the backward
 
@@ -141,7 +141,8 @@ def combine(
     n = inverse.shape[-1]
     out = torch.empty(batch, n, dim, dtype=dtype, device=y.device)
     if out.numel():
-        _combine_kernel[(batch * n,)](
+        launch(
+            _combine_kernel, (batch * n,),
             y.contiguous(), scores.contiguous(), inverse.contiguous(),
             contiguous(local), contiguous(null),
             as_bytes(mask), out, n, k, dim, batch, experts,
@@ -171,7 +172,8 @@ def combine_backward(
     mask = as_bytes(mask)
     dy, dscores = torch.empty_like(y), torch.zeros_like(scores, memory_format=torch.contiguous_format)
     if y.numel():
-        _slots_kernel[(experts * batch * k,)](
+        launch(
+            _slots_kernel, (experts * batch * k,),
             g, y, scores.contiguous(), indices.contiguous(), as_bytes(slots), inverse, mask, dy, dscores,
             n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_MASK=mask is not None, AVERAGE=average, **constants,
@@ -183,9 +185,10 @@ def combine_backward(
     partial = None if null is None else torch.zeros(programs, dim, dtype=wide(y.dtype), device=y.device)
     if g.numel():
         constants["num_warps"] = min(max(constants["BLOCK_D"] // 256, 1), 8)  # few programs, each of many rows
-        _tokens_kernel[(programs,)](
+        launch(
+            _tokens_kernel, (programs,),
             g, inverse, mask, dlocal, partial, n, dim, batch * n, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
             ROWS=ROWS, **constants,
         )  # fmt: skip
-    return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype)
+    return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype).view(null.shape)

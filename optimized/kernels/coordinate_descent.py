@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits
+from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits, launch
 from optimized.kernels.rows import (
     block_of_row,
     fits,
@@ -239,7 +239,8 @@ def coordinate_descent(
     counts = torch.zeros_like(a)
     if s.numel():
         rows, bits = batch * experts, map(double_bits, (eps, eps_init, eps_decay))
-        _descent_kernel[(rows,)](
+        launch(
+            _descent_kernel, (rows,),
             s, mask, scores, a, counts, n, rows, experts, *mass_arguments(experts, k), n_iters, *bits,
             ONE_BLOCK=fits(n, size), **constants,
         )  # fmt: skip
@@ -301,11 +302,13 @@ def _backward(
         group, *masses = mass_arguments(experts, k)
         scores, a = scores.contiguous(), a.contiguous()
         c, rates = torch.empty_like(a), a.new_empty(n_iters)
-        _descent_sums_kernel[(rows,)](
+        launch(
+            _descent_sums_kernel, (rows,),
             *pointers, s, mask, scores, a, counts.contiguous(), c, rates,
             n, rows, experts, group, *widths, *masses, n_iters, *bits, SCALARS=SCALARS, **picked, **constants,
         )  # fmt: skip
-        _descent_backward_kernel[(rows, triton.cdiv(n, TOKENS))](
+        launch(
+            _descent_backward_kernel, (rows, triton.cdiv(n, TOKENS)),
             *pointers, contiguous(dlogits), s, mask, scores, a, c, rates, out,
             n, rows, experts, group, *widths, n_iters, *bits,
             HAS_DLOGITS=dlogits is not None, HAS_MASK=mask is not None, TOKENS=TOKENS, STEPS=STEPS, num_warps=4,

@@ -1,188 +1,208 @@
-"""Gather of routed tokens with RMSNorm, and its backward through the inverse map; no atomics.
+"""Gather of routed tokens with RMSNorm, and what its backward needs of every row; no atomics.
 
 Forward: rows (E, B, K, D) of x (B, N, D), y = x r sqrt(D) gamma[e] with r = 1 / max(||x||, 1e-12) in at least float32;
-masked slots are 0 and their tokens are not read. One program per slot.
+masked slots are 0 and their tokens are not read. One or two groups of E experts, each with a K and gamma of its own, in
+one launch. A program per tile of slots of an expert and of channels.
 
-Backward: the norm of a token does not depend on the expert, so with h = sum_e gamma[e] g[e, slot of n],
+Backward, by the rows' gradients g: dgamma[e] = sum over its slots of g x r sqrt(D), and <gamma g, x> of every row, from
+which `token_gradient` assembles dx. A program per `CHUNK` slots of an expert and block of channels writes its partial
+sums of dgamma, added up by PyTorch, and of the row's dot, (channel blocks, rows), the second group's after the first's.
 
-    dx = sqrt(D) r (h - x r^2 <x, h>)          (second term absent where ||x|| <= 1e-12, where r is constant)
-
-one program per token, in the order of the experts. dgamma[e] = sum over its slots of g x r sqrt(D): programs sum
-`ROWS` slots each into partial sums, which PyTorch adds up.
-
-Blind spots: dgamma gathers x once more.
+Blind spots: the backward gathers x once more.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, channel_constants, contiguous, wide
+from optimized.kernels.launch import arithmetic, as_bytes, contiguous, launch, wide
 
-ROWS = 32  # slots that one program sums for dgamma
+NORM_TOKENS = 16  # of a program of the norms
+CHUNK = 64  # slots of a program of the backward
+MOST_ROWS = 16  # of a tile
+
+
+class Taken(NamedTuple):
+    """What a group of experts took."""
+
+    indices: Tensor  # (B, E, K) int64
+    slots: Tensor  # (B, E, K) bool, the slot mask
+    gamma: Tensor | None  # E D numbers, None for no norm
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _norms_kernel(x_ptr, out_ptr, tokens, dim, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_D)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    for start in range(0, dim, BLOCK_D):
+        inside = (rows < tokens)[:, None] & (start + channels < dim)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * dim + start + channels[None, :], mask=inside, other=0.0).to(DTYPE)
+        squares += x * x
+    tl.store(out_ptr + rows, tl.sqrt(tl.sum(squares, 1)), mask=rows < tokens)
 
 
 @triton.jit
-def _squares(x_ptr, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """||x||^2 of one row."""
-    channels = tl.arange(0, BLOCK_D)
-    squares = tl.zeros((BLOCK_D,), DTYPE)
-    for start in range(0, dim, BLOCK_D):
-        x = tl.load(x_ptr + start + channels, mask=start + channels < dim, other=0.0).to(DTYPE)
-        squares += x * x
-    return tl.sum(squares)
+def _rows_of(indices_ptr, slots_ptr, tile, first, k, batch, experts, chunks, LENGTH: tl.constexpr):
+    """Of slots of a tile: the expert, the row (e, b, k) of each, which lie inside, which are valid, item and token."""
+    e = (tile // chunks).to(tl.int64)
+    in_expert = tile % chunks * LENGTH + first
+    inside = in_expert < batch * k
+    b = in_expert // k
+    place = (b * experts + e) * k + in_expert % k
+    valid = tl.load(slots_ptr + place, mask=inside, other=0) != 0
+    index = tl.load(indices_ptr + place, mask=valid, other=0)
+    return e, e * batch * k + in_expert, inside, valid, b, index
 
 
-@triton.jit(do_not_specialize=["n", "k", "batch", "experts", "root_dim"])
+@triton.jit(do_not_specialize=["n", "k_0", "k_1", "batch", "experts", "chunks_0", "chunks_1", "root_dim"])
 def _gather_kernel(
-    x_ptr, indices_ptr, slots_ptr, gamma_ptr, out_ptr, n, k, dim, batch, experts, root_dim,
-    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, norms_ptr, indices_0, slots_0, gamma_0, out_0, indices_1, slots_1, gamma_1, out_1,
+    n, k_0, k_1, dim, batch, experts, chunks_0, chunks_1, root_dim,
+    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # (e, b, k)
-    slot = row % k
-    b = row // k % batch
-    e = row // k // batch
-    out_ptr += row * dim
-    channels = tl.arange(0, BLOCK_D)
-    place = (b * experts + e) * k + slot
-    valid = tl.load(slots_ptr + place).to(tl.int32)
-    x_ptr += (b * n + tl.load(indices_ptr + place)) * dim
-    r = tl.full((), 1.0, DTYPE)
+    """chunks: tiles of an expert."""
+    tile = tl.program_id(0)
+    if tile >= experts * chunks_0:
+        tile -= experts * chunks_0
+        indices_0 = indices_1
+        slots_0 = slots_1
+        out_0 = out_1
+        if HAS_NORM:
+            gamma_0 = gamma_1
+        k_0 = k_1
+        chunks_0 = chunks_1
+    first = tl.arange(0, ROWS).to(tl.int64)
+    e, row, there, valid, b, index = _rows_of(indices_0, slots_0, tile, first, k_0, batch, experts, chunks_0, ROWS)
+    token = b * n + index
+    channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channels < dim
+    y = tl.load(x_ptr + token[:, None] * dim + channels[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
     if HAS_NORM:
         # root_dim = dim, as an integer: a Python float would arrive in float32.
         root = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE)
-        squares = tl.full((), 1.0, DTYPE)
-        if valid > 0:
-            squares = _squares(x_ptr, dim, DTYPE, BLOCK_D)
-        r = root / tl.maximum(tl.sqrt(squares), 1e-12)
-    for start in range(0, dim, BLOCK_D):
-        inside = start + channels < dim
-        readable = tl.where(inside, valid, 0) > 0  # a block, since the interpreter can't splat a scalar comparison
-        y = tl.load(x_ptr + start + channels, mask=readable, other=0.0).to(DTYPE) * r
-        if HAS_NORM:
-            y *= tl.load(gamma_ptr + e * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
-        tl.store(out_ptr + start + channels, y.to(out_ptr.dtype.element_ty), mask=inside)
+        r = root / tl.maximum(tl.load(norms_ptr + token, mask=valid, other=1.0), 1e-12)
+        gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
+        y = y.to(DTYPE) * r[:, None] * gamma[None, :]
+    out = out_0 + row[:, None] * dim + channels[None, :]
+    tl.store(out, y.to(out_0.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "k", "batch", "experts", "root_dim"])
-def _scatter_kernel(
-    g_ptr, x_ptr, inverse_ptr, gamma_ptr, out_ptr, n, k, dim, batch, experts, root_dim,
-    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["n", "k_0", "k_1", "batch", "experts", "chunks_0", "chunks_1", "root_dim", "all_rows"])
+def _slots_gradient_kernel(
+    x_ptr, norms_ptr, g_0, indices_0, slots_0, gamma_0, g_1, indices_1, slots_1, gamma_1, partial_ptr, dots_ptr,
+    n, k_0, k_1, dim, batch, experts, chunks_0, chunks_1, root_dim, all_rows,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)  # (b, n)
-    b = token // n
-    position = token % n
-    x_ptr += token * dim
-    out_ptr += token * dim
-    channels = tl.arange(0, BLOCK_D)
-    dot = tl.full((), 0.0, DTYPE)
-    scale = tl.full((), 1.0, DTYPE)
-    slope = tl.full((), 0.0, DTYPE)
-    if HAS_NORM:
-        taken = tl.full((), 0, tl.int32)
-        for e in range(experts):
-            slot = tl.load(inverse_ptr + (b * experts + e) * n + position).to(tl.int64)
-            if slot >= 0:
-                taken += 1
-                row = ((e * batch + b) * k + slot) * dim
-                for start in range(0, dim, BLOCK_D):
-                    inside = start + channels < dim
-                    g = tl.load(g_ptr + row + start + channels, mask=inside, other=0.0).to(DTYPE)
-                    gamma = tl.load(gamma_ptr + e * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
-                    x = tl.load(x_ptr + start + channels, mask=inside, other=0.0).to(DTYPE)
-                    dot += tl.sum(g * gamma * x)
-        if taken > 0:
-            norm = tl.sqrt(_squares(x_ptr, dim, DTYPE, BLOCK_D))
-            r = 1.0 / tl.maximum(norm, 1e-12)
-            scale = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE) * r
-            slope = tl.where(norm > 1e-12, (dot * r) * r, 0.0)
-    for start in range(0, dim, BLOCK_D):
-        inside = start + channels < dim
-        h = tl.zeros((BLOCK_D,), DTYPE)
-        any_slot = tl.full((), 0, tl.int32)
-        for e in range(experts):
-            slot = tl.load(inverse_ptr + (b * experts + e) * n + position).to(tl.int64)
-            if slot >= 0:
-                any_slot += 1
-                row = ((e * batch + b) * k + slot) * dim
-                g = tl.load(g_ptr + row + start + channels, mask=inside, other=0.0).to(DTYPE)
-                if HAS_NORM:
-                    g *= tl.load(gamma_ptr + e * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
-                h += g
-        if HAS_NORM:
-            # A token that nobody took may hold NaN: it is not read.
-            x = tl.load(x_ptr + start + channels, mask=tl.where(inside, any_slot, 0) > 0, other=0.0).to(DTYPE)
-            h = scale * (h - x * slope)
-        tl.store(out_ptr + start + channels, h.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["n", "k", "batch", "experts", "root_dim", "chunks"])
-def _gamma_kernel(
-    g_ptr, x_ptr, indices_ptr, slots_ptr, out_ptr, n, k, dim, batch, experts, root_dim, chunks,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Program (e, chunk of the B K slots of e): partial sums (E, chunks, D)."""
-    e = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1).to(tl.int64)
-    channels = tl.arange(0, BLOCK_D)
+    """partial (experts of all groups times their chunks, D), dots (channel blocks, all rows)."""
+    tile = tl.program_id(0)
+    partial_ptr += tile.to(tl.int64) * dim
+    dots_ptr += tl.program_id(1).to(tl.int64) * all_rows
+    if tile >= experts * chunks_0:
+        tile -= experts * chunks_0
+        dots_ptr += tl.cast(experts, tl.int64) * batch * k_0
+        indices_0 = indices_1
+        slots_0 = slots_1
+        gamma_0 = gamma_1
+        g_0 = g_1
+        k_0 = k_1
+        chunks_0 = chunks_1
+    channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channels < dim
     root = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE)
-    out_ptr += (e * chunks + chunk) * dim
-    for start in range(0, dim, BLOCK_D):
-        inside = start + channels < dim
-        total = tl.zeros((BLOCK_D,), DTYPE)
-        for i in range(ROWS):
-            r_in_expert = chunk * ROWS + i
-            if r_in_expert < batch * k:
-                b = r_in_expert // k
-                place = (b * experts + e) * k + r_in_expert % k
-                if tl.load(slots_ptr + place) != 0:
-                    row_ptr = x_ptr + (b * n + tl.load(indices_ptr + place)) * dim
-                    r = root / tl.maximum(tl.sqrt(_squares(row_ptr, dim, DTYPE, BLOCK_D)), 1e-12)
-                    g_row = g_ptr + (e * batch * k + r_in_expert) * dim
-                    g = tl.load(g_row + start + channels, mask=inside, other=0.0).to(DTYPE)
-                    x = tl.load(row_ptr + start + channels, mask=inside, other=0.0).to(DTYPE)
-                    total += g * x * r
-        tl.store(out_ptr + start + channels, total, mask=inside)
+    total = tl.zeros((ROWS, BLOCK_D), DTYPE)
+    for start in range(0, CHUNK, ROWS):
+        first = start + tl.arange(0, ROWS).to(tl.int64)
+        e, row, there, valid, b, index = _rows_of(indices_0, slots_0, tile, first, k_0, batch, experts, chunks_0, CHUNK)
+        token = b * n + index
+        readable = valid[:, None] & inside[None, :]  # of a masked slot neither token nor gradient: either may be NaN
+        x = tl.load(x_ptr + token[:, None] * dim + channels[None, :], mask=readable, other=0.0).to(DTYPE)
+        g = tl.load(g_0 + row[:, None] * dim + channels[None, :], mask=readable, other=0.0).to(DTYPE)
+        r = root / tl.maximum(tl.load(norms_ptr + token, mask=valid, other=1.0), 1e-12)
+        gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
+        products = g * x
+        total += products * r[:, None]
+        tl.store(dots_ptr + row, tl.sum(products * gamma[None, :], 1), mask=there)
+    tl.store(partial_ptr + channels, tl.sum(total, 0), mask=inside)
 
 
-def gather_norm(x: Tensor, indices: Tensor, slots: Tensor, gamma: Tensor | None) -> Tensor:
-    """(E, B, K, D) in x's dtype. gamma (E, D) or None for no norm."""
+def token_norms(x: Tensor) -> Tensor:
+    """||x|| (B, N) in at least float32."""
     batch, n, dim = x.shape
-    _, experts, k = indices.shape
-    out = x.new_empty(experts, batch, k, dim)
-    if out.numel():
-        _gather_kernel[(out.shape[:3].numel(),)](
-            x.contiguous(), indices.contiguous(), as_bytes(slots),
-            contiguous(gamma), out, n, k, dim, batch, experts, dim,
-            HAS_NORM=gamma is not None, **channel_constants(dim, x.dtype),
+    norms = torch.empty(batch, n, dtype=wide(x.dtype), device=x.device)
+    if norms.numel():
+        block_d = min(triton.next_power_of_2(dim), 128)
+        launch(
+            _norms_kernel, (triton.cdiv(batch * n, NORM_TOKENS),), x.contiguous(), norms, batch * n, dim,
+            DTYPE=arithmetic(x.dtype), BLOCK_N=NORM_TOKENS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
-    return out
+    return norms
 
 
-def gather_norm_backward(
-    g: Tensor, x: Tensor, indices: Tensor, slots: Tensor, inverse: Tensor, gamma: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """dx in x's dtype and dgamma in gamma's (None without gamma)."""
+def _block_d(dim: int) -> int:
+    return min(triton.next_power_of_2(dim), 1024)
+
+
+def _tile(dim: int, dtype: torch.dtype, numbers: int) -> dict[str, Any]:
+    """Tiles of so many numbers, 4 warps each."""
+    block = _block_d(dim)
+    rows = max(numbers // (2 if dtype == torch.float64 else 1) // block, 1)
+    return {"DTYPE": arithmetic(dtype), "ROWS": min(rows, MOST_ROWS), "BLOCK_D": block, "num_warps": 4}
+
+
+def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tuple[Tensor, ...]:
+    """Rows (E, B, K, D) in x's dtype of one or two groups with as many experts. norms: of `token_norms`, with gamma."""
     batch, n, dim = x.shape
-    _, experts, k = indices.shape
-    x, g = x.contiguous(), g.contiguous()
-    dx = torch.zeros_like(x) if g.numel() == 0 else torch.empty_like(x)
-    constants = channel_constants(dim, x.dtype)
-    if g.numel() and x.numel():
-        _scatter_kernel[(batch * n,)](
-            g, x, inverse.contiguous(), contiguous(gamma), dx,
-            n, k, dim, batch, experts, dim, HAS_NORM=gamma is not None, **constants,
+    experts = taken[0].indices.shape[1]
+    outs = tuple(x.new_empty(experts, batch, group.indices.shape[2], dim) for group in taken)
+    if any(out.numel() for out in outs):
+        constants = _tile(dim, x.dtype, 4096)
+        k_0, k_1 = (group.indices.shape[2] for group in (taken[0], taken[-1]))
+        chunks = [triton.cdiv(batch * k, constants["ROWS"]) for k in (k_0, k_1)]
+        parts = [part for group, out in zip((taken[0], taken[-1]), (outs[0], outs[-1])) for part in _parts(group, out)]
+        tiles = experts * sum(chunks[: len(taken)])
+        launch(
+            _gather_kernel, (tiles, triton.cdiv(dim, constants["BLOCK_D"])), x.contiguous(), contiguous(norms), *parts,
+            n, k_0, k_1, dim, batch, experts, *chunks, dim, HAS_NORM=taken[0].gamma is not None, **constants,
         )  # fmt: skip
-    if gamma is None:
-        return dx, None
-    chunks = triton.cdiv(batch * k, ROWS)
-    partial = torch.zeros(experts, chunks, dim, dtype=wide(x.dtype), device=x.device)
-    if g.numel():
-        _gamma_kernel[(experts, chunks)](
-            g, x, indices.contiguous(), as_bytes(slots), partial,
-            n, k, dim, batch, experts, dim, chunks, ROWS=ROWS, **constants,
+    return outs
+
+
+def _parts(group: Taken, *rows: Tensor) -> tuple[Tensor | None, ...]:
+    return group.indices.contiguous(), as_bytes(group.slots), contiguous(group.gamma), *rows
+
+
+def slot_gradients(
+    x: Tensor, norms: Tensor, taken: tuple[Taken, ...], gradients: tuple[Tensor, ...]
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """dgamma of every group, in gamma's dtype, and dots (channel blocks, rows of all groups). With gamma only."""
+    batch, n, dim = x.shape
+    experts = taken[0].indices.shape[1]
+    constants = _tile(dim, x.dtype, 2048)
+    ks = [group.indices.shape[2] for group in taken]
+    all_rows = experts * batch * sum(ks)
+    chunks = [triton.cdiv(batch * k, CHUNK) for k in ks]
+    channel_blocks = triton.cdiv(dim, constants["BLOCK_D"])
+    dots = norms.new_empty(channel_blocks, all_rows)
+    partial = norms.new_empty(experts * sum(chunks), dim)
+    if dots.numel():
+        parts = [
+            part
+            for group, g in zip((taken[0], taken[-1]), (gradients[0], gradients[-1]))
+            for part in (g.contiguous(), *_parts(group))
+        ]
+        launch(
+            _slots_gradient_kernel, (experts * sum(chunks), channel_blocks),
+            x.contiguous(), norms.contiguous(), *parts, partial, dots,
+            n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, all_rows, CHUNK=CHUNK, **constants,
         )  # fmt: skip
-    return dx, partial.sum(1).to(gamma.dtype)
+    dgammas = []
+    for group, sums, count in zip(taken, partial.split([experts * c for c in chunks]), chunks):
+        assert group.gamma is not None
+        dgammas.append(sums.view(experts, count, dim).sum(1).to(group.gamma.dtype).view(group.gamma.shape))
+    return tuple(dgammas), dots

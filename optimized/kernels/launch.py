@@ -41,12 +41,54 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def arithmetic(dtype: torch.dtype) -> Any:
+    """Triton's name of the dtype that numbers of `dtype` are computed in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """DTYPE, BLOCK_D and num_warps of a kernel that handles rows of `dim` channels.
 
     A warp for 4 KB: with fewer threads more rows are in flight, and a sum over channels needs no shared memory.
     """
     block = min(triton.next_power_of_2(dim), MAX_BLOCK_D)
-    arithmetic = tl.float64 if dtype == torch.float64 else tl.float32
     warps = max(block * wide(dtype).itemsize // 4096, 1)
-    return {"DTYPE": arithmetic, "BLOCK_D": block, "num_warps": warps}
+    return {"DTYPE": arithmetic(dtype), "BLOCK_D": block, "num_warps": warps}
+
+
+# What Triton compiled, by kernel, device and all that it specialises a launch by. Triton finds it anew at each launch,
+# in 20 us and more, which is longer than many a kernel runs.
+_compiled: dict[tuple[Any, ...], Any] = {}
+_specialized: dict[int, tuple[bool, ...]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants), on the device of the first argument, which is a tensor."""
+    device = arguments[0].device
+    if device.type != "cuda" or torch.version.hip:  # there a launch is specialised by the size of storages too
+        kernel[grid](*arguments, **constants)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **constants)
+        return
+    specialized = _specialized.get(id(kernel))
+    if specialized is None:
+        specialized = tuple(not parameter.do_not_specialize for parameter in kernel.params)
+        _specialized[id(kernel)] = specialized
+    key = (id(kernel), device.index, *constants.items(), *map(_specialize, arguments, specialized))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[grid](*arguments, **constants)
+        return
+    names = kernel.arg_names[len(arguments) :]
+    compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names])
+
+
+def _specialize(argument: Any, specialized: bool) -> Any:
+    """As finely as Triton does: dtype and alignment of a tensor, width of an integer; 1 and multiples of 16 apart."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument if specialized else -(2**31) <= argument < 2**31
+    return argument

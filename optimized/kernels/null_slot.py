@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import contiguous, wide
+from optimized.kernels.launch import arithmetic, contiguous, launch, wide
 
 ROWS = 64  # queries of a program, fewer for wide heads
 TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
@@ -108,10 +108,8 @@ def _merge_backward_kernel(
 
 
 def _constants(q: Tensor, keep: Tensor | None) -> dict[str, Any]:
-    arithmetic = tl.float64 if q.dtype == torch.float64 else tl.float32
-    block = triton.next_power_of_2(q.shape[-1])
-    rows = _rows(q.shape[-1])
-    return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic, "ROWS": rows, "BLOCK_D": block, "num_warps": 4}
+    block, rows = triton.next_power_of_2(q.shape[-1]), _rows(q.shape[-1])
+    return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic(q.dtype), "ROWS": rows, "BLOCK_D": block, "num_warps": 4}
 
 
 def _rows(dim: int) -> int:
@@ -131,7 +129,8 @@ def merge(
     rows, length, heads, dim = q.shape
     merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
     if q.numel():
-        _merge_kernel[(rows * heads, triton.cdiv(length, _rows(dim)))](
+        launch(
+            _merge_kernel, (rows * heads, triton.cdiv(length, _rows(dim))),
             *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
             length, rows // null_k.shape[0], heads, dim, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
         )  # fmt: skip
@@ -147,18 +146,16 @@ def merge_backward(
     keep: Tensor | None,
     dout: Tensor,
     dq: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """dk0 and dv0 (G, H, d); adds the null slot's part in place to dq, which is contiguous."""
+) -> Tensor:
+    """dk0 and dv0, (2, G, H, d); adds the null slot's part in place to dq, which is contiguous."""
     rows, length, heads, dim = q.shape
-    chunks = triton.cdiv(length, _rows(dim))
-    dk, dv = (torch.empty(rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device) for _ in range(2))
+    chunks, groups = triton.cdiv(length, _rows(dim)), null_k.shape[0]
+    partial = torch.empty(2, rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device)
     if q.numel():
-        _merge_backward_kernel[(rows * heads, chunks)](
-            *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, dk, dv,
-            length, rows // null_k.shape[0], heads, dim, chunks, **_constants(q, keep),
+        launch(
+            _merge_backward_kernel, (rows * heads, chunks),
+            *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
+            length, rows // groups, heads, dim, chunks, **_constants(q, keep),
         )  # fmt: skip
-    groups = null_k.shape[0]
     # Not unflatten(-1): it can't tell the sizes of an empty batch.
-    per_group = (t.view(groups, rows // groups * chunks, heads, dim).sum(1) for t in (dk, dv))
-    dk, dv = per_group
-    return dk.to(null_k.dtype), dv.to(null_v.dtype)
+    return partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2).to(null_k.dtype)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import contiguous
+from optimized.kernels.launch import contiguous, launch
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -62,7 +62,8 @@ def rotate(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transp
     out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     if out.numel():
         block_half = triton.next_power_of_2(dim // 2)
-        _rotary_kernel[(rows * length,)](
+        launch(
+            _rotary_kernel, (rows * length,),
             t, cos.contiguous(), sin.contiguous(), contiguous(positions), out,
             length, heads, dim // 2, *t.stride()[:3],
             HAS_POSITIONS=positions is not None, TRANSPOSED=transposed,

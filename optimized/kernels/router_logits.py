@@ -1,19 +1,21 @@
-"""Router logits of all tokens in one pass over x, with the norms of the tokens, and their gradients.
+"""Router logits of all tokens in one pass over x, with the norms of the tokens, and the gradient of the routing tokens.
 
-x (B, N, D), routing tokens r (E, D) or (B, E, D) -> logits (B, E, N) and norms ||x|| (B, N), both in at least float32:
+x (B, N, D), routing tokens r (E, D) or (B, E, D) -> logits (B, E, N), norms ||x|| (B, N), factors cr (B, E), all in at
+least float32:
 
     l = <x, r>,   or with cosine routing   l = cx cr <x, r>,
     cx = 1 / max(||x||, 1e-12),  cr = scale / max(||r||, 1e-12)
 
-Masked tokens are not read, forward or backward: logit 0, gradient 0. With g = dL/dl the gradients are
+Masked tokens are not read, forward or backward: logit 0, gradient 0. With g = dL/dl
 
-    dx = sum_e g cx cr r_e - x cx^2 sum_e g l       (second term: cosine only, and not where ||x|| <= 1e-12)
-    dr = sum_n g cx cr x   - r / ||r||^2 sum_n g l  (the second term is left to the caller: E rows)
+    dr = sum_n g cx cr x   - r / ||r||^2 sum_n g l  (cosine only, and not where ||r|| <= 1e-12)
 
-Forward: a program per `block_n` tokens of an item and up to 16 experts, as a matrix product: for half precision in
-TF32, which holds every float16 and bfloat16 number exactly, for float32 in exact float32 whatever TF32 is allowed
-elsewhere, for float64 as sums. dx: a program per tile of tokens and channels. dr: partial sums (B, chunks, E, D) over
-`CHUNK_N` tokens each, added up by PyTorch.
+where the second term, E rows, is PyTorch's. dx: see `token_gradient`.
+
+Forward: a program per tile of tokens of an item and block of experts, as a matrix product: half precision as it is,
+whose products float32 holds exactly, float32 in exact float32 whatever TF32 is allowed elsewhere, float64 as sums. dr:
+partial sums (B, chunks, E, D) over `CHUNK_N` tokens each, added up by PyTorch; for half precision g is rounded to TF32,
+four times finer than the result.
 
 Blind spots: a matrix product has at least 16 columns, so few experts waste most of it; reading x dominates.
 """
@@ -25,14 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, wide
+from optimized.kernels.launch import INTERPRETED, arithmetic, as_bytes, double_bits, from_bits, launch, wide
 
 CHUNK_N = 512  # tokens of one program of dr
 
 
-@triton.jit(do_not_specialize=["n", "experts", "item_stride", "factor_stride"])
+@triton.jit(do_not_specialize=["n", "experts", "item_stride", "scale_bits"])
 def _logits_kernel(
-    x_ptr, r_ptr, mask_ptr, factors_ptr, logits_ptr, norms_ptr, n, dim, experts, item_stride, factor_stride,
+    x_ptr, r_ptr, mask_ptr, logits_ptr, norms_ptr, factors_ptr, n, dim, experts, item_stride, scale_bits,
     HAS_MASK: tl.constexpr, COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -46,70 +48,41 @@ def _logits_kernel(
     r_ptr += b * item_stride + here[None, :].to(tl.int64) * dim
     channels = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_E), DTYPE)
-    squares = tl.zeros((BLOCK_N,), DTYPE)
+    # Squares are added up across threads once, at the end.
+    x_squares = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    r_squares = tl.zeros((BLOCK_D, BLOCK_E), DTYPE)
     for start in range(0, dim, BLOCK_D):
         inside = start + channels < dim
         x = tl.load(x_ptr + start + channels[None, :], mask=shown[:, None] & inside[None, :], other=0.0)
         r = tl.load(r_ptr + start + channels[:, None], mask=inside[:, None] & (here < experts)[None, :], other=0.0)
-        if DTYPE == tl.float64:
-            total += tl.sum(x.to(DTYPE)[:, :, None] * r.to(DTYPE)[None, :, :], 1)
-        elif HALF:
-            total = tl.dot(x.to(tl.float32), r.to(tl.float32), total, input_precision="tf32")
-        else:
-            total = tl.dot(x.to(tl.float32), r.to(tl.float32), total, input_precision="ieee")
         exact = x.to(DTYPE)
-        squares += tl.sum(exact * exact, 1)
-    norms = tl.sqrt(squares)
+        if DTYPE == tl.float64:
+            total += tl.sum(exact[:, :, None] * r.to(DTYPE)[None, :, :], 1)
+        elif HALF and x.dtype == r.dtype and not INTERPRETED:
+            total = tl.dot(x, r, total)
+        elif HALF:  # the interpreter multiplies the raw bits of bfloat16; TF32 holds every half precision number
+            total = tl.dot(exact, r.to(DTYPE), total, input_precision="tf32")
+        else:
+            total = tl.dot(exact, r.to(DTYPE), total, input_precision="ieee")
+        x_squares += exact * exact
+        if COSINE:
+            r_squares += r.to(DTYPE) * r.to(DTYPE)
+    norms = tl.sqrt(tl.sum(x_squares, 1))
     if COSINE:
-        factors = tl.load(factors_ptr + b * factor_stride + here, mask=here < experts, other=0.0)
+        factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sqrt(tl.sum(r_squares, 0)), 1e-12)
         total = total / tl.maximum(norms, 1e-12)[:, None] * factors[None, :]
+        first = tl.where(tl.program_id(0) == 0, experts, 0)
+        tl.store(factors_ptr + b * experts + here, factors, mask=here < first)
     logits_ptr += (b * experts + here[None, :]) * n + rows[:, None]
     tl.store(logits_ptr, total, mask=(rows < n)[:, None] & (here < experts)[None, :])
     if tl.program_id(2) == 0:
         tl.store(norms_ptr + b * n + rows, norms, mask=rows < n)
 
 
-@triton.jit(do_not_specialize=["n", "experts", "item_stride", "factor_stride"])
-def _dx_kernel(
-    g_ptr, x_ptr, r_ptr, mask_ptr, factors_ptr, logits_ptr, norms_ptr, dx_ptr,
-    n, dim, experts, item_stride, factor_stride,
-    HAS_MASK: tl.constexpr, COSINE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channels = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channels < dim
-    shown = rows < n
-    if HAS_MASK:
-        shown = tl.load(mask_ptr + b * n + rows, mask=shown, other=0) != 0
-    total = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    moment = tl.zeros((BLOCK_N,), DTYPE)
-    inverse = tl.full((BLOCK_N,), 1.0, DTYPE)
-    norms = inverse
-    if COSINE:
-        norms = tl.load(norms_ptr + b * n + rows, mask=shown, other=1.0)
-        inverse = 1.0 / tl.maximum(norms, 1e-12)
-    for e in range(experts):
-        row = (b * experts + e) * n + rows
-        g = tl.load(g_ptr + row, mask=shown, other=0.0).to(DTYPE)
-        r = tl.load(r_ptr + b * item_stride + tl.cast(e, tl.int64) * dim + channels, mask=inside, other=0.0).to(DTYPE)
-        weight = g
-        if COSINE:
-            moment += g * tl.load(logits_ptr + row, mask=shown, other=0.0)
-            weight = g * inverse * tl.load(factors_ptr + b * factor_stride + e)
-        total += weight[:, None] * r[None, :]
-    tile = (b * n + rows[:, None]) * dim + channels[None, :]
-    if COSINE:
-        x = tl.load(x_ptr + tile, mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        slope = tl.where(norms > 1e-12, moment * inverse * inverse, 0.0)
-        total -= x * slope[:, None]
-    tl.store(dx_ptr + tile, total.to(dx_ptr.dtype.element_ty), mask=(rows < n)[:, None] & inside[None, :])
-
-
-@triton.jit(do_not_specialize=["n", "experts", "chunks", "factor_stride"])
+@triton.jit(do_not_specialize=["n", "experts", "chunks"])
 def _dr_kernel(
-    g_ptr, x_ptr, mask_ptr, factors_ptr, norms_ptr, partial_ptr, n, dim, experts, chunks, factor_stride,
-    HAS_MASK: tl.constexpr, COSINE: tl.constexpr, DTYPE: tl.constexpr, CHUNK_N: tl.constexpr,
+    g_ptr, x_ptr, mask_ptr, factors_ptr, norms_ptr, partial_ptr, n, dim, experts, chunks,
+    HAS_MASK: tl.constexpr, COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, CHUNK_N: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, EXPERT_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
@@ -128,87 +101,79 @@ def _dr_kernel(
         weight = tl.load(g_ptr + (b * experts + here[:, None]) * n + rows[None, :], mask=keep, other=0.0).to(DTYPE)
         if COSINE:
             norms = tl.load(norms_ptr + b * n + rows, mask=shown, other=1.0)
-            factors = tl.load(factors_ptr + b * factor_stride + here, mask=here < experts, other=0.0)
+            factors = tl.load(factors_ptr + b * experts + here, mask=here < experts, other=0.0)
             weight = weight / tl.maximum(norms, 1e-12)[None, :] * factors[:, None]
         tile = (b * n + rows[:, None]) * dim + channels[None, :]
         x = tl.load(x_ptr + tile, mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)
         if DTYPE == tl.float64:
             total += tl.sum(weight[:, :, None] * x[None, :, :], 1)
         else:
-            total = tl.dot(weight, x, total, input_precision="ieee")
+            total = tl.dot(weight, x, total, input_precision="tf32" if HALF else "ieee")
     partial_ptr += ((b * chunks + chunk) * experts + here[:, None]) * dim + channels[None, :]
     tl.store(partial_ptr, total, mask=(here < experts)[:, None] & inside[None, :])
 
 
-def _item_stride(t: Tensor, dims: int) -> int:
-    """Of the batch dimension, 0 where all items share t."""
-    return t.stride(0) if t.ndim == dims else 0
+def item_stride(r: Tensor) -> int:
+    """Of the batch dimension, 0 where all items share r (contiguous)."""
+    return r.stride(0) if r.ndim == 3 else 0
 
 
-def _factors(r: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale / max(||r||, 1e-12), (E) or (B, E)."""
-    return scale / torch.linalg.vector_norm(r.to(dtype), dim=-1).clamp_min(1e-12)
+def _is_half(x: Tensor, r: Tensor) -> bool:
+    return max(x.element_size(), r.element_size()) == 2
 
 
-def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, E, N) and norms (B, N). scale: of cosine routing, None for the plain product."""
+def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, E, N), norms (B, N) and factors (B, E), empty without scale, that of cosine routing."""
     batch, n, dim = x.shape
     experts = r.shape[-2]
     dtype = wide(torch.promote_types(x.dtype, r.dtype))
     logits = torch.empty(batch, experts, n, dtype=dtype, device=x.device)
     norms = torch.empty(batch, n, dtype=dtype, device=x.device)
+    factors = norms.new_zeros(batch, 0 if scale is None or n else experts)
     if logits.numel():
-        double = dtype == torch.float64
-        block_n, block_d, block_e = (16, 32, 4) if double else (32, 64, 16)
+        factors = norms.new_empty(batch, 0 if scale is None else experts)
+        half = _is_half(x, r)
+        if dtype == torch.float64:
+            block_n, block_d, block_e = 16, 32, 4
+        else:
+            block_n, block_d, block_e = 32, 128 if half else 64, 16 if experts <= 16 else 32
         r = r.contiguous()
-        factors = None if scale is None else _factors(r, scale, dtype)
-        _logits_kernel[(triton.cdiv(n, block_n), batch, triton.cdiv(experts, block_e))](
-            x.contiguous(), r, as_bytes(mask), factors, logits, norms,
-            n, dim, experts, _item_stride(r, 3), 0 if factors is None else _item_stride(factors, 2),
-            HAS_MASK=mask is not None, COSINE=scale is not None,
-            HALF=max(x.element_size(), r.element_size()) == 2, DTYPE=tl.float64 if double else tl.float32,
+        launch(
+            _logits_kernel, (triton.cdiv(n, block_n), batch, triton.cdiv(experts, block_e)),
+            x.contiguous(), r, as_bytes(mask), logits, norms, factors,
+            n, dim, experts, item_stride(r), double_bits(0.0 if scale is None else scale),
+            HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
             BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4,
         )  # fmt: skip
-    return logits, norms
+    return logits, norms, factors
 
 
-def router_logits_backward(
-    g: Tensor, x: Tensor, r: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """dx in x's dtype and dr in r's."""
+def routing_token_gradient(
+    g: Tensor, x: Tensor, r: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
+) -> Tensor:
+    """dr in r's dtype, from the gradient g (B, E, N) of the logits, and what `router_logits` returned."""
     batch, n, dim = x.shape
     experts = r.shape[-2]
-    dtype = logits.dtype
-    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     if not logits.numel():
-        return dx, torch.zeros_like(r)
-    g, x, r, logits, norms = (t.contiguous() for t in (g, x, r, logits, norms))
-    factors = None if scale is None else _factors(r, scale, dtype)
+        return torch.zeros_like(r, memory_format=torch.contiguous_format)
+    dtype, cosine = logits.dtype, factors.numel() > 0
+    g = g.contiguous()
     double = dtype == torch.float64
-    block_n, block_d = (16, 32) if double else (32, 128)
+    block_n, block_d, block_e = (16, 32, 4) if double else (32, 128, 16)
     block_d = min(block_d, max(triton.next_power_of_2(dim), 16))
-    constants = {
-        "HAS_MASK": mask is not None,
-        "COSINE": scale is not None,
-        "DTYPE": tl.float64 if double else tl.float32,
-        "BLOCK_N": block_n,
-        "BLOCK_D": block_d,
-        "num_warps": 4,
-    }
-    shown, factor_stride = as_bytes(mask), 0 if factors is None else _item_stride(factors, 2)
-    _dx_kernel[(triton.cdiv(n, block_n), batch, triton.cdiv(dim, block_d))](
-        g, x, r, shown, factors, logits, norms, dx, n, dim, experts, _item_stride(r, 3), factor_stride, **constants
-    )
-    chunks, block_e = triton.cdiv(n, CHUNK_N), 4 if double else 16
-    expert_blocks = triton.cdiv(experts, block_e)
+    chunks, expert_blocks = triton.cdiv(n, CHUNK_N), triton.cdiv(experts, block_e)
     partial = torch.empty(batch, chunks, experts, dim, dtype=dtype, device=x.device)
-    _dr_kernel[(chunks, batch, triton.cdiv(dim, block_d) * expert_blocks)](
-        g, x, shown, factors, norms, partial, n, dim, experts, chunks, factor_stride,
-        CHUNK_N=CHUNK_N, BLOCK_E=block_e, EXPERT_BLOCKS=expert_blocks, **constants,
+    launch(
+        _dr_kernel, (chunks, batch, triton.cdiv(dim, block_d) * expert_blocks),
+        g, x.contiguous(), as_bytes(mask), factors.contiguous(), norms.contiguous(), partial,
+        n, dim, experts, chunks,
+        HAS_MASK=mask is not None, COSINE=cosine, HALF=_is_half(x, r), DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,
+        BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, EXPERT_BLOCKS=expert_blocks, num_warps=4,
     )  # fmt: skip
-    dr = partial.sum(1)
-    if scale is not None:
+    dr = partial.sum(1) if r.ndim == 3 else partial.sum((0, 1))
+    if cosine:
         squares = r.to(dtype).square().sum(-1, keepdim=True)
         moment = (g if mask is None else g.masked_fill(~mask[:, None], 0)).mul(logits).sum(-1, keepdim=True)
+        moment = moment if r.ndim == 3 else moment.sum(0)
         dr -= torch.where(squares > 1e-24, moment * r / squares.clamp_min(1e-24), 0)
-    return dx, (dr if r.ndim == 3 else dr.sum(0)).to(r.dtype)
+    return dr.to(r.dtype)

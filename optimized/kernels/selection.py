@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK
+from optimized.kernels.launch import CHUNK, launch
 from optimized.kernels.rows import block_of_row, fits, row_arguments
 
 
@@ -176,7 +176,8 @@ def select_groups(
     if s.numel():
         outputs = [(indices, slots.view(torch.int8), *rest) for indices, slots, *rest in (groups[0], groups[-1])]
         constants["num_warps"] = min(2 * constants["num_warps"], 16)
-        _select_kernel[(batch * experts,)](
+        launch(
+            _select_kernel, (batch * experts,),
             s, mask, s if scores is None else scores.contiguous(), *outputs[0], *outputs[1],
             n, ks[0], ks[-1], experts, group,
             BITS=8 * size, UNIT=unit, HAS_SCORES=scores is not None, ONE_BLOCK=fits(n, size),

@@ -1,7 +1,8 @@
 """Values times the key/value score of their slot, and the gradient of both.
 
-v (R, L, H, d) with any strides but that of d, which is 1; scores (R, L). One program per slot: it writes the H d
-numbers v s, backward g s, and the one number <g, v>.
+v (R, L, H, d), R = (expert, batch), with any strides but that of d, which is 1; scores (B, E, L). One program per slot:
+the H d numbers v s, contiguous or in place; backward g s in place of g, and the one number <g, v>. In place, a slot
+whose score is 1 is left alone.
 
 Blind spots: none known.
 """
@@ -15,77 +16,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimized.kernels.launch import arithmetic, launch
 
-@triton.jit(do_not_specialize=["length", "heads"])
+SIZES = ["length", "batch", "experts", "heads"]
+
+
+@triton.jit
+def _place(slot, length, batch, experts):
+    """Of the score of a slot (e, b, l) in (B, E, L)."""
+    row = slot // length
+    return (row % batch * experts + row // batch) * length + slot % length
+
+
+@triton.jit(do_not_specialize=SIZES)
 def _value_score_kernel(
-    v_ptr, scores_ptr, out_ptr, length, heads, dim, stride_r, stride_l, stride_h,
-    DTYPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    v_ptr, scores_ptr, out_ptr, length, batch, experts, heads, dim, stride_r, stride_l, stride_h,
+    IN_PLACE: tl.constexpr, DTYPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
     v_ptr += slot // length * stride_r + slot % length * stride_l
-    score = tl.load(scores_ptr + slot).to(DTYPE)
+    score = tl.load(scores_ptr + _place(slot, length, batch, experts)).to(DTYPE)
     channels = tl.arange(0, BLOCK_D)
-    for start in range(0, heads, BLOCK_H):
+    changed = tl.where(score != 1, heads, 0) if IN_PLACE else heads
+    for start in range(0, changed, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         keep = (h[:, None] < heads) & (channels[None, :] < dim)
         tile = h[:, None].to(tl.int64) * stride_h + channels[None, :]
-        v = tl.load(v_ptr + tile, mask=keep, other=0.0).to(DTYPE)
-        tile = (slot * heads + h[:, None]) * dim + channels[None, :]
-        tl.store(out_ptr + tile, (v * score).to(out_ptr.dtype.element_ty), mask=keep)
+        v = tl.load(v_ptr + tile, mask=keep, other=0.0).to(DTYPE) * score
+        if IN_PLACE:
+            tl.store(v_ptr + tile, v.to(v_ptr.dtype.element_ty), mask=keep)
+        else:
+            tile = (slot * heads + h[:, None]) * dim + channels[None, :]
+            tl.store(out_ptr + tile, v.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@triton.jit(do_not_specialize=SIZES)
 def _value_score_backward_kernel(
-    g_ptr, v_ptr, scores_ptr, dv_ptr, dscores_ptr, length, heads, dim, stride_r, stride_l, stride_h,
+    g_ptr, v_ptr, scores_ptr, dscores_ptr, length, batch, experts, heads, dim, stride_r, stride_l, stride_h,
     DTYPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """g has the strides of v."""
     slot = tl.program_id(0).to(tl.int64)
-    v_ptr += slot // length * stride_r + slot % length * stride_l
-    score = tl.load(scores_ptr + slot).to(DTYPE)
+    offset = slot // length * stride_r + slot % length * stride_l
+    place = _place(slot, length, batch, experts)
+    score = tl.load(scores_ptr + place).to(DTYPE)
     channels = tl.arange(0, BLOCK_D)
-    dot = tl.full((), 0.0, DTYPE)
+    dot = tl.zeros((BLOCK_H, BLOCK_D), DTYPE)
     for start in range(0, heads, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         keep = (h[:, None] < heads) & (channels[None, :] < dim)
-        tile = h[:, None].to(tl.int64) * stride_h + channels[None, :]
+        tile = offset + h[:, None].to(tl.int64) * stride_h + channels[None, :]
         v = tl.load(v_ptr + tile, mask=keep, other=0.0).to(DTYPE)
-        tile = (slot * heads + h[:, None]) * dim + channels[None, :]
         g = tl.load(g_ptr + tile, mask=keep, other=0.0).to(DTYPE)
-        dot += tl.sum(g * v)
-        tl.store(dv_ptr + tile, (g * score).to(dv_ptr.dtype.element_ty), mask=keep)
-    tl.store(dscores_ptr + slot, dot.to(dscores_ptr.dtype.element_ty))
+        dot += g * v
+        scaled = keep & (tl.zeros((BLOCK_H, BLOCK_D), DTYPE) + score != 1)
+        tl.store(g_ptr + tile, (g * score).to(g_ptr.dtype.element_ty), mask=scaled)
+    tl.store(dscores_ptr + place, tl.sum(dot).to(dscores_ptr.dtype.element_ty))
 
 
-def _launch(v: Tensor) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
-    """v with a last stride of 1, integer arguments, constants."""
+def _sizes(v: Tensor, scores: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Integer arguments, and constants."""
     _, length, heads, dim = v.shape
-    v = v if v.stride(-1) == 1 else v.contiguous()
+    batch, experts, _ = scores.shape
     block_d = triton.next_power_of_2(dim)
     constants = {
-        "DTYPE": tl.float64 if v.dtype == torch.float64 else tl.float32,
+        "DTYPE": arithmetic(v.dtype),
         "BLOCK_H": min(triton.next_power_of_2(heads), max(1024 // block_d, 1)),
         "BLOCK_D": block_d,
         "num_warps": 2,
     }
-    return v, (length, heads, dim, *v.stride()[:3]), constants
+    return (length, batch, experts, heads, dim, *v.stride()[:3]), constants
 
 
 def value_score(v: Tensor, scores: Tensor) -> Tensor:
     """(R, L, H, d), contiguous, in v's dtype."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if out.numel():
-        v, sizes, constants = _launch(v)
-        _value_score_kernel[(scores.numel(),)](v, scores.contiguous(), out, *sizes, **constants)
+        sizes, constants = _sizes(v, scores)
+        launch(_value_score_kernel, (scores.numel(),), v, scores.contiguous(), out, *sizes, IN_PLACE=False, **constants)
     return out
 
 
-def value_score_backward(g: Tensor, v: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """dv, contiguous, in v's dtype, and dscores."""
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+def value_score_(v: Tensor, scores: Tensor) -> None:
+    """The same in place."""
+    if v.numel():
+        sizes, constants = _sizes(v, scores)
+        launch(_value_score_kernel, (scores.numel(),), v, scores.contiguous(), v, *sizes, IN_PLACE=True, **constants)
+
+
+def value_score_backward_(g: Tensor, v: Tensor, scores: Tensor) -> Tensor:
+    """dscores, from the gradient g of v times scores, which becomes that of v in place; g with the strides of v."""
     dscores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    if dv.numel():
-        v, sizes, constants = _launch(v)
-        _value_score_backward_kernel[(scores.numel(),)](
-            g.contiguous(), v, scores.contiguous(), dv, dscores, *sizes, **constants
-        )
-    return dv, dscores
+    if v.numel():
+        sizes, constants = _sizes(v, scores)
+        launch(_value_score_backward_kernel, (scores.numel(),), g, v, scores.contiguous(), dscores, *sizes, **constants)
+    return dscores

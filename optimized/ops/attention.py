@@ -49,6 +49,23 @@ def attention(
     Returns out (R, L, H, d), the log-sum-exp (R, H, L), the null slot's draws (R, H, L), 0 or 1 / (1 - dropout) (empty
     without dropout), and the backend's state of the random generator.
     """
+    return attend_raw(q, k, v, null_k, null_v, lengths, dropout, window, causal, backend, triton)
+
+
+def attend_raw(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    lengths: Tensor | None,
+    dropout: float,
+    window: int,
+    causal: bool,
+    backend: str,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The body of `attention`, for operators that contain it."""
     rows, length, heads, dim = q.shape
     module = adapter(backend)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -103,19 +120,56 @@ def attention_backward(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, null_k, null_v (the last two empty without a null slot)."""
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
+    dq, dnull = attend_raw_backward(
+        grad, q, k, v, null_k, null_v, lengths, out, lse, keep, state, dropout, window, causal, backend, triton, dk, dv
+    )
+    if dnull is None:
+        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
+    return dq, dk, dv, dnull[0].contiguous(), dnull[1].clone()
+
+
+def attend_raw_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    null_k: Tensor | None,
+    null_v: Tensor | None,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    keep: Tensor,
+    state: Tensor,
+    dropout: float,
+    window: int,
+    causal: bool,
+    backend: str,
+    triton: bool,
+    dk: Tensor,
+    dv: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Writes dk and dv; returns dq, and the gradient (2, G, H, d) of the null key and value, None without."""
     dim = q.shape[-1]
     grad = grad.contiguous()
     if q.numel() == 0 or k.shape[1] == 0:
-        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        dk.zero_()
+        dv.zero_()
     else:
         padded = _pad((grad, q, k, v, out), backend)
         setting = Setting(dim**-0.5, lengths, dropout, window, causal)
-        gradients = adapter(backend).backward(*padded, lse, state, setting)
-        dq, dk, dv = (g[..., :dim].contiguous() for g in gradients)
+        buffers = dk, dv
+        if padded[1].shape[-1] != dim:
+            buffers = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in padded[2:4])
+        dq, *found = adapter(backend).backward(*padded, lse, state, setting, *buffers)
+        dq = dq[..., :dim].contiguous()
+        for given, made in zip((dk, dv), found):
+            if made is not given:
+                given.copy_(made[..., :dim])
     if null_k is None or null_v is None:
-        return dq, dk, dv, q.new_empty(0), q.new_empty(0)
-    dq, dnull_k, dnull_v = _merge_backward(q, null_k, null_v, out, lse, keep if dropout else None, grad, dq, triton)
-    return dq, dk, dv, dnull_k, dnull_v
+        return dq, None
+    return _merge_backward(q, null_k, null_v, out, lse, keep if dropout else None, grad, dq, triton)
 
 
 @attention_backward.register_fake
@@ -178,12 +232,12 @@ def _merge_backward(
     grad: Tensor,
     dq: Tensor,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The null slot's part of dq added, and the gradients of its key and value."""
+) -> tuple[Tensor, Tensor]:
+    """The null slot's part of dq added, and the gradients of its key and value, (2, G, H, d)."""
     if triton:
         from optimized.kernels import null_slot
 
-        return dq, *null_slot.merge_backward(q, null_k, null_v, out, lse, keep, grad, dq)
+        return dq, null_slot.merge_backward(q, null_k, null_v, out, lse, keep, grad, dq)
     wide = lse.dtype
     p0 = (_null_logits(q, null_k) - lse).exp().transpose(1, 2)
     kept = p0 if keep is None else p0 * keep.transpose(1, 2)
@@ -195,7 +249,7 @@ def _merge_backward(
     shape = (groups, q.shape[0] // groups * q.shape[1], *q.shape[2:])
     dnull_k = (ds[..., None] * q.to(wide)).view(shape).sum(1)
     dnull_v = (kept[..., None] * grad).view(shape).sum(1)
-    return dq, dnull_k.to(null_k.dtype), dnull_v.to(null_v.dtype)
+    return dq, torch.stack((dnull_k, dnull_v)).to(null_k.dtype)
 
 
 def _per_row(null: Tensor, q: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def combine(
 ) -> Tensor:
     """(B, N, D) in `dtype`: the sum over experts of score times y (E, B, K, D) at each token, plus local (B, N, D).
 
-    average: divided by the number of terms. null (D) where there is none; 0 where mask (B, N) is False.
+    average: divided by the number of terms. null (D numbers) where there is none; 0 where mask (B, N) is False.
     scores, indices, slots (the slot mask): (B, E, K); inverse: (B, E, N).
     """
     from optimized.kernels import combine as kernel

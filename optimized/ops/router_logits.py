@@ -1,4 +1,7 @@
-"""Router logits as one operator, by the kernel of `optimized.kernels.router_logits`; PyTorch's way is autograd's."""
+"""Router logits as one operator, by the kernels of `optimized.kernels.router_logits` and `.token_gradient`.
+
+PyTorch's way is autograd's.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from optimized.ops.registration import differentiable, no_setup, refuse_to
 @custom_op(
     "moa::router_logits",
     mutates_args=(),
-    schema="(Tensor x, Tensor tokens, Tensor? mask, float? scale) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor tokens, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
 )
-def router_logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    """Logits (B, E, N) of x (B, N, D) against tokens (E, D) or (B, E, D), and norms (B, N); in at least float32.
+def router_logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, E, N) of x (B, N, D) against tokens (E, D) or (B, E, D), norms (B, N) of x, and factors (B, E).
 
-    scale: of cosine routing, None for the plain product. Masked tokens have logit 0 and are not read.
+    In at least float32. scale: of cosine routing, None for the plain product, without factors (scale over the norm of
+    the routing token). Masked tokens have logit 0 and are not read.
     """
     from optimized.kernels import router_logits as kernel
 
@@ -30,26 +34,31 @@ def router_logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float |
 def _(x, tokens, mask, scale):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
     batch, n, _ = x.shape
-    return x.new_empty(batch, tokens.shape[-2], n, dtype=dtype), x.new_empty(batch, n, dtype=dtype)
+    experts = tokens.shape[-2]
+    sizes = ((batch, experts, n), (batch, n), (batch, 0 if scale is None else experts))
+    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
 
 
 @custom_op(
     "moa::router_logits_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor tokens, Tensor? mask, Tensor logits, Tensor norms, float? scale)"
+    schema="(Tensor grad, Tensor x, Tensor tokens, Tensor? mask, Tensor logits, Tensor norms, Tensor factors)"
     " -> (Tensor, Tensor)",
 )
 def router_logits_backward(
-    grad: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, scale: float | None
+    grad: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the tokens."""
-    from optimized.kernels import router_logits as kernel
+    from optimized.kernels.router_logits import routing_token_gradient
+    from optimized.kernels.token_gradient import RouterGradient, token_gradient
 
-    return kernel.router_logits_backward(grad, x, tokens, mask, logits, norms, scale)
+    router = RouterGradient(grad, logits, tokens, factors)
+    dx = token_gradient(x, mask, norms, (), norms.new_empty(0, 0), router)
+    return dx, routing_token_gradient(grad, x, tokens, mask, logits, norms, factors)
 
 
 @router_logits_backward.register_fake
-def _(grad, x, tokens, mask, logits, norms, scale):  # type: ignore[no-untyped-def]
+def _(grad, x, tokens, mask, logits, norms, factors):  # type: ignore[no-untyped-def]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         torch.empty_like(tokens, memory_format=torch.contiguous_format),
@@ -57,13 +66,12 @@ def _(grad, x, tokens, mask, logits, norms, scale):  # type: ignore[no-untyped-d
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, tokens, mask, ctx.scale = inputs
-    ctx.save_for_backward(x, tokens, mask, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    return *project_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+    return *project_backward(grad, *ctx.saved_tensors), None, None
 
 
 project_backward = differentiable(router_logits_backward, no_setup, refuse_to("moa::router_logits", "double backward"))
