@@ -171,15 +171,23 @@ def _efficient(r: Request) -> str | None:
 
 
 def _cudnn(r: Request) -> str | None:
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"
+    return _cudnn_forward(r)
+
+
+def _cudnn_forward(r: Request) -> str | None:
     if not r.allow_flash:
         return "flash_attn=False"
     if r.device.type == "cuda" and not _cudnn_available():
         return "cuDNN is not available"
     if r.dropout or r.masked:
         return "used here without dropout and mask only"
-    if torch.are_deterministic_algorithms_enabled():
-        return "its backward is not deterministic"
     return _cuda_half(r, max_dim_head=128)
+
+
+def _cudnn_flash_4(r: Request) -> str | None:
+    return _cudnn_forward(r) or _flash_attn_4(r)
 
 
 @_constant
@@ -255,6 +263,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     "routing": TRITON,
     "dispatch": TRITON,
     "routed_attention": (
+        Backend("cudnn_flash_attn_4", _cudnn_flash_4),
         Backend("flash_attn_4", _flash_attn_4),
         Backend("torch_cudnn", _cudnn),
         Backend("flash_attn_2", _flash_attn_2),

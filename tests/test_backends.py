@@ -31,6 +31,7 @@ OPERATORS = {  # what the profiler calls the kernel of a backend, on the CPU and
     "torch_cudnn": (None, "_scaled_dot_product_cudnn_attention"),
     "torch_efficient": (None, "_efficient_attention_forward"),
     "flash_attn_2": (None, "flash_attn::_flash_attn_forward"),
+    "cudnn_flash_attn_4": (None, "_scaled_dot_product_cudnn_attention"),
     "flash_attn_4": (None, None),  # launched without PyTorch's dispatcher
     "math": (None, None),
 }

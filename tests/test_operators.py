@@ -778,9 +778,9 @@ def test_double_backward_is_refused_or_right(name: str, backend: str | None, dev
             assert (actual is None) == (expected is None), key
             if expected is not None:
                 torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10 * expected.abs().max().item())
-    assert "x" in refused  # by the solver and by the attention
+    assert {"x", "attn.to_out.weight"} <= refused  # by the solver and by the attention of the experts
     if device.type == "cpu":  # on a GPU the combination is a kernel of ours, which refuses too
-        assert not {"null_routed_token", "attn.to_out.weight"} & refused
+        assert "null_routed_token" not in refused
 
 
 @pytest.mark.usefixtures("fresh_compiler")

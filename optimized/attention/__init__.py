@@ -46,7 +46,7 @@ class Setting:
 
 # Head dimensions are padded to a multiple of this, else of 8. flash-attn 4 (4.0.0b36, H100) takes multiples of 8, but
 # its dq is wrong beyond the first 64 queries where the dimension is 8 or 16 more than a multiple of 32.
-ALIGNMENT = {"math": 1, "torch_flash_cpu": 1, "flash_attn_4": 32}
+ALIGNMENT = {"math": 1, "torch_flash_cpu": 1, "flash_attn_4": 32, "cudnn_flash_attn_4": 32}
 
 
 @functools.cache
