@@ -149,7 +149,7 @@ def gather(
 ) -> Float[Tensor, "E B K D"]:
     """Routed tokens, RMS-normalised if gamma is given; masked slots are 0."""
     if triton:
-        return ops.gather(x, gamma, routes.indices, routes.mask, inverse)
+        return ops.gather(x, gamma, routes.indices, routes.mask, inverse)[0]
     return rms_norm(ops.gather_tokens(x, routes.indices, routes.mask, inverse), gamma)
 
 

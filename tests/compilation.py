@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, which needs no GPU, and reads registers, spills and shared memory.
 
-    python tests/compilation.py --target sm_90 --out FILE.json     # one target
+    python tests/compilation.py --target sm_90 --out FILE.json     # one target; --brief: fewer
     python tests/compilation.py --table docs/compilation.md        # all targets, as a table
 
 The wrappers of `optimized.kernels` run on small CPU tensors with the launch of a kernel replaced by a recorder, so that
@@ -152,22 +152,28 @@ def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: S
     value_score.value_score_backward_(q, q, scores)
 
 
-def call_at_every_size() -> None:
-    """Sizes of 1 are among them because Triton makes constants of these, which is other code."""
+def call_at_every_size(brief: bool) -> None:
+    """Sizes of 1 are among them because Triton makes constants of these, which is other code.
+
+    brief: with optional inputs present, half precision in bfloat16, and two sizes only.
+    """
     import torch
 
     from optimized.kernels.launch import MAX_BLOCK_D, ROWS_IN_REGISTERS
 
-    for dtype in (getattr(torch, name) for name in DTYPES):
-        ordinary = combinations if dtype == torch.bfloat16 else on_and_off
+    few = all_on if brief else on_and_off
+    for dtype in (getattr(torch, name) for name in (DTYPES[:-1] if brief else DTYPES)):
+        ordinary = combinations if dtype == torch.bfloat16 and not brief else few
         longest = ROWS_IN_REGISTERS // dtype.itemsize
-        rows = ((100, all_on), (2000, on_and_off), (longest, all_on), (longest + 1, on_and_off))
-        for n, switches in rows if dtype.itemsize >= 4 else ():  # the router computes in no less than float32
+        rows = [(2000, few), (longest + 1, few), (100, all_on), (longest, all_on)]
+        for n, switches in rows[: 2 if brief else 4] if dtype.itemsize >= 4 else ():  # the router computes in no less
             call_row_kernels(dtype, n, switches)
-        for dim, switches in ((64, ordinary), (1024, all_on), (MAX_BLOCK_D + 64, all_on)):
+        for dim, switches in [(64, ordinary), (MAX_BLOCK_D + 64, all_on), (1024, all_on)][: 2 if brief else 3]:
             call_channel_kernels(dtype, dtype, dim, switches)
-        for heads, dim_head, switches in ((2, 16, all_on), (8, 64, ordinary), (8, 128, all_on)):
+        for heads, dim_head, switches in [(8, 64, ordinary), (8, 128, all_on), (2, 16, all_on)][: 2 if brief else 3]:
             call_head_kernels(dtype, heads, dim_head, switches)
+    if brief:
+        return
     for name, weights in MIXED:
         call_channel_kernels(getattr(torch, name), getattr(torch, weights), 64, all_on)
     call_row_kernels(torch.float32, 1, all_on)
@@ -225,7 +231,7 @@ def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], back
     return Launch(kernel, signature, constants, attributes, options)
 
 
-def record_launches(backend: str) -> list[Launch]:
+def record_launches(backend: str, brief: bool) -> list[Launch]:
     """Every distinct launch; those of ordinary sizes also with nothing known of divisibility and alignment."""
     import torch
     from triton.runtime.jit import JITFunction
@@ -242,9 +248,10 @@ def record_launches(backend: str) -> list[Launch]:
         recorded.setdefault(launch.key, launch)
 
     JITFunction.run = record
-    call_at_every_size()
-    known = False
-    call_at_ordinary_sizes()
+    call_at_every_size(brief)
+    if not brief:
+        known = False
+        call_at_ordinary_sizes()
     return list(recorded.values())
 
 
@@ -310,14 +317,14 @@ def read_amdgcn(text: str) -> dict[str, int]:
     }
 
 
-def compile_all(name: str, jobs: int) -> dict[str, Any]:
+def compile_all(name: str, jobs: int, brief: bool) -> dict[str, Any]:
     """The report of one target. Processes are forked after recording, since kernels can't be pickled."""
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     import triton
 
     target = TARGETS[name]
-    launches = record_launches(target.backend)
+    launches = record_launches(target.backend, brief)
     rows = []
     with multiprocessing.get_context("fork").Pool(jobs, _share, (launches, target)) as pool:
         for row in pool.imap(_compile_shared, range(len(launches))):
@@ -340,13 +347,13 @@ def _compile_shared(i: int) -> dict[str, Any]:
     return compile_launch(launches[i], target)
 
 
-def compile_in_child(name: str, folder: Path) -> dict[str, Any]:
-    """The report of one target, from a process that compiles, and does so anew."""
+def compile_in_child(name: str, folder: Path, brief: bool = False) -> dict[str, Any]:
+    """The report of one target, from a process that compiles, and does so anew. brief: see `call_at_every_size`."""
     out = folder / f"{name}.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, __file__, "--target", name, "--out", str(out)]
+    command = [sys.executable, __file__, "--target", name, "--out", str(out), *["--brief"] * brief]
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -362,7 +369,8 @@ INTRODUCTION = """# What the kernels need of a GPU
 Every Triton kernel of `optimized/kernels`, compiled ahead of time by Triton {triton} for four GPUs, none of which is
 needed for it. {count} configurations for each: every dtype that a kernel takes, optional inputs present and absent,
 sizes on both sides of each block limit, ordinary sizes also with unknown alignment. `tests/test_compilation.py`
-compiles the same ones, and fails if one does not compile, needs too much shared memory, or spills much more than here.
+compiles the same ones for sm_90, for the others two sizes of each with optional inputs present, and fails if one does
+not compile, needs too much shared memory, or spills much more than here.
 
 No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).
 
@@ -464,13 +472,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, help="compile for this one alone, and write --out")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON: a row for each configuration")
+    parser.add_argument("--brief", action="store_true", help="with --target: fewer, see call_at_every_size")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Markdown: all targets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     given = parser.parse_args()
     if given.table:
         write_table(given.table)
     elif given.target and given.out:
-        given.out.write_text(json.dumps(compile_all(given.target, given.jobs), indent=1) + "\n")
+        given.out.write_text(json.dumps(compile_all(given.target, given.jobs, given.brief), indent=1) + "\n")
     else:
         parser.error("expected --table FILE, or --target and --out FILE")
 

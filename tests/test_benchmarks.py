@@ -181,7 +181,7 @@ def test_every_kernel_of_ours_has_a_stage() -> None:
 @pytest.mark.parametrize(
     ("kernel", "stage"),
     [
-        ("_scatter_kernel", "dx"),
+        ("_tokens_gradient_kernel", "dx"),
         ("_select_kernel_0d1d2d", "selection"),
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128", "attention"),

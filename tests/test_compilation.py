@@ -37,13 +37,15 @@ KNOWN_SPILLS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_defect_08_compiles_for_every_dtype(target: str, tmp_path: Path) -> None:
     """Every kernel that is launched, every dtype; fits in shared memory; spills nothing, or what is known."""
-    report = compile_in_child(target, tmp_path)
+    brief = target != "sm_90"  # for which there is a GPU to test on; docs/compilation.md is made with all of them
+    report = compile_in_child(target, tmp_path, brief)
     rows = report["rows"]
     assert not [row for row in rows if "error" in row]
     assert {row["kernel"] for row in rows} == set(report["kernels"]), "a kernel that compilation.py never launches"
     for kernel in report["kernels"]:
         found = {dtype for row in rows if row["kernel"] == kernel for dtype in row["dtypes"]}
-        assert found == ({"*fp64", "*fp32"} if kernel in ROW_KERNELS else ALL_DTYPES), kernel
+        expected = {"*fp64", "*fp32"} if kernel in ROW_KERNELS else ALL_DTYPES
+        assert found == expected - ({"*fp16"} if brief else set()), kernel
     assert not excesses(report)
     assert not [row for row in rows if row["spill_stores"] > allowed_spill(row)]
 

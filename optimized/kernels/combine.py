@@ -15,9 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, channel_constants, contiguous, launch, wide
+from optimized.kernels.launch import (
+    arithmetic,
+    as_bytes,
+    cdiv,
+    channel_constants,
+    contiguous,
+    launch,
+    next_power_of_2,
+    wide,
+)
 
-ROWS = 32  # tokens of one program of the backward
+CHUNK = 64  # tokens of one program of the backward by tokens
+ROWS = 16  # of them at a time
 
 
 @triton.jit(do_not_specialize=["n", "k", "batch", "experts"])
@@ -95,35 +105,36 @@ def _slots_kernel(
 def _tokens_kernel(
     g_ptr, inverse_ptr, mask_ptr, dlocal_ptr, dnull_ptr, n, dim, tokens, experts,
     HAS_LOCAL: tl.constexpr, HAS_NULL: tl.constexpr, HAS_MASK: tl.constexpr, AVERAGE: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program: ROWS tokens. dlocal (B, N, D), and partial sums (programs, D) of dnull."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    channels = tl.arange(0, BLOCK_D)
-    for start in range(0, dim, BLOCK_D):
-        inside = start + channels < dim
-        total = tl.zeros((BLOCK_D,), DTYPE)
-        for i in range(ROWS):
-            token = first + i
-            if token < tokens:
-                shown = tl.full((), 1, tl.int32)
-                if HAS_MASK:
-                    shown = tl.load(mask_ptr + token).to(tl.int32)
-                b = token // n
-                terms = tl.full((), 1 if HAS_LOCAL else 0, tl.int32)
-                for e in range(experts):
-                    terms += (tl.load(inverse_ptr + (b * experts + e) * n + token % n) >= 0).to(tl.int32)
-                readable = tl.where(inside, shown, 0) > 0
-                g = tl.load(g_ptr + token * dim + start + channels, mask=readable, other=0.0).to(DTYPE)
-                if HAS_NULL:
-                    total += tl.where(tl.where(inside, terms, 1) == 0, g, 0.0)
-                if HAS_LOCAL:
-                    if AVERAGE:
-                        g /= tl.maximum(terms, 1).to(DTYPE)
-                    dlocal = g.to(dlocal_ptr.dtype.element_ty)
-                    tl.store(dlocal_ptr + token * dim + start + channels, dlocal, mask=inside)
+    """Program: CHUNK tokens, ROWS at a time, by BLOCK_D channels. dlocal (B, N, D), partial sums (chunks, D) of dnull.
+
+    The null token has no gradient of a token that somebody took; without local attention these are not read.
+    """
+    channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channels < dim
+    total = tl.zeros((ROWS, BLOCK_D), DTYPE)
+    for start in range(0, CHUNK, ROWS):
+        token = tl.program_id(0).to(tl.int64) * CHUNK + start + tl.arange(0, ROWS)
+        there = token < tokens
+        shown = there
+        if HAS_MASK:
+            shown = tl.load(mask_ptr + token, mask=there, other=0) != 0
+        terms = tl.full((ROWS,), 1 if HAS_LOCAL else 0, tl.int32)
+        for e in range(experts):
+            place = (token // n * experts + e) * n + token % n
+            terms += (tl.load(inverse_ptr + place, mask=there, other=-1) >= 0).to(tl.int32)
+        readable = shown if HAS_LOCAL else shown & (terms == 0)
+        tile = token[:, None] * dim + channels[None, :]
+        g = tl.load(g_ptr + tile, mask=readable[:, None] & inside[None, :], other=0.0).to(DTYPE)
         if HAS_NULL:
-            tl.store(dnull_ptr + tl.program_id(0).to(tl.int64) * dim + start + channels, total, mask=inside)
+            total += tl.where((terms == 0)[:, None], g, 0.0)
+        if HAS_LOCAL:
+            if AVERAGE:
+                g /= tl.maximum(terms, 1).to(DTYPE)[:, None]
+            tl.store(dlocal_ptr + tile, g.to(dlocal_ptr.dtype.element_ty), mask=there[:, None] & inside[None, :])
+    if HAS_NULL:
+        tl.store(dnull_ptr + tl.program_id(0).to(tl.int64) * dim + channels, tl.sum(total, 0), mask=inside)
 
 
 def combine(
@@ -180,15 +191,15 @@ def combine_backward(
         )  # fmt: skip
     if local is None and null is None:
         return dy, dscores, None, None
-    programs = triton.cdiv(batch * n, ROWS)
+    chunks = cdiv(batch * n, CHUNK)
     dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)
-    partial = None if null is None else torch.zeros(programs, dim, dtype=wide(y.dtype), device=y.device)
+    partial = None if null is None else torch.zeros(chunks, dim, dtype=wide(y.dtype), device=y.device)
     if g.numel():
-        constants["num_warps"] = min(max(constants["BLOCK_D"] // 256, 1), 8)  # few programs, each of many rows
+        block_d = min(next_power_of_2(dim), 64 if y.dtype == torch.float64 else 256)
         launch(
-            _tokens_kernel, (programs,),
+            _tokens_kernel, (chunks, cdiv(dim, block_d)),
             g, inverse, mask, dlocal, partial, n, dim, batch * n, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
-            ROWS=ROWS, **constants,
+            DTYPE=arithmetic(y.dtype), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype).view(null.shape)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, contiguous, double_bits, from_bits, launch
+from optimized.kernels.launch import CHUNK, cdiv, contiguous, double_bits, from_bits, launch
 from optimized.kernels.rows import (
     block_of_row,
     fits,
@@ -308,7 +308,7 @@ def _backward(
             n, rows, experts, group, *widths, *masses, n_iters, *bits, SCALARS=SCALARS, **picked, **constants,
         )  # fmt: skip
         launch(
-            _descent_backward_kernel, (rows, triton.cdiv(n, TOKENS)),
+            _descent_backward_kernel, (rows, cdiv(n, TOKENS)),
             *pointers, contiguous(dlogits), s, mask, scores, a, c, rates, out,
             n, rows, experts, group, *widths, n_iters, *bits,
             HAS_DLOGITS=dlogits is not None, HAS_MASK=mask is not None, TOKENS=TOKENS, STEPS=STEPS, num_warps=4,

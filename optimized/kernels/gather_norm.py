@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, contiguous, launch, wide
+from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, launch, next_power_of_2, wide
 
 NORM_TOKENS = 16  # of a program of the norms
 CHUNK = 64  # slots of a program of the backward
@@ -136,16 +136,16 @@ def token_norms(x: Tensor) -> Tensor:
     batch, n, dim = x.shape
     norms = torch.empty(batch, n, dtype=wide(x.dtype), device=x.device)
     if norms.numel():
-        block_d = min(triton.next_power_of_2(dim), 128)
+        block_d = min(next_power_of_2(dim), 128)
         launch(
-            _norms_kernel, (triton.cdiv(batch * n, NORM_TOKENS),), x.contiguous(), norms, batch * n, dim,
+            _norms_kernel, (cdiv(batch * n, NORM_TOKENS),), x.contiguous(), norms, batch * n, dim,
             DTYPE=arithmetic(x.dtype), BLOCK_N=NORM_TOKENS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return norms
 
 
 def _block_d(dim: int) -> int:
-    return min(triton.next_power_of_2(dim), 1024)
+    return min(next_power_of_2(dim), 1024)
 
 
 def _tile(dim: int, dtype: torch.dtype, numbers: int) -> dict[str, Any]:
@@ -163,11 +163,11 @@ def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tu
     if any(out.numel() for out in outs):
         constants = _tile(dim, x.dtype, 4096)
         k_0, k_1 = (group.indices.shape[2] for group in (taken[0], taken[-1]))
-        chunks = [triton.cdiv(batch * k, constants["ROWS"]) for k in (k_0, k_1)]
+        chunks = [cdiv(batch * k, constants["ROWS"]) for k in (k_0, k_1)]
         parts = [part for group, out in zip((taken[0], taken[-1]), (outs[0], outs[-1])) for part in _parts(group, out)]
         tiles = experts * sum(chunks[: len(taken)])
         launch(
-            _gather_kernel, (tiles, triton.cdiv(dim, constants["BLOCK_D"])), x.contiguous(), contiguous(norms), *parts,
+            _gather_kernel, (tiles, cdiv(dim, constants["BLOCK_D"])), x.contiguous(), contiguous(norms), *parts,
             n, k_0, k_1, dim, batch, experts, *chunks, dim, HAS_NORM=taken[0].gamma is not None, **constants,
         )  # fmt: skip
     return outs
@@ -186,8 +186,8 @@ def slot_gradients(
     constants = _tile(dim, x.dtype, 2048)
     ks = [group.indices.shape[2] for group in taken]
     all_rows = experts * batch * sum(ks)
-    chunks = [triton.cdiv(batch * k, CHUNK) for k in ks]
-    channel_blocks = triton.cdiv(dim, constants["BLOCK_D"])
+    chunks = [cdiv(batch * k, CHUNK) for k in ks]
+    channel_blocks = cdiv(dim, constants["BLOCK_D"])
     dots = norms.new_empty(channel_blocks, all_rows)
     partial = norms.new_empty(experts * sum(chunks), dim)
     if dots.numel():

@@ -16,6 +16,19 @@ CHUNK = 8192  # elements of a longer row that are read at a time
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# Triton's own two, without its wrapper, which takes as long as a launch.
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not smaller than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def double_bits(value: float) -> int:
     """Triton passes a Python float as float32, so a double travels as the integer of its bits."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
@@ -51,7 +64,7 @@ def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 
     A warp for 4 KB: with fewer threads more rows are in flight, and a sum over channels needs no shared memory.
     """
-    block = min(triton.next_power_of_2(dim), MAX_BLOCK_D)
+    block = min(next_power_of_2(dim), MAX_BLOCK_D)
     warps = max(block * wide(dtype).itemsize // 4096, 1)
     return {"DTYPE": arithmetic(dtype), "BLOCK_D": block, "num_warps": warps}
 

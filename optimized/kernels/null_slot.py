@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, contiguous, launch, wide
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
 
 ROWS = 64  # queries of a program, fewer for wide heads
 TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
@@ -108,12 +108,12 @@ def _merge_backward_kernel(
 
 
 def _constants(q: Tensor, keep: Tensor | None) -> dict[str, Any]:
-    block, rows = triton.next_power_of_2(q.shape[-1]), _rows(q.shape[-1])
+    block, rows = next_power_of_2(q.shape[-1]), _rows(q.shape[-1])
     return {"HAS_KEEP": keep is not None, "DTYPE": arithmetic(q.dtype), "ROWS": rows, "BLOCK_D": block, "num_warps": 4}
 
 
 def _rows(dim: int) -> int:
-    return max(min(ROWS, TILE // triton.next_power_of_2(dim)), 1)
+    return max(min(ROWS, TILE // next_power_of_2(dim)), 1)
 
 
 def merge(
@@ -130,7 +130,7 @@ def merge(
     merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
     if q.numel():
         launch(
-            _merge_kernel, (rows * heads, triton.cdiv(length, _rows(dim))),
+            _merge_kernel, (rows * heads, cdiv(length, _rows(dim))),
             *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
             length, rows // null_k.shape[0], heads, dim, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
         )  # fmt: skip
@@ -149,7 +149,7 @@ def merge_backward(
 ) -> Tensor:
     """dk0 and dv0, (2, G, H, d); adds the null slot's part in place to dq, which is contiguous."""
     rows, length, heads, dim = q.shape
-    chunks, groups = triton.cdiv(length, _rows(dim)), null_k.shape[0]
+    chunks, groups = cdiv(length, _rows(dim)), null_k.shape[0]
     partial = torch.empty(2, rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device)
     if q.numel():
         launch(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import contiguous, launch
+from optimized.kernels.launch import contiguous, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -61,14 +61,14 @@ def rotate(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transp
     t = t if t.stride(-1) == 1 else t.contiguous()
     out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     if out.numel():
-        block_half = triton.next_power_of_2(dim // 2)
+        block_half = next_power_of_2(dim // 2)
         launch(
             _rotary_kernel, (rows * length,),
             t, cos.contiguous(), sin.contiguous(), contiguous(positions), out,
             length, heads, dim // 2, *t.stride()[:3],
             HAS_POSITIONS=positions is not None, TRANSPOSED=transposed,
             DTYPE=tl.float64 if t.dtype == torch.float64 else tl.float32,
-            BLOCK_H=min(triton.next_power_of_2(heads), max(1024 // block_half, 1)), BLOCK_HALF=block_half,
+            BLOCK_H=min(next_power_of_2(heads), max(1024 // block_half, 1)), BLOCK_HALF=block_half,
             num_warps=2,
         )  # fmt: skip
     return out

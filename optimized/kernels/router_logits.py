@@ -27,7 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import INTERPRETED, arithmetic, as_bytes, double_bits, from_bits, launch, wide
+from optimized.kernels.launch import (
+    INTERPRETED,
+    arithmetic,
+    as_bytes,
+    cdiv,
+    double_bits,
+    from_bits,
+    launch,
+    next_power_of_2,
+    wide,
+)
 
 CHUNK_N = 512  # tokens of one program of dr
 
@@ -129,9 +139,10 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
     dtype = wide(torch.promote_types(x.dtype, r.dtype))
     logits = torch.empty(batch, experts, n, dtype=dtype, device=x.device)
     norms = torch.empty(batch, n, dtype=dtype, device=x.device)
-    factors = norms.new_zeros(batch, 0 if scale is None or n else experts)
+    # Without tokens no program writes them.
+    make = norms.new_empty if logits.numel() else norms.new_zeros
+    factors = make(batch, 0 if scale is None else experts)
     if logits.numel():
-        factors = norms.new_empty(batch, 0 if scale is None else experts)
         half = _is_half(x, r)
         if dtype == torch.float64:
             block_n, block_d, block_e = 16, 32, 4
@@ -139,7 +150,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
             block_n, block_d, block_e = 32, 128 if half else 64, 16 if experts <= 16 else 32
         r = r.contiguous()
         launch(
-            _logits_kernel, (triton.cdiv(n, block_n), batch, triton.cdiv(experts, block_e)),
+            _logits_kernel, (cdiv(n, block_n), batch, cdiv(experts, block_e)),
             x.contiguous(), r, as_bytes(mask), logits, norms, factors,
             n, dim, experts, item_stride(r), double_bits(0.0 if scale is None else scale),
             HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
@@ -160,11 +171,11 @@ def routing_token_gradient(
     g = g.contiguous()
     double = dtype == torch.float64
     block_n, block_d, block_e = (16, 32, 4) if double else (32, 128, 16)
-    block_d = min(block_d, max(triton.next_power_of_2(dim), 16))
-    chunks, expert_blocks = triton.cdiv(n, CHUNK_N), triton.cdiv(experts, block_e)
+    block_d = min(block_d, max(next_power_of_2(dim), 16))
+    chunks, expert_blocks = cdiv(n, CHUNK_N), cdiv(experts, block_e)
     partial = torch.empty(batch, chunks, experts, dim, dtype=dtype, device=x.device)
     launch(
-        _dr_kernel, (chunks, batch, triton.cdiv(dim, block_d) * expert_blocks),
+        _dr_kernel, (chunks, batch, cdiv(dim, block_d) * expert_blocks),
         g, x.contiguous(), as_bytes(mask), factors.contiguous(), norms.contiguous(), partial,
         n, dim, experts, chunks,
         HAS_MASK=mask is not None, COSINE=cosine, HALF=_is_half(x, r), DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, INTERPRETED, ROWS_IN_REGISTERS, as_bytes, double_bits, from_bits
+from optimized.kernels.launch import (
+    CHUNK,
+    INTERPRETED,
+    ROWS_IN_REGISTERS,
+    as_bytes,
+    double_bits,
+    from_bits,
+    next_power_of_2,
+)
 
 
 @triton.jit
@@ -80,14 +88,14 @@ def fits(n: int, element_size: int) -> bool:
 
 def row_arguments(logits: Tensor, mask: Tensor | None, longest: int) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Contiguous logits and mask (as bytes), and HAS_MASK, BLOCK and num_warps for blocks of at most `longest`."""
-    block = min(triton.next_power_of_2(max(logits.shape[-1], 1)), longest)
+    block = min(next_power_of_2(max(logits.shape[-1], 1)), longest)
     constants = {"HAS_MASK": mask is not None, "BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
     return logits.contiguous(), as_bytes(mask), constants
 
 
 def block_of_row(n: int, element_size: int) -> int:
     """The whole row where it stays in registers, else a chunk."""
-    return triton.next_power_of_2(max(n, 1)) if fits(n, element_size) else CHUNK
+    return next_power_of_2(max(n, 1)) if fits(n, element_size) else CHUNK
 
 
 def mass_arguments(experts: int, masses: float | tuple[float, ...]) -> tuple[int, int, int]:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, contiguous, launch
+from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.router_logits import item_stride
 
 
@@ -165,9 +165,9 @@ def token_gradient(
     tokens = x if router is None else router.tokens.contiguous()
     parts = (None,) * 4 if router is None else (router.gradient, router.logits, tokens, router.factors)
     double = norms.dtype == torch.float64
-    block_d = min(64 if double else 256, max(triton.next_power_of_2(dim), 16))
+    block_d = min(64 if double else 256, max(next_power_of_2(dim), 16))
     launch(
-        _tokens_gradient_kernel, (triton.cdiv(n, 16), batch, triton.cdiv(dim, block_d)),
+        _tokens_gradient_kernel, (cdiv(n, 16), batch, cdiv(dim, block_d)),
         x, as_bytes(mask), norms, *(contiguous(part) for part in groups), dots, *(contiguous(p) for p in parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_stride(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, launch
+from optimized.kernels.launch import arithmetic, launch, next_power_of_2
 
 SIZES = ["length", "batch", "experts", "heads"]
 
@@ -78,10 +78,10 @@ def _sizes(v: Tensor, scores: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Integer arguments, and constants."""
     _, length, heads, dim = v.shape
     batch, experts, _ = scores.shape
-    block_d = triton.next_power_of_2(dim)
+    block_d = next_power_of_2(dim)
     constants = {
         "DTYPE": arithmetic(v.dtype),
-        "BLOCK_H": min(triton.next_power_of_2(heads), max(1024 // block_d, 1)),
+        "BLOCK_H": min(next_power_of_2(heads), max(1024 // block_d, 1)),
         "BLOCK_D": block_d,
         "num_warps": 2,
     }

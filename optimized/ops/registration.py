@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
 
 def refuse_to(name: str, what: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *gradients: Any) -> Any:
@@ -101,7 +103,14 @@ def differentiable(
         "vmap": rule(call),
     }
     function = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
-    methods = {"forward": raw, "setup_context": setup, "backward": backward}
+
+    def compute(ctx: Any, *args: Any) -> Any:
+        # Not by setup_context, for which PyTorch inspects the signature at every call.
+        output = raw(*args)
+        setup(ctx, args, output)
+        return output
+
+    methods = {"forward": compute, "backward": backward}
     direct = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
     call.__doc__ = op.__doc__
     return call
@@ -114,10 +123,10 @@ def is_plain(args: tuple) -> bool:
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors
-    )
+    for a in args:
+        if isinstance(a, Tensor) and (type(a) not in _ORDINARY or torch._C._functorch.is_legacy_batchedtensor(a)):
+            return False
+    return True
 
 
 def no_setup(ctx: Any, inputs: tuple, output: Any) -> None:

@@ -21,9 +21,9 @@ MODULES = {
     "capped_simplex": "solver",
     "gather_norm": "gather",
     "null_slot": "null slot",
+    "token_gradient": "dx",
     "value_score": "null slot",  # both are about values and scores around the flash kernel
 }
-TOKENS_GRADIENT = re.compile(r"_(dx|scatter|tokens_gradient)(_|$)")  # assembles the gradient of x from the slots
 LIBRARIES = (  # in this order: flash-attn 4's kernels are called cutlass too
     ("attention", ("flash", "fmha", "sdpa", "cudnn", "attention", "compute_dot_do_o")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas")),
@@ -38,7 +38,7 @@ def own_kernels() -> dict[str, str]:
     for path in sorted((Path(optimized.__file__).parent / "kernels").glob("*.py")):
         stage = MODULES.get(path.stem, path.stem.replace("_", " "))
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE):
-            found[name] = "dx" if TOKENS_GRADIENT.search(name.removesuffix("kernel")) else stage
+            found[name] = stage
     return found
 
 
