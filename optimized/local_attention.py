@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimized import ops, validation
-from optimized.backends import Backend, Request, choose
+from optimized.backends import Request, choose
 from optimized.routed_attention import rotate
 
 MIN_BLOCK, MAX_BLOCK = 32, 256  # short blocks waste launches and padding, long ones waste N R of the band
@@ -66,33 +66,35 @@ def _local_attention(
     batch, n, dim = x.shape
     hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)
     if norm_weight is not None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if norm_bias is None else norm_bias.to(wide)
-        hidden = F.layer_norm(hidden.to(wide), (dim,), norm_weight.to(wide), bias).to(x.dtype)
-    q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, w_out.shape[1] // heads).unbind(2)
+        # PyTorch computes it in at least float32 whatever the dtype, if there is but one.
+        bias = None if norm_bias is None else norm_bias.to(x.dtype)
+        hidden = F.layer_norm(hidden, (dim,), norm_weight.to(x.dtype), bias).to(x.dtype)
+    dtype, dim_head = x.dtype, w_out.shape[1] // heads
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     triton = choose("dispatch", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
-    cos, sin = rotary_tables(n, q.shape[-1], x.device)
-    q, k = (rotate(t, cos, sin, None, triton) for t in (q, k))
     request = Request(
-        q.device, q.dtype, q.shape[-1], mask is not None, empty=q.numel() == 0,
+        x.device, dtype, dim_head, mask is not None, empty=batch * n == 0,
         allow_flash=allow_flash, allow_triton=allow_triton,
     )  # fmt: skip
-    out = _attend(choose("local_attention", request), q, k, v, min(window_size, n - 1), mask, causal) if n else q
-    out = F.linear(out.flatten(2), w_out).to(x.dtype)
-    return out if mask is None else out.masked_fill(~mask[..., None], 0)
-
-
-def _attend(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool
-) -> Float[Tensor, "B N H d"]:
-    """From q, k, v of that shape, with w < N."""
-    if backend.kernel is not None:
-        return _banded(q, k, v, w, mask, causal, backend.kernel)
-    if backend.name == "flex_attention":
+    backend = choose("local_attention", request)
+    tables = rotary_tables(n, dim_head, x.device)
+    window = min(window_size, max(n - 1, 0))
+    if backend.kernel is None and backend.name != "flex_attention":
+        wide = torch.promote_types(dtype, torch.float32)
+        given = *(t.to(dtype) for t in (hidden, w_qkv, w_out)), *(table.to(wide) for table in tables)
+        out = ops.attend_in_window(*given, heads, window, causal, backend.name, triton)[0].to(x.dtype)
+        return out if mask is None else out.masked_fill(~mask[..., None], 0)
+    q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, dim_head).unbind(2)
+    q, k = (rotate(t, *tables, None, triton) for t in (q, k))
+    if n and backend.kernel is not None:
+        q = _banded(q, k, v, window, mask, causal, backend.kernel)
+    elif n:
         from optimized.attention import flex_window
 
-        return flex_window.attend(q, k, v, w, mask, causal)
-    return ops.attend(q, k, v, None, None, None, 0.0, w, causal, backend.name, False)[0]
+        q = flex_window.attend(q, k, v, window, mask, causal)
+    out = F.linear(q.flatten(2), w_out).to(x.dtype)
+    return out if mask is None else out.masked_fill(~mask[..., None], 0)
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal: bool, kernel: SDPBackend) -> Tensor:

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimized
 import reference
+from optimized import ops
 from optimized.backends import Request, obstacle
-from optimized.local_attention import MAX_BLOCK, MIN_BLOCK
+from optimized.local_attention import MAX_BLOCK, MIN_BLOCK, rotary_tables
 from reference import oracle
 from reference.local_attention import ROWS
 
@@ -334,3 +335,27 @@ def test_memory_is_linear_in_the_length(window: int, device: torch.device) -> No
     # Keys are held per block: span * dim_head / block numbers a token; the mask has span.
     assert largest.numel <= n * (block + 2 * window) * max(1.0, 8 / block) * 1.1
     assert largest.numel < n * n / 50
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "window"), [(1, 1), (17, 3), (40, 39)])
+def test_one_operator_for_a_windowed_kernel(
+    n: int, window: int, causal: bool, kernels: str, device: torch.device
+) -> None:
+    """What surrounds a kernel with windows (all of which need a GPU), around attention written out: the reference."""
+    heads, dim_head, dim = 2, 6, 5
+    g = generator(n)
+    x, w_qkv, w_out = (
+        torch.randn(shape, generator=g, dtype=torch.float64).to(device).requires_grad_()
+        for shape in ((2, n, dim), (3 * heads * dim_head, dim), (dim, heads * dim_head))
+    )
+    tables = rotary_tables(n, dim_head, device)
+    reach = min(window, n - 1)
+    actual = ops.attend_in_window(x, w_qkv, w_out, *tables, heads, reach, causal, "math", kernels == "triton")[0]
+    exact = reference.local_attention(x, window, causal=causal, w_qkv=w_qkv, w_out=w_out, heads=heads)
+    cotangent = torch.randn(exact.shape, generator=g, dtype=torch.float64).to(device)
+    pairs = [(actual, exact)]
+    pairs += zip(*(torch.autograd.grad(out, (x, w_qkv, w_out), cotangent) for out in (actual, exact)))
+    for found, expected in pairs:
+        assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()

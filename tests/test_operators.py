@@ -214,6 +214,20 @@ def sample_attention_backward(s: Sample) -> tuple[Any, ...]:
     return (s.floats(s.batch * s.experts, s.n, 2, 4, seed=5), *arguments[:6], *saved, *arguments[6:])
 
 
+def sample_window(s: Sample) -> tuple[Any, ...]:
+    angles = draw((s.n, 4), "normal", 3)
+    wide = torch.promote_types(s.dtype, torch.float32)
+    tables = angles.cos().to(wide), angles.sin().to(wide)
+    weights = s.floats(24, 5, seed=1), s.floats(5, 8, seed=2)
+    return s.floats(s.batch, s.n, 5), *weights, *tables, 2, 2, s.layout == "sliced", "math", s.masked
+
+
+def sample_window_backward(s: Sample) -> tuple[Any, ...]:
+    arguments = sample_window(s)
+    y, *saved = torch.ops.moa.window_attention(*arguments[:-1], False)
+    return s.floats(*y.shape, seed=4), *arguments[:5], *saved, *arguments[5:]
+
+
 SAMPLES = {
     "router_logits": sample_logits,
     "router_logits_backward": sample_logits_backward,
@@ -228,6 +242,8 @@ SAMPLES = {
     "combine_backward": sample_combine_backward,
     "attention": sample_attention,
     "attention_backward": sample_attention_backward,
+    "window_attention": sample_window,
+    "window_attention_backward": sample_window_backward,
     "coordinate_descent": sample_descent,
     "coordinate_descent_backward": sample_descent_backward,
     "capped_simplex": sample_capped,
@@ -413,6 +429,40 @@ def test_gradcheck_of_capped_simplex(options: tuple[Any, ...], masked: bool, dev
     logits = away_from_kinks("capped_simplex", mask, options).to(device)
     mask = None if mask is None else mask.to(device)
     check_both_forms(ops.cap, torch.ops.moa.capped_simplex, logits, mask, options)
+
+
+STAGES = {  # operator: its differentiable arguments, and how many of its results are
+    "router_logits": ((0, 1), 1),
+    "gather_norm": ((0, 1), 1),
+    "routed_rows": ((0, 1, 2, 3, 4), 5),
+    "combine": ((0, 1, 5, 6), 1),
+    "expert_attention": ((0, 1, 2, 3, 4, 5, 6), 1),
+    "window_attention": ((0, 1, 2), 1),
+}
+EITHER = ("expert_attention", "window_attention")  # by PyTorch too, as their last argument says
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    ("name", "kernels"), [*((name, "triton") for name in STAGES), *((name, "torch") for name in EITHER)]
+)
+def test_gradcheck_of_whole_stages(name: str, kernels: str, masked: bool, device: torch.device) -> None:
+    """In float64, all differentiable arguments at once; scores are handed on as they are, not straight-through."""
+    arguments = list(arguments_of(name, Sample(masked=masked), device))
+    if name == "routed_rows":
+        arguments[11] = False  # straight_through
+    if name in EITHER:
+        arguments[-1] = kernels == "triton"
+    places, results = STAGES[name]
+    places = [i for i in places if arguments[i] is not None]
+
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(places, leaves))
+        found = getattr(torch.ops.moa, name)(*(given.get(i, a) for i, a in enumerate(arguments)))
+        return (found,) if isinstance(found, Tensor) else found[:results]
+
+    leaves = [arguments[i].detach().requires_grad_() for i in places]
+    assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

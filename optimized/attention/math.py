@@ -1,4 +1,7 @@
-"""Attention written out in PyTorch: any device and dtype, with dropout; memory R H L S. No window."""
+"""Attention written out in PyTorch: any device and dtype, with dropout and windows; memory R H L S.
+
+No stage with a window takes it, for its memory; it shows that the operators around a window are right.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,14 @@ def _logits(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(wide).transpose(1, 2), k.to(wide).permute(0, 2, 3, 1)
     s = (q @ k) * setting.scale
+    keys = torch.arange(s.shape[-1], device=s.device)
+    if setting.window >= 0:
+        left, right = setting.sides
+        ahead = keys - torch.arange(s.shape[-2], device=s.device)[:, None]
+        s = s.masked_fill((ahead < -left) | (ahead > right), -math.inf)
     if setting.lengths is None:
         return s
-    hidden = torch.arange(s.shape[-1], device=s.device) >= setting.lengths[:, None]
-    return s.masked_fill(hidden[:, None, None], -math.inf)
+    return s.masked_fill((keys >= setting.lengths[:, None])[:, None, None], -math.inf)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:

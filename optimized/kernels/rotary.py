@@ -5,7 +5,8 @@ itself. With the halves t = (t1, t2), and angles that need not be equal in both,
 
     out1 = t1 cos1 - t2 sin1,  out2 = t2 cos2 + t1 sin2;   transposed:  g1 cos1 + g2 sin2,  g2 cos2 - g1 sin1.
 
-One program per slot writes its H d numbers. Blind spots: none known; positions are trusted to lie in the tables.
+One program per slot reads and writes its H d numbers, so the result may be in place. Blind spots: none known;
+positions are trusted to lie in the tables.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import contiguous, launch, next_power_of_2
+from optimized.kernels.launch import arithmetic, contiguous, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
 def _rotary_kernel(
-    t_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, length, heads, half, stride_r, stride_l, stride_h,
+    t_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr,
+    length, heads, half, stride_r, stride_l, stride_h, out_r, out_l, out_h,
     HAS_POSITIONS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +30,7 @@ def _rotary_kernel(
     row = slot // length
     place = slot % length
     t_ptr += row * stride_r + place * stride_l
+    out_ptr += row * out_r + place * out_l
     position = place
     if HAS_POSITIONS:
         position = tl.load(positions_ptr + slot)
@@ -50,25 +53,28 @@ def _rotary_kernel(
         else:
             first = t1 * cos1 - t2 * sin1
             second = t2 * cos2 + t1 * sin2
-        tile = (slot * heads + h[:, None]) * (2 * half) + channels[None, :]
+        tile = h[:, None].to(tl.int64) * out_h + channels[None, :]
         tl.store(out_ptr + tile, first.to(out_ptr.dtype.element_ty), mask=keep)
         tl.store(out_ptr + tile + half, second.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool) -> Tensor:
     """(R, L, H, d), contiguous, in t's dtype. positions (R, L) int64, or None for 0 .. L-1."""
+    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    rotate_into(out, t, cos, sin, positions, transposed)
+    return out
+
+
+def rotate_into(out: Tensor, t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool) -> None:
+    """The same into out, of any strides but that of d, which is 1; out may be t."""
     rows, length, heads, dim = t.shape
     t = t if t.stride(-1) == 1 else t.contiguous()
-    out = torch.empty(t.shape, dtype=t.dtype, device=t.device)
     if out.numel():
         block_half = next_power_of_2(dim // 2)
         launch(
             _rotary_kernel, (rows * length,),
             t, cos.contiguous(), sin.contiguous(), contiguous(positions), out,
-            length, heads, dim // 2, *t.stride()[:3],
-            HAS_POSITIONS=positions is not None, TRANSPOSED=transposed,
-            DTYPE=tl.float64 if t.dtype == torch.float64 else tl.float32,
-            BLOCK_H=min(next_power_of_2(heads), max(1024 // block_half, 1)), BLOCK_HALF=block_half,
-            num_warps=2,
+            length, heads, dim // 2, *t.stride()[:3], *out.stride()[:3],
+            HAS_POSITIONS=positions is not None, TRANSPOSED=transposed, DTYPE=arithmetic(t.dtype),
+            BLOCK_H=min(next_power_of_2(heads), max(1024 // block_half, 1)), BLOCK_HALF=block_half, num_warps=2,
         )  # fmt: skip
-    return out

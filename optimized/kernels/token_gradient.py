@@ -64,7 +64,7 @@ def _add_rows(
             gamma = tl.load(gamma_ptr + tl.cast(e, tl.int64) * dim + channels, mask=inside, other=0.0).to(DTYPE)
             g *= gamma[None, :]
             for block in range(channel_blocks):
-                dot += tl.load(dots_ptr + block * all_rows + row, mask=here, other=0.0)
+                dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row, mask=here, other=0.0)
         total += g
         taken |= here.to(tl.int32)
     return total, dot, taken

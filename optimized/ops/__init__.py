@@ -21,3 +21,4 @@ from optimized.ops.solvers import (
     descend,
 )
 from optimized.ops.tokens import collect, dispatch, gather_tokens, scatter_tokens
+from optimized.ops.window_attention import attend_in_window, window_attention, window_attention_backward

@@ -16,6 +16,7 @@ from torch.library import custom_op
 from optimized.attention import adapter
 from optimized.ops.attention import attend_raw, attend_raw_backward
 from optimized.ops.registration import differentiable, no_setup, refuse_to
+from optimized.ops.rotary import rotate_into
 
 _INPUTS = (
     "Tensor queries, Tensor keys_values, Tensor scores, Tensor w_q, Tensor w_kv, Tensor w_out, Tensor null_kv,"
@@ -69,8 +70,8 @@ def expert_attention(
     kv = torch.bmm(keys_values.flatten(1, 2), _per_expert(w_kv, experts).mT).view(rows, k_kv, 2, heads, dim)
     k, v = kv.unbind(2)
     if cos is not None and sin is not None:
-        q = _rotate(q, cos, sin, q_positions, False, triton)
-        k.copy_(_rotate(k, cos, sin, k_positions, False, triton))
+        rotate_into(q, q, cos, sin, q_positions, False, triton)
+        rotate_into(k, k, cos, sin, k_positions, False, triton)
     v = _scale(v, scores, unit_scores, triton)
     null_k, null_v = _null(null_kv)
     out, *saved = attend_raw(q, k, v, null_k, null_v, lengths, dropout, -1, False, backend, triton)
@@ -141,8 +142,8 @@ def expert_attention_backward(
     assert dnull_kv is not None
     dscores = _scale_backward(dv, v, scores, triton)
     if cos is not None and sin is not None:
-        dq = _rotate(dq, cos, sin, q_positions, True, triton)
-        dk.copy_(_rotate(dk, cos, sin, k_positions, True, triton))
+        rotate_into(dq, dq, cos, sin, q_positions, True, triton)
+        rotate_into(dk, dk, cos, sin, k_positions, True, triton)
     dqueries, dw_q = _project_backward(dq, queries, w_q)
     dkeys_values, dw_kv = _project_backward(dkv, keys_values, w_kv)
     return dqueries, dkeys_values, dscores, dw_q, dw_kv, dw_out.view(w_out.shape), dnull_kv.view(null_kv.shape)
@@ -201,23 +202,6 @@ def _scale_backward(dv: Tensor, v: Tensor, scores: Tensor, triton: bool) -> Tens
 def _by_row(scores: Tensor) -> Tensor:
     """(R, K, 1, 1)."""
     return scores.transpose(0, 1).flatten(0, 1)[..., None, None]
-
-
-def _rotate(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool, triton: bool) -> Tensor:
-    """Contiguous; see `ops.rotary`."""
-    if triton:
-        from optimized.kernels import rotary as kernel
-
-        return kernel.rotate(t, cos, sin, positions, transposed)
-    half = t.shape[-1] // 2
-    # t cos + (-t2, t1) sin; transposed: t cos + (t2 sin2, -t1 sin1).
-    sign = torch.ones(t.shape[-1], dtype=sin.dtype, device=t.device)
-    sign[:half] = -1
-    at = slice(None) if positions is None else positions
-    cos, signed = (table[at].unsqueeze(-2) for table in (cos, sin * sign))
-    wide = t.to(cos.dtype)
-    turned = (wide * signed).roll(half, -1) if transposed else wide.roll(half, -1) * signed
-    return (wide * cos + turned).to(t.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -41,3 +41,23 @@ def _rotary_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 turn = differentiable(rotary, _rotary_setup, _rotary_backward)
+
+
+def rotate_into(
+    out: Tensor, t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool, triton: bool
+) -> None:
+    """`rotary` for operators that contain it, into out, which may be t; by its kernel or by PyTorch."""
+    if triton:
+        from optimized.kernels import rotary as kernel
+
+        kernel.rotate_into(out, t, cos, sin, positions, transposed)
+        return
+    half = t.shape[-1] // 2
+    # t cos + (-t2, t1) sin; transposed: t cos + (t2 sin2, -t1 sin1).
+    sign = torch.ones(t.shape[-1], dtype=sin.dtype, device=t.device)
+    sign[:half] = -1
+    at = slice(None) if positions is None else positions
+    cos, signed = (table[at].unsqueeze(-2) for table in (cos, sin * sign))
+    wide = t.to(cos.dtype)
+    turned = (wide * signed).roll(half, -1) if transposed else wide.roll(half, -1) * signed
+    out.copy_(wide * cos + turned)
