@@ -1,0 +1,99 @@
+"""Memory: what the layer keeps for its backward, stage by stage, as a formula of the shape; the peak on a GPU.
+
+docs/performance.md states the same formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from strategies import LayerCase, generator
+from torch import Tensor
+
+import optimized
+
+CASE = LayerCase(batch=2, n=96, dim=48, experts=3, heads=2, dim_head=8, k_q=10, k_kv=14)
+CASES = {
+    "straight-through": CASE,
+    "soft": replace(CASE, options={"straight_through": False}),
+    "exact, soft": replace(CASE, options={"straight_through": False, "solver": "exact"}),
+    "mask": replace(CASE, mask="suffix"),
+    "cosine": replace(CASE, options={"cosine_sim_routing": True}),
+}
+
+
+def saved_bytes(case: LayerCase, itemsize: int) -> dict[str, int]:
+    """By stage, without input and parameters. Numbers of the router and statistics take at least 4 bytes each."""
+    b, n, e, h = case.batch, case.n, case.experts, case.heads
+    wide, inner = max(itemsize, 4), case.heads * case.dim_head
+    rows = e * b
+    routes = rows * (case.k_q + case.k_kv) * (8 + 1 + wide)  # indices, slot masks, scores
+    solver = 0
+    if not case.options.get("straight_through", True):
+        solver = 2 * rows * n * wide + 2 * 20 * 2 * rows * wide  # soft scores, iterates, counts
+    return {
+        "routing": 2 * rows * n * (wide + 4) + b * n * wide + 2 * rows * wide + routes + solver,  # logits, inverse maps
+        "rows": rows * (case.k_q + case.k_kv) * case.dim * itemsize,
+        "attention": rows * (2 * case.k_q + 2 * case.k_kv) * inner * itemsize + rows * h * case.k_q * wide,
+        "combination": rows * case.k_q * case.dim * itemsize,
+    }
+
+
+def build(case: LayerCase, device: torch.device, dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    layer = optimized.MixtureOfAttention(**(case.arguments() | {"dropout": 0.0}), device=device, dtype=dtype)
+    given = {name: t.to(device) for name, t in case.inputs().items()}
+    return layer, given | {"x": given["x"].to(dtype).requires_grad_()}
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", CASES)
+def test_saved_for_backward(name: str, kernels: str, device: torch.device) -> None:
+    """Distinct storages, but for those of inputs and parameters."""
+    case = CASES[name]
+    layer, given = build(case, device, torch.float32)
+    known = {t.untyped_storage().data_ptr() for t in (*given.values(), *layer.parameters()) if isinstance(t, Tensor)}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = layer(**given)
+    few = 1024  # lengths, and the like
+    assert out.requires_grad
+    assert sum(saved_bytes(case, 4).values()) * 0.9 <= sum(kept.values()) <= sum(saved_bytes(case, 4).values()) + few
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_peak_of_both_directions(dtype: torch.dtype, device: torch.device) -> None:
+    """Above inputs and parameters: what is saved, gradients of the parameters, and the most that one stage needs."""
+    case = LayerCase(batch=2, n=4096, dim=512, experts=4, heads=8, dim_head=64, k_q=512, k_kv=512)
+    layer, given = build(case, device, dtype)
+    cotangent = torch.randn(given["x"].shape, generator=generator(3)).to(device, dtype)
+
+    def both() -> None:
+        layer.zero_grad(set_to_none=True)
+        given["x"].grad = None
+        layer(**given).backward(cotangent)
+
+    both()
+    layer.zero_grad(set_to_none=True)
+    given["x"].grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    size, rows, inner = dtype.itemsize, case.experts * case.batch, case.heads * case.dim_head
+    gradients = sum(p.numel() * size for p in layer.parameters())
+    of_x = 2 * case.batch * case.n * case.dim * size  # out, then the gradient of x
+    experts = rows * (case.k_q + case.k_kv) * (case.dim + 2 * inner) * size  # dy, dout, dq, dk, dv, of the rows
+    allowed = sum(saved_bytes(case, size).values()) + gradients + of_x + experts
+    assert peak <= 1.1 * allowed
