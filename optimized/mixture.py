@@ -151,11 +151,14 @@ class MixtureOfAttention(nn.Module):
         if context is None:
             context, context_mask = x, mask
         masked = context_mask is not None or routes is not None
-        for stage, request in self._requests(x, masked, mask is not None).items():
-            choose(stage, request)  # a chosen backend that can't serve raises here, before any work
+        # A chosen backend that can't serve raises here, before any work.
+        chosen = {
+            stage: choose(stage, request) for stage, request in self._requests(x, masked, mask is not None).items()
+        }
         straight = routes is None and self.query_router.options.straight_through
         unit_scores = straight or (routes is None and context.shape[1] <= k_kv)
-        if routes is None and context is x and self._routes_in_one(x, max(k_q, k_kv)):
+        by_triton = chosen["routing"].triton and chosen["dispatch"].triton
+        if by_triton and routes is None and context is x and self._chooses_from_rows(x.shape[1], max(k_q, k_kv)):
             tokens = query_routing_tokens, key_value_routing_tokens
             routers = self.query_router, self.key_value_router
             queries, keys_values, q_routes, kv_routes, q_inverse = route_both(
@@ -184,16 +187,10 @@ class MixtureOfAttention(nn.Module):
         )  # fmt: skip
         return (out, (q_routes, kv_routes)) if return_routes else out
 
-    def _routes_in_one(self, x: Tensor, k: int) -> bool:
-        """Whether one operator routes and gathers for both: by Triton, where each has a choice, over whole rows."""
-        options, n = self.query_router.options, x.shape[1]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        requests = {"routing": exact, "dispatch": x.dtype}
-        by_triton = all(
-            choose(stage, Request(x.device, dtype, allow_triton=self.use_triton)).triton
-            for stage, dtype in requests.items()
-        )
-        return by_triton and n > k and (options.route_block_size is None or options.route_block_size >= n)
+    def _chooses_from_rows(self, n: int, k: int) -> bool:
+        """Whether both routers have a choice, over whole rows: `route_both` does no more."""
+        width = self.query_router.options.route_block_size
+        return n > k and (width is None or width >= n)
 
     def _requests(self, x: Tensor, masked: bool, token_mask: bool) -> dict[str, Request]:
         """What a call asks of each stage. masked: keys of the routed attention may have to be hidden.
