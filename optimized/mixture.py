@@ -155,10 +155,11 @@ class MixtureOfAttention(nn.Module):
         chosen = {
             stage: choose(stage, request) for stage, request in self._requests(x, masked, mask is not None).items()
         }
-        straight = routes is None and self.query_router.options.straight_through
-        unit_scores = straight or (routes is None and context.shape[1] <= k_kv)
+        no_choice = context.shape[1] <= k_kv
+        unit_scores = routes is None and (no_choice or self.query_router.options.straight_through)
+        alike = routes is None and context is x and context_mask is mask
         by_triton = chosen["routing"].triton and chosen["dispatch"].triton
-        if by_triton and routes is None and context is x and self._chooses_from_rows(x.shape[1], max(k_q, k_kv)):
+        if alike and by_triton and self._chooses_from_rows(x.shape[1], max(k_q, k_kv)):
             tokens = query_routing_tokens, key_value_routing_tokens
             routers = self.query_router, self.key_value_router
             queries, keys_values, q_routes, kv_routes, q_inverse = route_both(
@@ -175,7 +176,7 @@ class MixtureOfAttention(nn.Module):
                 q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
                 q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
             packed = kv_routes
-            if masked and (routes is not None or context.shape[1] <= k_kv):
+            if masked and (routes is not None or no_choice):
                 # A router's choice is packed already, unless there was nothing to choose.
                 packed = pack(kv_routes)
                 kv_inverse = ops.inverse_map(packed.indices, packed.mask, context.shape[1])

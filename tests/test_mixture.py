@@ -429,3 +429,31 @@ def test_dropout_is_off_in_eval_and_random_in_training(implementation: ModuleTyp
     assert not torch.equal(first, second)
     torch.manual_seed(3)
     check_identical(layer(x).detach(), first.detach())
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("masks", ["none", "other", "same"])
+def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) -> None:
+    """The same tensor as x and as context, with another mask of each: both routers and both gathers in one must not
+    take it for self-attention.
+    """
+    case = LayerCase(n=20, k_q=5, k_kv=6, options={"straight_through": False, "cosine_sim_routing": True})
+    arguments = case.arguments() | {"dropout": 0.0}
+    layers = [
+        implementation.MixtureOfAttention(**arguments, device=device, dtype=torch.float64)
+        for implementation in (reference, optimized)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = case.inputs()["x"].to(device).requires_grad_()
+    hidden = torch.rand(2, 2, 20, generator=generator(1)).to(device) > 0.4
+    given_masks = {
+        "none": {},
+        "same": {"mask": hidden[0], "context_mask": hidden[0]},
+        "other": {"mask": hidden[0], "context_mask": hidden[1]},
+    }[masks]
+    found = []
+    for layer in layers:
+        out = layer(x, context=x, **given_masks)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+    for exact, actual in zip(*found):
+        assert (actual - exact).abs().max() <= 1e-9 * exact.abs().max() + 1e-12
