@@ -72,7 +72,7 @@ def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 # What Triton compiled, by kernel, device and all that it specialises a launch by. Triton finds it anew at each launch,
 # in 20 us and more, which is longer than many a kernel runs.
 _compiled: dict[tuple[Any, ...], Any] = {}
-_specialized: dict[int, tuple[bool, ...]] = {}
+_specialized: dict[Any, tuple[bool, ...]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -85,11 +85,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)
         return
-    specialized = _specialized.get(id(kernel))
+    launch_compiled(kernel, grid, device.index, arguments, constants)
+
+
+def launch_compiled(
+    kernel: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """By what was compiled at an earlier launch that Triton would have specialised alike, else by Triton."""
+    specialized = _specialized.get(kernel)
     if specialized is None:
         specialized = tuple(not parameter.do_not_specialize for parameter in kernel.params)
-        _specialized[id(kernel)] = specialized
-    key = (id(kernel), device.index, *constants.items(), *map(_specialize, arguments, specialized))
+        _specialized[kernel] = specialized
+    key = (kernel, device, *constants.items(), *map(_specialize, arguments, specialized))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **constants)

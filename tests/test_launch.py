@@ -1,0 +1,92 @@
+"""Launches of Triton kernels by what was compiled before: nothing may be reused that Triton would compile anew."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from optimized.kernels.launch import cdiv, launch_compiled, next_power_of_2
+
+
+class Kernel:
+    """In place of a Triton kernel (x_ptr, y_ptr, n, dim, BLOCK), n not specialised."""
+
+    arg_names = ("x_ptr", "y_ptr", "n", "dim", "BLOCK")
+    params = tuple(SimpleNamespace(do_not_specialize=name == "n") for name in arg_names)
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_and_run(*arguments: Any, **constants: Any) -> Any:
+            self.compiled.append((*arguments, constants))
+            # What it compiles to takes all arguments in their order, and a grid of three.
+            return {(*grid, 1, 1)[:3]: lambda *given: self.launched.append(given)}
+
+        return compile_and_run
+
+
+X = torch.zeros(64)
+USUAL: dict[str, Any] = {"x": X, "y": None, "n": 5, "dim": 32, "device": 0, "BLOCK": 16, "num_warps": 4}
+
+
+def start(kernel: Kernel, **changes: Any) -> None:
+    c = USUAL | changes
+    constants = {"BLOCK": c["BLOCK"], "num_warps": c["num_warps"]}
+    launch_compiled(kernel, (3,), c["device"], (c["x"], c["y"], c["n"], c["dim"]), constants)
+
+
+def test_the_second_launch_compiles_nothing() -> None:
+    kernel = Kernel()
+    start(kernel)
+    start(kernel, x=torch.ones(64), n=2**31 - 1)
+    assert len(kernel.compiled) == 1
+    ((x, y, n, dim, block),) = kernel.launched
+    assert x[0] == 1
+    assert (y, n, dim, block) == (None, 2**31 - 1, 32, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": X.double()},
+        {"x": X[1:]},
+        {"y": X},
+        {"n": 2**31},
+        {"dim": 16},
+        {"dim": 1},
+        {"device": 1},
+        {"BLOCK": 32},
+        {"num_warps": 8},
+    ],
+    ids=["dtype", "alignment", "present", "64 bits", "multiple of 16", "one", "device", "constant", "option"],
+)
+def test_what_is_specialised_is_compiled_apart(change: dict[str, Any]) -> None:
+    kernel = Kernel()
+    start(kernel)
+    start(kernel, **change)
+    assert len(kernel.compiled) == 2
+    start(kernel)
+    start(kernel, **change)
+    assert len(kernel.compiled) == 2
+    assert len(kernel.launched) == 2
+
+
+def test_kernels_do_not_share() -> None:
+    first, second = Kernel(), Kernel()
+    start(first)
+    start(second)
+    assert len(second.compiled) == 1
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 4096, 4097])
+def test_sizes_of_blocks(n: int) -> None:
+    """As Triton computes them."""
+    import triton
+
+    assert next_power_of_2(n) == triton.next_power_of_2(n)
+    assert cdiv(n, 16) == triton.cdiv(n, 16)
