@@ -1,0 +1,90 @@
+"""Looks for the smallest example that breaks a property."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+
+from tests.conformance.registry import Property
+from tests.conformance.subject import NotOffered, Subject
+from tests.strategies import LayerCase
+
+HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """reason: of a failure or of "not offered". example, snippet: of a failure, the smallest case found."""
+
+    name: str
+    title: str
+    what: str
+    verdict: str
+    reason: str = ""
+    example: str = ""
+    snippet: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrink: bool = True) -> Verdict:
+    """Draws the same configurations in every run. spec: module:callable, for the snippet."""
+    last: list[LayerCase] = []
+
+    @hypothesis.settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(prop.cases)
+    def run(case: LayerCase) -> None:
+        last[:] = [case]
+        prop.check(subject, case)
+
+    about = {"name": prop.name, "title": prop.title, "what": prop.what}
+    try:
+        run()
+    except NotOffered as lacking:
+        return Verdict(**about, verdict=NOT_OFFERED, reason=_first_line(lacking))
+    except Exception as error:
+        # Hypothesis has run the smallest example last.
+        case = brief(last[0])
+        return Verdict(
+            **about, verdict=FAILS, reason=describe(error), example=case, snippet=snippet(prop, subject, spec, case)
+        )
+    return Verdict(**about, verdict=HOLDS)
+
+
+def brief(case: LayerCase) -> str:
+    """Python that rebuilds the case, without the fields that have their default value."""
+    default = LayerCase()
+    given: dict[str, Any] = {f.name: getattr(case, f.name) for f in fields(case)}
+    changed = (f"{name}={value!r}" for name, value in given.items() if value != getattr(default, name))
+    return f"LayerCase({', '.join(changed)})"
+
+
+def snippet(prop: Property, subject: Subject, spec: str, case: str) -> str:
+    module, _, name = spec.partition(":")
+    return (
+        f"from {module} import {name}\n"
+        f"from {prop.module} import {prop.name}\n"
+        "from tests.conformance.subject import Subject\n"
+        "from tests.strategies import LayerCase\n\n"
+        f"{prop.name}(Subject({name}, {str(subject.device)!r}), {case})\n"
+    )
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]
