@@ -35,8 +35,9 @@ def cases(
 ) -> LayerCase:
     """Configurations of these numbers of batch items and experts.
 
-    queries, key_values: whether there is a choice, N >= 2 K; otherwise N <= K. window: None, "multiple" (N is a
-    multiple of the window) or "ragged" (it is none). least: the smallest K. fields: of LayerCase; strategies are drawn.
+    queries, key_values: whether there is a choice, N >= 2 K; otherwise N <= K. window: None, "single" (N is the
+    window), "multiple" (N is a multiple of it) or "ragged" (it is none). least: the smallest K. fields: of LayerCase;
+    strategies are drawn. There are no norms unless asked for: a wrong one would show everywhere.
     """
     chosen = {name: draw(v) if isinstance(v, st.SearchStrategy) else v for name, v in fields.items()}
     pick_q = draw(queries) if isinstance(queries, st.SearchStrategy) else queries
@@ -45,8 +46,8 @@ def cases(
     longest = max([k for k, pick in ((k_q, pick_q), (k_kv, pick_kv and not context)) if pick], default=0)
     n = 2 * longest + draw(st.integers(0 if longest else 1, 7))
     if window is not None:
-        w = draw(st.integers(1 if window == "multiple" else 2, 4))
-        n = w * math.ceil(n / w) + (0 if window == "multiple" else draw(st.integers(1, w - 1)))
+        w = n if window == "single" else draw(st.integers(2 if window == "ragged" else 1, 4))
+        n = w * math.ceil(n / w) + (draw(st.integers(1, w - 1)) if window == "ragged" else 0)
         chosen["window"] = w
     m = n
     if context:
@@ -61,6 +62,7 @@ def cases(
         "dim_head": draw(st.sampled_from((4, 8))),
         "k_q": k_q if pick_q else n + extra,
         "k_kv": k_kv if pick_kv else m + extra,
+        "prenorm": False,
         "seed": draw(st.integers(0, 2**16)),
     }
     return LayerCase(**(case | chosen))
@@ -78,9 +80,12 @@ def planted(case: LayerCase, *, block: int | None = None) -> tuple[State, Inputs
     """State and inputs in which expert e picks exactly the K tokens whose logit is 1; all others have about -1.
 
     Expert e reads its logit in channel e (queries) and E + e (keys and values). Valid tokens are planted first. block:
-    as many in each block of so many tokens. Also returns which tokens are picked as queries, (B, E, N) bool.
+    as many in each block of so many tokens, all of whose logits are 4 below those of the block before. Also returns which tokens are picked as queries, (B, E, N) bool. The null
+    token is 0: `tokens_of_no_expert_become_the_null_token` is about it, and nothing else.
     """
     state, inputs = tensors(case)
+    if case.window is None:
+        state["null_routed_token"].zero_()
     e = case.experts
     sides = (
         ("query_router", "x", "mask", case.k_q, 0),
@@ -104,7 +109,8 @@ def planted(case: LayerCase, *, block: int | None = None) -> tuple[State, Inputs
         for start in range(0, x.shape[1], width):
             part = order[..., start : start + width].argsort(dim=-1)[..., :each] + start
             best.scatter_(-1, part, True)
-        x[..., first : first + e] = torch.where(best, 1.0, -1.0 + 0.1 * order).transpose(1, 2)
+        logits = torch.where(best, 1.0, -1.0 + 0.1 * order) - 4.0 * (torch.arange(x.shape[1]) // width)
+        x[..., first : first + e] = logits.transpose(1, 2)
         if router == "query_router":
             picked = best
     return state, inputs, picked
@@ -114,10 +120,11 @@ def graded(case: LayerCase, *, unit: bool = False) -> tuple[State, Inputs]:
     """State and inputs whose logits are distinct and evenly spread over [-0.5, 0.5].
 
     With the option eps = 1 and N >= 2 K every soft score stays below 1, away from the kinks of the solver. One expert;
-    unit: tokens of norm 1, so that the cosine is the same.
+    unit: tokens of norm 1, so that the cosine is the same. The null token is 0.
     """
     assert case.experts == 1
     state, inputs = tensors(case)
+    state["null_routed_token"].zero_()
     x = inputs["x"]
     for router, channel in (("query_router", 0), ("key_value_router", 1)):
         name = f"{router}.routing_token"
@@ -144,9 +151,14 @@ def average_the_window(state: State) -> None:
 
 def share_keys_and_values(case: LayerCase, state: State) -> None:
     """Keys are values, the same for every expert: what belongs to an expert is its queries, null slot and output."""
-    weight = state["attn.to_kv.weight"]
-    one = weight[: case.heads * case.dim_head]
+    one = state["attn.to_kv.weight"][: case.heads * case.dim_head]
     state["attn.to_kv.weight"] = one.repeat(2 * case.experts, 1, 1)
-    if case.prenorm:
-        gamma = state["attn.context_norm.gamma"]
-        state["attn.context_norm.gamma"] = gamma[:1].repeat(case.experts, 1, 1)
+
+
+def share_experts(case: LayerCase, state: State) -> None:
+    """All experts compute the same, with keys that are values: what counts is how many there are."""
+    share_keys_and_values(case, state)
+    state["attn.null_kv"][:] = state["attn.null_kv"][:, :1].clone()
+    for name in ("attn.to_q.weight", "attn.to_out.weight"):
+        one = state[name][: state[name].shape[0] // case.experts]
+        state[name] = one.repeat(case.experts, 1, 1)

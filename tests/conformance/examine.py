@@ -56,19 +56,31 @@ def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrin
         return Verdict(**about, verdict=NOT_OFFERED, reason=_first_line(lacking))
     except Exception as error:
         # Hypothesis has run the smallest example last.
-        case = brief(last[0])
-        return Verdict(
-            **about, verdict=FAILS, reason=describe(error), example=case, snippet=snippet(prop, subject, spec, case)
-        )
+        case = last[0]
+        code = snippet(prop, subject, spec, as_python(case))
+        return Verdict(**about, verdict=FAILS, reason=describe(error), example=brief(case), snippet=code)
     return Verdict(**about, verdict=HOLDS)
 
 
-def brief(case: LayerCase) -> str:
-    """Python that rebuilds the case, without the fields that have their default value."""
+SIZES = {"batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv"}
+
+
+def _unusual(case: LayerCase) -> dict[str, Any]:
     default = LayerCase()
-    given: dict[str, Any] = {f.name: getattr(case, f.name) for f in fields(case)}
-    changed = (f"{name}={value!r}" for name, value in given.items() if value != getattr(default, name))
-    return f"LayerCase({', '.join(changed)})"
+    given = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in SIZES}
+    return {name: value for name, value in given.items() if value != getattr(default, name)}
+
+
+def brief(case: LayerCase) -> str:
+    """The case for a reader: sizes, and whatever is not at its default."""
+    sizes = " ".join(f"{letter}={getattr(case, name)}" for name, letter in SIZES.items())
+    return " ".join((sizes, *(f"{name}={value}" for name, value in _unusual(case).items())))
+
+
+def as_python(case: LayerCase) -> str:
+    """Python that rebuilds the case."""
+    given = {name: getattr(case, name) for name in SIZES} | _unusual(case)
+    return f"LayerCase({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def snippet(prop: Property, subject: Subject, spec: str, case: str) -> str:

@@ -56,7 +56,7 @@ class Subject:
     def _moved(self, name: str, v: Any, dtype: torch.dtype) -> Any:
         if not isinstance(v, Tensor):
             return v
-        return v.to(self.device, dtype if v.is_floating_point() and name != "rotary_emb" else None)
+        return v.to(self.device, dtype if v.is_floating_point() and name != "rotary_emb" else v.dtype, copy=True)
 
 
 def load(layer: nn.Module, state: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from tests.conformance.registry import checked_on
 from tests.conformance.subject import Subject, assert_unchanged, call
 from tests.strategies import LayerCase, draw
 
-EXPERTS = {"experts": (1, 2, 3), "key_values": EITHER}
+EXPERTS = {"experts": (1, 2, 3), "key_values": EITHER, "prenorm": EITHER}
 
 
 @checked_on(windows(None, "multiple", batch=(2, 3), **EXPERTS))

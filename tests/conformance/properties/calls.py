@@ -12,7 +12,7 @@ from tests.conformance.registry import checked_on
 from tests.conformance.subject import Subject, assert_equals_reference, assert_unchanged, call
 from tests.strategies import LayerCase, lay_out
 
-ANY = {"queries": EITHER, "key_values": EITHER, "experts": (1, 2), "batch": (1, 2)}
+ANY = {"queries": EITHER, "key_values": EITHER, "experts": (1, 2), "batch": (1, 2), "prenorm": EITHER}
 
 
 @checked_on(cases(queries=EITHER, key_values=EITHER))

@@ -9,7 +9,7 @@ from tests.conformance.registry import checked_on
 from tests.conformance.subject import Subject, assert_equals_reference, assert_unchanged, call, gradients
 from tests.strategies import LayerCase, draw
 
-CHOICE = {"queries": EITHER, "key_values": EITHER}
+CHOICE = {"queries": EITHER, "key_values": EITHER, "prenorm": EITHER}
 
 
 @checked_on(windows(None, "multiple", batch=(1, 2), mask="random", **CHOICE))
@@ -86,7 +86,7 @@ def masked_context_takes_no_part(subject: Subject, case: LayerCase) -> None:
     assert_unchanged(after, before, "other content of masked context: the gradient of attn.to_kv.weight")
 
 
-@checked_on(cases(context=True, batch=(1, 2), **CHOICE))
+@checked_on(cases(context=True, queries=EITHER, key_values=EITHER))
 def without_a_visible_key_the_null_slot_is_left(subject: Subject, case: LayerCase) -> None:
     """With all of the context masked, every query attends to its expert's learned null key and value."""
     state, inputs, _ = planted(case)

@@ -10,11 +10,11 @@ from tests.conformance.data import (
     average_the_window,
     cases,
     planted,
-    share_keys_and_values,
+    share_experts,
     silence_experts,
 )
 from tests.conformance.registry import checked_on
-from tests.conformance.subject import Subject, assert_equals_reference
+from tests.conformance.subject import NotOffered, Subject, assert_equals_reference
 from tests.strategies import LayerCase
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,13 +26,15 @@ def in_every_dtype(subject: Subject, case: LayerCase, *, local: bool = False) ->
     wrong: list[str] = []
     for dtype in DTYPES:
         state, inputs, _ = planted(case)
-        share_keys_and_values(case, state)
+        share_experts(case, state)
         if local:
             silence_experts(state)
             average_the_window(state)
         try:
             assert_equals_reference(subject, case, state, inputs, dtype=dtype)
-        except (AssertionError, RuntimeError) as error:
+        except NotOffered:
+            raise
+        except Exception as error:
             wrong.append(f"{dtype}: {error}")
     assert not wrong, "\n".join(wrong)
 
@@ -43,13 +45,13 @@ def every_dtype(subject: Subject, case: LayerCase) -> None:
     in_every_dtype(subject, case)
 
 
-@checked_on(cases(window="multiple", **SIZED))
+@checked_on(cases(window="single", **SIZED))
 def every_dtype_with_local_attention(subject: Subject, case: LayerCase) -> None:
-    """The same with local attention."""
+    """Local attention in float64, float32, bfloat16 and float16, as exact as these allow."""
     in_every_dtype(subject, case, local=True)
 
 
 @checked_on(cases(key_values=False, experts=(2,), average=True, **SIZED))
 def every_dtype_with_average_routed(subject: Subject, case: LayerCase) -> None:
-    """The same with average_routed=True."""
+    """average_routed=True in float64, float32, bfloat16 and float16: the output stays in x's dtype."""
     in_every_dtype(subject, case)

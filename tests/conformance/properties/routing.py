@@ -36,7 +36,8 @@ def cosine_routing_ignores_the_norms(subject: Subject, case: LayerCase) -> None:
     assert_equals_reference(subject, case, state, inputs)
 
 
-EXACT = {"eps": st.just(1.0), "straight_through": st.just(False), "solver": st.just("exact")}
+# Some soft scores saturate, fewer than K: the iterates are elsewhere, and which tokens are the K best is beyond doubt.
+EXACT = {"eps": st.sampled_from((0.3, 0.1)), "straight_through": st.just(False), "solver": st.just("exact")}
 
 
 @checked_on(cases(options=st.fixed_dictionaries(EXACT)))
@@ -92,10 +93,13 @@ def slots_can_be_overridden_at_forward(subject: Subject, case: LayerCase) -> Non
     assert_equals_reference(subject, built, state, inputs | slots, same_as=case, without=slots)
 
 
-@checked_on(cases(queries=EITHER, key_values=EITHER, experts=(1, 2), batch=(1, 2)))
+@checked_on(cases(experts=(1, 2), batch=(1, 2)))
 def returned_routes_can_be_given_back(subject: Subject, case: LayerCase) -> None:
-    """return_routes: distinct tokens of x for every expert; `routes=` with them gives the same output."""
+    """return_routes: the tokens of every expert; `routes=` with them has its say, and not the routers."""
     state, inputs, picked = planted(case)
+    read_by_routers = slice(2 * case.experts)
+    for name in ("attn.to_q.weight", "attn.to_kv.weight"):
+        state[name][:, read_by_routers] = 0.0
     layer = subject.build(case, state)
     given = subject.move(inputs)
     result = call(layer, **given, return_routes=True)
@@ -106,5 +110,7 @@ def returned_routes_can_be_given_back(subject: Subject, case: LayerCase) -> None
         raise NotOffered(f"forward: return_routes gives out something else ({error})") from error
     expected = [[row.nonzero().flatten().tolist() for row in item] for item in picked]
     assert found.sort(dim=-1).values.tolist() == expected, "the query routes are not the tokens with the K best logits"
+    given["x"] = given["x"].clone()
+    given["x"][..., read_by_routers] *= -1.0
     again = call(layer, **given, routes=(q_routes, kv_routes))
-    assert_unchanged(again, out, "routes given back: the output")
+    assert_unchanged(again, out, "routes given back, and other logits: the output")
