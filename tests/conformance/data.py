@@ -80,8 +80,9 @@ def planted(case: LayerCase, *, block: int | None = None) -> tuple[State, Inputs
     """State and inputs in which expert e picks exactly the K tokens whose logit is 1; all others have about -1.
 
     Expert e reads its logit in channel e (queries) and E + e (keys and values). Valid tokens are planted first. block:
-    as many in each block of so many tokens, all of whose logits are 4 below those of the block before. Also returns which tokens are picked as queries, (B, E, N) bool. The null
-    token is 0: `tokens_of_no_expert_become_the_null_token` is about it, and nothing else.
+    as many in each block of so many tokens, all of whose logits are 4 below those of the block before. Also returns
+    which tokens are picked as queries, (B, E, N) bool. The null token is 0: `tokens_of_no_expert_become_the_null_token`
+    is about it, and nothing else.
     """
     state, inputs = tensors(case)
     if case.window is None:

@@ -17,7 +17,7 @@ HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
 
 @dataclass(frozen=True)
 class Verdict:
-    """reason: of a failure or of "not offered". example, snippet: of a failure, the smallest case found."""
+    """reason: of a failure, or of what is not offered. example, snippet: of a failure, the smallest case found."""
 
     name: str
     title: str
@@ -34,6 +34,8 @@ class Verdict:
 def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrink: bool = True) -> Verdict:
     """Draws the same configurations in every run. spec: module:callable, for the snippet."""
     last: list[LayerCase] = []
+    lacking: list[str] = []
+    checked = 0
 
     @hypothesis.settings(
         max_examples=examples,
@@ -46,20 +48,27 @@ def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrin
     )
     @hypothesis.given(prop.cases)
     def run(case: LayerCase) -> None:
+        nonlocal checked
         last[:] = [case]
-        prop.check(subject, case)
+        try:
+            prop.check(subject, case)
+        except NotOffered as error:
+            lacking.append(str(error).splitlines()[0])
+        else:
+            checked += 1
 
     about = {"name": prop.name, "title": prop.title, "what": prop.what}
     try:
         run()
-    except NotOffered as lacking:
-        return Verdict(**about, verdict=NOT_OFFERED, reason=_first_line(lacking))
     except Exception as error:
         # Hypothesis has run the smallest example last.
         case = last[0]
         code = snippet(prop, subject, spec, as_python(case))
         return Verdict(**about, verdict=FAILS, reason=describe(error), example=brief(case), snippet=code)
-    return Verdict(**about, verdict=HOLDS)
+    if not checked:
+        return Verdict(**about, verdict=NOT_OFFERED, reason=lacking[0])
+    part = f"{len(lacking)} of {checked + len(lacking)} configurations are not offered: {lacking[0]}" if lacking else ""
+    return Verdict(**about, verdict=HOLDS, reason=part)
 
 
 SIZES = {"batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv"}
@@ -96,7 +105,3 @@ def snippet(prop: Property, subject: Subject, spec: str, case: str) -> str:
 
 def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

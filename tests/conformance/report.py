@@ -50,9 +50,10 @@ def table(spec: str, verdicts: list[Verdict]) -> Table:
     made = Table(title=f"conformance of {spec}: {summary(verdicts)}", title_justify="left")
     made.add_column("property")
     made.add_column("verdict", no_wrap=True)
-    made.add_column("smallest example, or reason", overflow="fold")
+    made.add_column("smallest example, and reason", overflow="fold")
     for v in verdicts:
-        made.add_row(v.title, f"[{STYLES[v.verdict]}]{v.verdict}[/]", _plain(v.example or v.reason))
+        why = "\n".join(line for line in (v.example, *v.reason.splitlines()[:1]) if line)
+        made.add_row(v.title, f"[{STYLES[v.verdict]}]{v.verdict}[/]", _plain(why))
     return made
 
 
@@ -81,7 +82,8 @@ def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
         lines += ["", "Each snippet runs from the root of this repository and raises the error shown above it."]
     for v in failures:
         what = " ".join(v.what.split())
-        lines += ["", f"## {v.title}", "", what, "", "```", *v.reason.splitlines(), "```"]
+        lines += ["", f"## {v.title}", "", what, "", f"Smallest example: {v.example}", ""]
+        lines += ["```", *v.reason.splitlines(), "```"]
         lines += ["", "```python", *v.snippet.splitlines(), "```"]
     return "\n".join(lines) + "\n"
 

@@ -124,6 +124,8 @@ def assert_equals_reference(
     assert_matches(out, exact, baseline, stage="mixture", name="output", expect=expect, scale=scale)
     largest = max((g.abs().max().item() for g in wanted.values() if g is not None), default=0.0)
     for name in gradients_of:
+        if name not in found:
+            raise NotOffered(f"named_parameters: there is no {name}")
         got, right, base = found[name], wanted[name], plain[name]
         if rows and name in rows:
             got, right, base = (None if t is None else t[rows[name]] for t in (got, right, base))
