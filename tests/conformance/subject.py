@@ -37,17 +37,20 @@ class Subject:
         dtype: torch.dtype = torch.float32,
         **arguments: Any,
     ) -> nn.Module:
-        """A layer in eval mode, with `state` loaded. An argument that it does not know: NotOffered."""
-        given = case.arguments() | arguments
-        given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
-        try:
-            layer = self.factory(given.pop("dim"), **given)
-        except TypeError as error:
-            raise NotOffered(f"constructor: {error}") from error
-        layer = layer.to(self.device, dtype).eval()
+        """A layer in eval mode, with `state` loaded."""
+        layer = self.construct(case, **arguments).to(self.device, dtype).eval()
         if state is not None:
             load(layer, {name: t.to(self.device, dtype) for name, t in state.items()})
         return layer
+
+    def construct(self, case: LayerCase, **arguments: Any) -> nn.Module:
+        """What the constructor makes. An argument that it does not know: NotOffered."""
+        given = case.arguments() | arguments
+        given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
+        try:
+            return self.factory(given.pop("dim"), **given)
+        except TypeError as error:
+            raise NotOffered(f"constructor: {error}") from error
 
     def move(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Arguments of forward on the device, in the dtype; angles stay float32, masks bool."""

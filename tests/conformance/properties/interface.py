@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import reference
 from tests.conformance.data import EITHER, cases, windows
 from tests.conformance.registry import checked_on
-from tests.conformance.subject import NotOffered, Subject, call
+from tests.conformance.subject import Subject, call
 from tests.strategies import LayerCase, draw
 
 EXAMPLE = {"batch": 16, "n": 50, "dim": 512, "experts": 4, "k_q": 100, "k_kv": 100}
@@ -51,12 +51,7 @@ def state_dict_has_the_names_and_shapes(subject: Subject, case: LayerCase) -> No
 @checked_on(cases())
 def device_and_dtype_at_construction(subject: Subject, case: LayerCase) -> None:
     """Parameters stand on the device and in the dtype that the constructor was told."""
-    arguments = case.arguments()
-    where = {"device": subject.device, "dtype": torch.bfloat16}
-    try:
-        layer = subject.factory(arguments.pop("dim"), **arguments, **where)
-    except TypeError as error:
-        raise NotOffered(f"constructor: {error}") from error
+    layer = subject.construct(case, device=subject.device, dtype=torch.bfloat16)
     for name, p in layer.named_parameters():
         assert p.dtype == torch.bfloat16, f"{name} is {p.dtype}"
         assert p.device.type == torch.device(subject.device).type, f"{name} is on {p.device}"
