@@ -63,7 +63,7 @@ def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrin
     except Exception as error:
         # Hypothesis has run the smallest example last.
         case = last[0]
-        code = snippet(prop, subject, spec, as_python(case))
+        code = snippet(prop, subject, spec, case)
         return Verdict(**about, verdict=FAILS, reason=describe(error), example=brief(case), snippet=code)
     if not checked:
         return Verdict(**about, verdict=NOT_OFFERED, reason=lacking[0])
@@ -87,19 +87,21 @@ def brief(case: LayerCase) -> str:
 
 
 def as_python(case: LayerCase) -> str:
-    """Python that rebuilds the case."""
+    """Python that rebuilds the case, formatted as a formatter would."""
     given = {name: getattr(case, name) for name in SIZES} | _unusual(case)
-    return f"LayerCase({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    lines = (f"    {name}={value!r},\n".replace("'", '"') for name, value in given.items())
+    return f"LayerCase(\n{''.join(lines)})"
 
 
-def snippet(prop: Property, subject: Subject, spec: str, case: str) -> str:
+def snippet(prop: Property, subject: Subject, spec: str, case: LayerCase) -> str:
     module, _, name = spec.partition(":")
     return (
         f"from {module} import {name}\n"
         f"from {prop.module} import {prop.name}\n"
         "from tests.conformance.subject import Subject\n"
         "from tests.strategies import LayerCase\n\n"
-        f"{prop.name}(Subject({name}, {str(subject.device)!r}), {case})\n"
+        f"case = {as_python(case)}\n"
+        f'{prop.name}(Subject({name}, "{subject.device}"), case)\n'
     )
 
 
