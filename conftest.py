@@ -36,6 +36,8 @@ from rich.table import Table  # noqa: E402
 import optimized  # noqa: E402
 import reference  # noqa: E402
 
+pytest_plugins = ["tests.conformance.plugin"]  # --impl, --impl-report
+
 # Seconds of one CPU core, children's included: the same however many workers share the tests; on a machine that does
 # `work` slower, or is busy, a second counts for less (`pace`). A file that takes longer fails the run: the suite stays
 # one that people run.
@@ -43,6 +45,8 @@ FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,
+    "test_launch.py": 5,
+    "test_memory.py": 5,
     "test_local_attention.py": 15,
     "test_routed_attention.py": 20,
     "test_mixture.py": 25,
@@ -55,6 +59,9 @@ FILE_BUDGET_SECONDS = {
     "test_compilation.py": 400,
     "test_main.py": 50,
     "test_benchmarks.py": 30,
+    "test_conformance.py": 25,
+    "test_defects.py": 60,
+    "test_impl_option.py": 20,
 }
 
 
@@ -305,7 +312,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     reports = [r for kind in ("passed", "failed", "error", "") for r in stats.get(kind, [])]
     reports = [r for r in reports if hasattr(r, "user_properties")]
     rows, seconds = collect(reports)
-    if not rows:
+    if not rows or config.option.impl is not None:
         return
     table = Table(title="worst error as a fraction of its budget (see reference/testing.py)", title_justify="left")
     for name in ("property", "stage", "dtype", "backend", "examples", "worst / budget", "seconds"):
@@ -337,6 +344,7 @@ def over_budget(config: pytest.Config, seconds: dict[str, float]) -> list[str]:
         config.option.device != "cpu"
         or config.option.interpreted
         or config.option.max_examples is not None
+        or config.option.impl is not None
         or _asks_for("nightly", config)
     ):
         return []

@@ -1,0 +1,109 @@
+"""Looks for the smallest example that breaks a property."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase
+
+from tests.conformance.registry import Property
+from tests.conformance.subject import NotOffered, Subject
+from tests.strategies import LayerCase
+
+HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """reason: of a failure, or of what is not offered. example, snippet: of a failure, the smallest case found."""
+
+    name: str
+    title: str
+    what: str
+    verdict: str
+    reason: str = ""
+    example: str = ""
+    snippet: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrink: bool = True) -> Verdict:
+    """Draws the same configurations in every run. spec: module:callable, for the snippet."""
+    last: list[LayerCase] = []
+    lacking: list[str] = []
+    checked = 0
+
+    @hypothesis.settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @hypothesis.given(prop.cases)
+    def run(case: LayerCase) -> None:
+        nonlocal checked
+        last[:] = [case]
+        try:
+            prop.check(subject, case)
+        except NotOffered as error:
+            lacking.append(str(error).splitlines()[0])
+        else:
+            checked += 1
+
+    about = {"name": prop.name, "title": prop.title, "what": prop.what}
+    try:
+        run()
+    except Exception as error:
+        # Hypothesis has run the smallest example last.
+        case = last[0]
+        code = snippet(prop, subject, spec, case)
+        return Verdict(**about, verdict=FAILS, reason=describe(error), example=brief(case), snippet=code)
+    if not checked:
+        return Verdict(**about, verdict=NOT_OFFERED, reason=lacking[0])
+    part = f"{len(lacking)} of {checked + len(lacking)} configurations are not offered: {lacking[0]}" if lacking else ""
+    return Verdict(**about, verdict=HOLDS, reason=part)
+
+
+SIZES = {"batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv"}
+
+
+def _unusual(case: LayerCase) -> dict[str, Any]:
+    default = LayerCase()
+    given = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in SIZES}
+    return {name: value for name, value in given.items() if value != getattr(default, name)}
+
+
+def brief(case: LayerCase) -> str:
+    """The case for a reader: sizes, and whatever is not at its default."""
+    sizes = " ".join(f"{letter}={getattr(case, name)}" for name, letter in SIZES.items())
+    return " ".join((sizes, *(f"{name}={value}" for name, value in _unusual(case).items())))
+
+
+def as_python(case: LayerCase) -> str:
+    """Python that rebuilds the case, formatted as a formatter would."""
+    given = {name: getattr(case, name) for name in SIZES} | _unusual(case)
+    lines = (f"    {name}={value!r},\n".replace("'", '"') for name, value in given.items())
+    return f"LayerCase(\n{''.join(lines)})"
+
+
+def snippet(prop: Property, subject: Subject, spec: str, case: LayerCase) -> str:
+    module, _, name = spec.partition(":")
+    return (
+        f"from {module} import {name}\n"
+        f"from {prop.module} import {prop.name}\n"
+        "from tests.conformance.subject import Subject\n"
+        "from tests.strategies import LayerCase\n\n"
+        f"case = {as_python(case)}\n"
+        f'{prop.name}(Subject({name}, "{subject.device}"), case)\n'
+    )
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)

@@ -1,0 +1,118 @@
+"""The verdicts as a table for the terminal, and as Markdown, JSON or HTML."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import json
+import platform
+import re
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict
+
+SUFFIXES = (".md", ".json", ".html")
+STYLES = {HOLDS: "green", FAILS: "bold red", NOT_OFFERED: "dim"}
+
+
+def versions_of(spec: str) -> dict[str, str]:
+    """Python, PyTorch, and the distributions that the module comes from, with what they require."""
+    top = spec.partition(":")[0].split(".")[0]
+    found = {"python": platform.python_version(), "torch": importlib.metadata.version("torch")}
+    for distribution in sorted(set(importlib.metadata.packages_distributions().get(top, ()))):
+        found[distribution] = importlib.metadata.version(distribution)
+        for requirement in importlib.metadata.requires(distribution) or ():
+            name = re.match(r"[\w.-]+", requirement)
+            if name and "extra ==" not in requirement:
+                found.setdefault(name[0], _installed(name[0]))
+    return {name: version for name, version in found.items() if version}
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    counts = Counter(v.verdict for v in verdicts)
+    return ", ".join(f"{counts[kind]} {word}" for kind, word in ((HOLDS, "hold"), (FAILS, "fail"))) + (
+        f", {counts[NOT_OFFERED]} not offered"
+    )
+
+
+def table(spec: str, verdicts: list[Verdict]) -> Table:
+    made = Table(title=f"conformance of {spec}: {summary(verdicts)}", title_justify="left")
+    made.add_column("property")
+    made.add_column("verdict", no_wrap=True)
+    made.add_column("smallest example, and reason", overflow="fold")
+    for v in verdicts:
+        why = "\n".join(line for line in (v.example, *v.reason.splitlines()[:1]) if line)
+        made.add_row(v.title, f"[{STYLES[v.verdict]}]{v.verdict}[/]", _plain(why))
+    return made
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
+    lines = [
+        f"# Conformance of `{spec}`",
+        "",
+        f"{summary(verdicts)}. Written by `pytest --impl {spec} --impl-report FILE`, on device {device}, with "
+        + ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
+        + ".",
+        "",
+        "| property | verdict | reason |",
+        "|---|---|---|",
+    ]
+    for v in verdicts:
+        name = f"[{v.title}](#{v.title.replace(' ', '-')})" if v.verdict == FAILS else v.title
+        verdict = f"**{FAILS}**" if v.verdict == FAILS else v.verdict
+        reason = (v.reason.splitlines() or [""])[0].replace("|", "\\|")
+        lines.append(f"| {name} | {verdict} | {reason} |")
+    failures = [v for v in verdicts if v.verdict == FAILS]
+    if failures:
+        lines += ["", "Each snippet runs from the root of this repository and raises the error shown above it."]
+    for v in failures:
+        what = " ".join(v.what.split())
+        lines += ["", f"## {v.title}", "", what, "", f"Smallest example: {v.example}", ""]
+        lines += ["```", *v.reason.splitlines(), "```"]
+        lines += ["", "```python", *v.snippet.splitlines(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(spec: str, device: str, verdicts: list[Verdict]) -> str:
+    report = {
+        "impl": spec,
+        "device": device,
+        "versions": versions_of(spec),
+        "summary": summary(verdicts),
+        "properties": [v.as_dict() for v in verdicts],
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def html(spec: str, device: str, verdicts: list[Verdict]) -> str:
+    """One file without links to others."""
+    console = Console(record=True, width=150, file=io.StringIO())
+    versions = ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
+    console.print(f"device {device}, {versions}", highlight=False)
+    console.print(table(spec, verdicts))
+    for v in verdicts:
+        if v.verdict == FAILS:
+            console.print(f"\n[bold]{v.title}[/]: {_plain(' '.join(v.what.split()))}", highlight=False)
+            console.print(f"{_plain(v.reason)}\n\n{_plain(v.snippet)}", highlight=False)
+    return console.export_html(inline_styles=True)
+
+
+def write(path: Path, spec: str, device: str, verdicts: list[Verdict]) -> None:
+    render = {".md": markdown, ".json": as_json, ".html": html}[path.suffix]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(spec, device, verdicts))

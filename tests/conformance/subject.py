@@ -1,0 +1,162 @@
+"""The layer under test beside the reference: built, called and compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import reference
+from reference.testing import assert_matches
+from tests.strategies import LayerCase, cotangent
+
+# Attention logits of these small cases stay below this. exp makes a relative error of a logit as many times as large.
+LOGIT_SIZE = 8.0
+DEFAULTS = {"dim_context": None, "average_routed": False, "prenorm": True}
+
+
+class NotOffered(Exception):  # noqa: N818 (a verdict, not an error)
+    """The layer does not have what the property is about, and does not claim to."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A factory that takes the constructor arguments of `reference.MixtureOfAttention`, and where to run its layers."""
+
+    factory: Callable[..., nn.Module]
+    device: torch.device | str = "cpu"
+
+    def build(
+        self,
+        case: LayerCase,
+        state: dict[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **arguments: Any,
+    ) -> nn.Module:
+        """A layer in eval mode, with `state` loaded."""
+        layer = self.construct(case, **arguments).to(self.device, dtype).eval()
+        if state is not None:
+            load(layer, {name: t.to(self.device, dtype) for name, t in state.items()})
+        return layer
+
+    def construct(self, case: LayerCase, **arguments: Any) -> nn.Module:
+        """What the constructor makes. An argument that it does not know: NotOffered."""
+        given = case.arguments() | arguments
+        given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
+        try:
+            return self.factory(given.pop("dim"), **given)
+        except TypeError as error:
+            raise NotOffered(f"constructor: {error}") from error
+
+    def move(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Arguments of forward on the device, in the dtype; angles stay float32, masks bool."""
+        return {name: self._moved(name, v, dtype) for name, v in inputs.items()}
+
+    def _moved(self, name: str, v: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(v, Tensor):
+            return v
+        return v.to(self.device, dtype if v.is_floating_point() and name != "rotary_emb" else v.dtype, copy=True)
+
+
+def load(layer: nn.Module, state: dict[str, Tensor]) -> None:
+    """Buffers that are the layer's own may be missing; `state_dict_has_the_names_and_shapes` looks at the rest."""
+    try:
+        unexpected = layer.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise NotOffered(f"state dict: {error}") from error
+    if unexpected:
+        raise NotOffered(f"state dict: it has no {', '.join(unexpected)}")
+
+
+def call(layer: nn.Module, x: Tensor, **inputs: Any) -> Any:
+    """An argument that forward does not have: NotOffered. What it raises by itself goes through."""
+    try:
+        inspect.signature(layer.forward).bind(x, **inputs)
+    except TypeError as error:
+        raise NotOffered(f"forward: {error}") from error
+    return layer(x, **inputs)
+
+
+def gradients(layer: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Output, and gradients of x, context and every parameter under a random cotangent."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in ("x", "context") if name in inputs}
+    out = call(layer, **{**inputs, **leaves})
+    g = cotangent(tuple(out.shape), "dense", seed).to(out.device, out.dtype)
+    named = leaves | dict(layer.named_parameters())
+    found = torch.autograd.grad(out, list(named.values()), g, allow_unused=True)
+    return out.detach(), dict(zip(named, found))
+
+
+def assert_equals_reference(
+    subject: Subject,
+    case: LayerCase,
+    state: dict[str, Tensor],
+    inputs: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    gradients_of: Iterable[str] = (),
+    rows: dict[str, slice] | None = None,
+    same_as: LayerCase | None = None,
+    without: Iterable[str] = (),
+    **arguments: Any,
+) -> None:
+    """Output, and gradients of the named inputs and parameters, against the float64 reference.
+
+    rows: of a parameter's gradient, where only some are to be compared. same_as: what the reference is built from, if
+    not from `case`; without: arguments of forward that it then doesn't get. arguments: of the layer's constructor.
+    """
+    layer = subject.build(case, state, dtype, **arguments)
+    state, inputs = ({n: _rounded(t, dtype) for n, t in d.items()} for d in (state, inputs))
+    low = torch.float32 if dtype == torch.float64 else dtype
+    oracles = []
+    for precision in (torch.float64, low):
+        oracle = reference.MixtureOfAttention(**(same_as or case).arguments(), device=subject.device, dtype=precision)
+        oracle.load_state_dict({name: t.to(subject.device, precision) for name, t in state.items()})
+        given = {name: v for name, v in inputs.items() if name not in without}
+        oracles.append(gradients(oracle.eval(), subject.move(given, precision), case.seed))
+    out, found = gradients(layer, subject.move(inputs, dtype), case.seed)
+    (exact, wanted), (baseline, plain) = oracles
+    assert out.dtype == dtype, f"the output is {out.dtype}, x is {dtype}"
+    precise = dtype in (torch.float32, torch.float64)
+    scale = LOGIT_SIZE * exact.abs().max().item() if precise else 0.0
+    expect = None if exact.any() else "zeros"
+    assert_matches(out, exact, baseline, stage="mixture", name="output", expect=expect, scale=scale)
+    largest = max((g.abs().max().item() for g in wanted.values() if g is not None), default=0.0)
+    for name in gradients_of:
+        if name not in found:
+            raise NotOffered(f"named_parameters: there is no {name}")
+        got, right, base = found[name], wanted[name], plain[name]
+        if rows and name in rows:
+            got, right, base = (None if t is None else t[rows[name]] for t in (got, right, base))
+        if right is None or not right.any():
+            assert got is None or not got.any(), f"gradient of {name}: it should have none"
+            continue
+        assert got is not None, f"gradient of {name}: there is none"
+        assert_matches(
+            got,
+            right,
+            base,
+            stage="mixture_gradient",
+            name=f"gradient of {name}",
+            scale=LOGIT_SIZE * largest if precise else 0.0,
+        )
+
+
+def _rounded(t: Any, dtype: torch.dtype) -> Any:
+    floating = isinstance(t, Tensor) and t.dtype == torch.float64
+    return t.to(dtype).double() if floating else t
+
+
+def assert_unchanged(after: Tensor, before: Tensor, what: str) -> None:
+    """Equal but for rounding: shapes of products may differ between the two, and their order of summation with them."""
+    assert after.shape == before.shape, f"{what}: shape {tuple(after.shape)}, before {tuple(before.shape)}"
+    if not before.numel():
+        return
+    size = before.abs().max().item()
+    difference = (after - before).abs().max().item()
+    # `<=`: a NaN must fail.
+    assert difference <= 64 * torch.finfo(before.dtype).eps * max(size, 1.0), f"{what} changed by {difference:.3g}"
