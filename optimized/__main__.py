@@ -32,12 +32,11 @@ from torch import Tensor
 
 import optimized
 import reference
-from optimized import _plot, _report, _text
+from optimized import _plot, _report, _text, ops
 from optimized._measure import Measured, measure
 from optimized._report import Compared, Row, picked
 from optimized.attention import module_name
 from optimized.backends import Request, choose, obstacle
-from optimized.local_attention import rotary_tables
 from optimized.mixture import _combine
 from optimized.routed_attention import attend_rows, gather, rotate
 from optimized.routing import Routes, route_both
@@ -392,7 +391,7 @@ def compare_kernels(setup: Setup, backend: str) -> list[Compared]:
         routes, inverse = layer.query_router.decide(x, party.slots)
         rows = gather(x, routes, inverse, None, triton=False)
     positions = routes.indices.transpose(0, 1).flatten(0, 1)
-    cos, sin = rotary_tables(n, layer.dim_head, x.device)
+    cos, sin = ops.rotary_tables(n, layer.dim_head, x.device, x.dtype)
     routers, ks = (layer.query_router, layer.key_value_router), (party.slots, party.slots)
     attention = module_name(choose("routed_attention", Request(x.device, x.dtype, layer.dim_head)).name, x.device)
 

@@ -78,13 +78,12 @@ def _local_attention(
         allow_flash=allow_flash, allow_triton=allow_triton,
     )  # fmt: skip
     backend = choose("local_attention", request)
-    tables = rotary_tables(n, dim_head, x.device)
     window = min(window_size, max(n - 1, 0))
     if backend.kernel is None and backend.name != "flex_attention":
-        wide = torch.promote_types(dtype, torch.float32)
-        given = *(t.to(dtype) for t in (hidden, w_qkv, w_out)), *(table.to(wide) for table in tables)
+        given = (t.to(dtype) for t in (hidden, w_qkv, w_out))
         out = ops.attend_in_window(*given, heads, window, causal, backend.name, triton)[0].to(x.dtype)
         return out if mask is None else out.masked_fill(~mask[..., None], 0)
+    tables = ops.rotary_tables(n, dim_head, x.device, torch.promote_types(dtype, torch.float32))
     q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, dim_head).unbind(2)
     q, k = (rotate(t, *tables, None, triton) for t in (q, k))
     if n and backend.kernel is not None:
@@ -121,13 +120,6 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None, causal
     with sdpa_kernel(kernel):
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=visible)
     return out.transpose(1, 2).reshape(batch, count * block, heads, dim_head)[:, :n]
-
-
-def rotary_tables(n: int, dim_head: int, device: torch.device) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
-    """cos and sin of i * 10000**(-2j/d), j = 0 .. d/2 - 1 twice side by side, in float64."""
-    frequency = torch.arange(0, dim_head, 2, device=device, dtype=torch.float64).mul(-1 / dim_head)
-    angles = torch.outer(torch.arange(n, device=device, dtype=torch.float64), 10000.0**frequency).repeat(1, 2)
-    return angles.cos(), angles.sin()
 
 
 def _check(

@@ -179,7 +179,8 @@ def rotate(
     sign = torch.ones(t.shape[-1], dtype=wide, device=t.device)
     sign[:half] = -1
     cos, sin = ((table if positions is None else table[positions]).unsqueeze(-2) for table in (cos, sin * sign))
-    return (t.to(wide) * cos + t.to(wide).roll(half, -1) * sin).to(t.dtype)
+    exact = t.to(wide)
+    return torch.addcmul(exact * cos, torch.cat((exact[..., half:], exact[..., :half]), -1), sin).to(t.dtype)
 
 
 def _check(

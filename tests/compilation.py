@@ -146,6 +146,7 @@ def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: S
     table, positions = torch.zeros(50, dim_head, dtype=wide), torch.zeros(6, 7, dtype=torch.int64)
     for has_positions, transposed in switches(2):
         rotary.rotate(q, table, table, positions if has_positions else None, transposed)
+    rotary.tables(50, dim_head, q.device, wide)
     scores = lse[:, 0].view(2, 3, 7)
     value_score.value_score(q, scores)
     value_score.value_score_(q, scores)

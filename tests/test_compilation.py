@@ -12,8 +12,9 @@ import pytest
 from compilation import TARGETS, compile_in_child, excesses
 
 ALL_DTYPES = {"*fp64", "*fp32", "*bf16", "*fp16"}
-# The router computes in no less than float32.
+# The router, and rotary tables, are computed in no less than float32.
 ROW_KERNELS = {
+    "_tables_kernel",
     "_descent_kernel",
     "_descent_sums_kernel",
     "_descent_backward_kernel",

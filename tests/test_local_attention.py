@@ -21,7 +21,7 @@ import optimized
 import reference
 from optimized import ops
 from optimized.backends import Request, obstacle
-from optimized.local_attention import MAX_BLOCK, MIN_BLOCK, rotary_tables
+from optimized.local_attention import MAX_BLOCK, MIN_BLOCK
 from reference import oracle
 from reference.local_attention import ROWS
 
@@ -350,12 +350,27 @@ def test_one_operator_for_a_windowed_kernel(
         torch.randn(shape, generator=g, dtype=torch.float64).to(device).requires_grad_()
         for shape in ((2, n, dim), (3 * heads * dim_head, dim), (dim, heads * dim_head))
     )
-    tables = rotary_tables(n, dim_head, device)
     reach = min(window, n - 1)
-    actual = ops.attend_in_window(x, w_qkv, w_out, *tables, heads, reach, causal, "math", kernels == "triton")[0]
+    actual = ops.attend_in_window(x, w_qkv, w_out, heads, reach, causal, "math", kernels == "triton")[0]
     exact = reference.local_attention(x, window, causal=causal, w_qkv=w_qkv, w_out=w_out, heads=heads)
     cotangent = torch.randn(exact.shape, generator=g, dtype=torch.float64).to(device)
     pairs = [(actual, exact)]
     pairs += zip(*(torch.autograd.grad(out, (x, w_qkv, w_out), cotangent) for out in (actual, exact)))
     for found, expected in pairs:
         assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "dim_head"), [(0, 4), (1, 2), (300, 64), (100001, 6)])
+def test_rotary_tables(n: int, dim_head: int, dtype: torch.dtype, kernels: str, device: torch.device) -> None:
+    """Of Python's own cosine: an angle of 100000 keeps its digits."""
+    cos, sin = ops.rotary_tables(n, dim_head, device, dtype, kernels == "triton")
+    assert cos.shape == sin.shape == (n, dim_head)
+    assert cos.dtype == sin.dtype == dtype
+    for i in {0, n // 2, n - 1} if n else ():
+        for j in range(dim_head):
+            angle = i * 10000.0 ** (-2 * (j % (dim_head // 2)) / dim_head)
+            bound = torch.finfo(dtype).eps + 4e-16 * angle
+            assert abs(cos[i, j].item() - math.cos(angle)) <= bound
+            assert abs(sin[i, j].item() - math.sin(angle)) <= bound

@@ -215,17 +215,14 @@ def sample_attention_backward(s: Sample) -> tuple[Any, ...]:
 
 
 def sample_window(s: Sample) -> tuple[Any, ...]:
-    angles = draw((s.n, 4), "normal", 3)
-    wide = torch.promote_types(s.dtype, torch.float32)
-    tables = angles.cos().to(wide), angles.sin().to(wide)
     weights = s.floats(24, 5, seed=1), s.floats(5, 8, seed=2)
-    return s.floats(s.batch, s.n, 5), *weights, *tables, 2, 2, s.layout == "sliced", "math", s.masked
+    return s.floats(s.batch, s.n, 5), *weights, 2, 2, s.layout == "sliced", "math", s.masked
 
 
 def sample_window_backward(s: Sample) -> tuple[Any, ...]:
     arguments = sample_window(s)
     y, *saved = torch.ops.moa.window_attention(*arguments[:-1], False)
-    return s.floats(*y.shape, seed=4), *arguments[:5], *saved, *arguments[5:]
+    return s.floats(*y.shape, seed=4), *arguments[:3], *saved, *arguments[3:]
 
 
 SAMPLES = {

@@ -5,8 +5,12 @@ itself. With the halves t = (t1, t2), and angles that need not be equal in both,
 
     out1 = t1 cos1 - t2 sin1,  out2 = t2 cos2 + t1 sin2;   transposed:  g1 cos1 + g2 sin2,  g2 cos2 - g1 sin1.
 
-One program per slot reads and writes its H d numbers, so the result may be in place. Blind spots: none known;
-positions are trusted to lie in the tables.
+One program per slot reads and writes its H d numbers, so the result may be in place.
+
+The tables of positions 0 .. N-1 at theta = 10000: angle i theta^(-2 j / d), j = 0 .. d/2 - 1 twice side by side, in
+float64 until its cosine is known, since in float32 position 100000 is off by 0.004 radians.
+
+Blind spots: none known; positions are trusted to lie in the tables.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, contiguous, launch, next_power_of_2
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -56,6 +60,37 @@ def _rotary_kernel(
         tile = h[:, None].to(tl.int64) * out_h + channels[None, :]
         tl.store(out_ptr + tile, first.to(out_ptr.dtype.element_ty), mask=keep)
         tl.store(out_ptr + tile + half, second.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["n", "dim_head"])
+def _tables_kernel(cos_ptr, sin_ptr, n, dim_head, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.arange(0, BLOCK_HALF)
+    half = dim_head // 2
+    two = tl.full((BLOCK_HALF,), 2.0, tl.float64)
+    log2_theta = tl.log2(tl.full((BLOCK_HALF,), 10000.0, tl.float64))
+    frequencies = tl.exp2(-(two * channels / dim_head) * log2_theta)
+    angles = rows[:, None].to(tl.float64) * frequencies[None, :]
+    inside = (rows < n)[:, None] & (channels < half)[None, :]
+    place = rows[:, None] * dim_head + channels[None, :]
+    cos, sin = tl.cos(angles).to(cos_ptr.dtype.element_ty), tl.sin(angles).to(cos_ptr.dtype.element_ty)
+    tl.store(cos_ptr + place, cos, mask=inside)
+    tl.store(cos_ptr + place + half, cos, mask=inside)
+    tl.store(sin_ptr + place, sin, mask=inside)
+    tl.store(sin_ptr + place + half, sin, mask=inside)
+
+
+def tables(n: int, dim_head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, d) of positions 0 .. N-1."""
+    cos, sin = (torch.empty(n, dim_head, device=device, dtype=dtype) for _ in range(2))
+    if cos.numel():
+        block_half = next_power_of_2(dim_head // 2)
+        block_n = max(1024 // block_half, 1)
+        launch(
+            _tables_kernel, (cdiv(n, block_n),), cos, sin, n, dim_head,
+            BLOCK_N=block_n, BLOCK_HALF=block_half, num_warps=4,
+        )  # fmt: skip
+    return cos, sin
 
 
 def rotate(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool) -> Tensor:

@@ -8,7 +8,7 @@ from optimized.ops.attention import attend, attention, attention_backward
 from optimized.ops.combine import combine, combine_backward, merge_experts
 from optimized.ops.expert_attention import attend_by_experts, expert_attention, expert_attention_backward
 from optimized.ops.gather_norm import gather, gather_norm, gather_norm_backward
-from optimized.ops.rotary import rotary, turn
+from optimized.ops.rotary import rotary, rotary_tables, turn
 from optimized.ops.routed_rows import Solver, route_and_gather, routed_rows, routed_rows_backward
 from optimized.ops.router_logits import project, router_logits, router_logits_backward
 from optimized.ops.selection import inverse_map, select

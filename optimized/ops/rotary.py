@@ -61,3 +61,19 @@ def rotate_into(
     wide = t.to(cos.dtype)
     turned = (wide * signed).roll(half, -1) if transposed else wide.roll(half, -1) * signed
     out.copy_(wide * cos + turned)
+
+
+def rotary_tables(
+    n: int, dim_head: int, device: torch.device, dtype: torch.dtype, triton: bool = False
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, d) of i * 10000**(-2j/d), j = 0 .. d/2 - 1 twice side by side, made in float64.
+
+    triton: for operators that contain it.
+    """
+    if triton:
+        from optimized.kernels import rotary as kernel
+
+        return kernel.tables(n, dim_head, device, dtype)
+    frequency = torch.arange(0, dim_head, 2, device=device, dtype=torch.float64).mul(-1 / dim_head)
+    angles = torch.outer(torch.arange(n, device=device, dtype=torch.float64), 10000.0**frequency)
+    return angles.cos().to(dtype).repeat(1, 2), angles.sin().to(dtype).repeat(1, 2)

@@ -16,9 +16,9 @@ from torch.library import custom_op
 
 from optimized.ops.attention import attend_raw, attend_raw_backward
 from optimized.ops.registration import differentiable, no_setup, refuse_to
-from optimized.ops.rotary import rotate_into
+from optimized.ops.rotary import rotary_tables, rotate_into
 
-_INPUTS = "Tensor x, Tensor w_qkv, Tensor w_out, Tensor cos, Tensor sin"
+_INPUTS = "Tensor x, Tensor w_qkv, Tensor w_out"
 _OPTIONS = "int heads, int window, bool causal, str backend, bool triton"
 
 
@@ -29,8 +29,6 @@ def window_attention(
     x: Tensor,
     w_qkv: Tensor,
     w_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     heads: int,
     window: int,
     causal: bool,
@@ -39,12 +37,13 @@ def window_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention of token i to tokens |i - j| <= window, or 0 <= i - j <= window if causal.
 
-    Args: x (B, N, D); w_qkv (3 H d, D), rows (q, k, v; head, channel); w_out (D, H d); cos, sin (N, d), of the rotary
-    angles; backend: a module of `optimized.attention` that has windows; triton: rotate by a Triton kernel.
+    Args: x (B, N, D); w_qkv (3 H d, D), rows (q, k, v; head, channel); w_out (D, H d); backend: a
+    module of `optimized.attention` that has windows; triton: rotate, at theta = 10000, by a Triton kernel.
     Returns y (B, N, D), rotated q and k with v (B, N, 3, H, d), out (B, N, H, d), and lse (B, H, N).
     """
     batch, n, _ = x.shape
     qkv = F.linear(x, w_qkv).view(batch, n, 3, heads, w_out.shape[1] // heads)
+    cos, sin = _tables(qkv, triton)
     turned = qkv[:, :, :2].view(batch, n, 2 * heads, qkv.shape[-1])  # one launch for both
     rotate_into(turned, turned, cos, sin, None, False, triton)
     out, lse, *_ = attend_raw(*qkv.unbind(2), None, None, None, 0.0, window, causal, backend, False)
@@ -52,7 +51,7 @@ def window_attention(
 
 
 @window_attention.register_fake
-def _(x, w_qkv, w_out, cos, sin, heads, window, causal, backend, triton):  # type: ignore[no-untyped-def]
+def _(x, w_qkv, w_out, heads, window, causal, backend, triton):  # type: ignore[no-untyped-def]
     batch, n, _ = x.shape
     dim_head = w_out.shape[1] // heads
     y, qkv = x.new_empty(batch, n, w_out.shape[0]), x.new_empty(batch, n, 3, heads, dim_head)
@@ -70,8 +69,6 @@ def window_attention_backward(
     x: Tensor,
     w_qkv: Tensor,
     w_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
     qkv: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -92,6 +89,7 @@ def window_attention_backward(
         dout, *qkv.unbind(2), None, None, None, out, lse.contiguous(), nothing, nothing, 0.0, window, causal, backend,
         False, dk, dv,
     )  # fmt: skip
+    cos, sin = _tables(qkv, triton)
     rotate_into(dq, rotated, cos, sin, None, True, triton)
     rotate_into(dk, dk, cos, sin, None, True, triton)
     dqkv = dqkv.flatten(2)
@@ -103,14 +101,20 @@ def _(dy, x, w_qkv, w_out, *rest):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w_qkv, w_out))
 
 
+def _tables(qkv: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+    """Made anew in the backward: cheaper than to keep."""
+    _, n, _, _, dim_head = qkv.shape
+    return rotary_tables(n, dim_head, qkv.device, torch.promote_types(qkv.dtype, torch.float32), triton)
+
+
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:5], *output[1:])
+    ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.options = inputs[5:]
+    ctx.options = inputs[3:]
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
-    return *window_gradients(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 7
+    return *window_gradients(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 window_gradients = differentiable(
