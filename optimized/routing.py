@@ -105,19 +105,22 @@ def _route(
     if random_route:
         keys = torch.rand(logits.shape, generator=generator, device=x.device)
     width = options.route_block_size
+    # The value of a straight-through score is 1, so that only a derivative asks for the soft one.
+    solve = not random_route and not (options.straight_through and _is_constant(logits))
     if width is None or width >= n:
         indices, slot_mask, inverse = ops.select(keys, mask, k, triton)
-        soft = logits if random_route else _soft_scores(logits, mask, k, options, triton)
+        soft = _soft_scores(logits, mask, k, options, triton) if solve else logits
     else:
-        indices, slot_mask, soft = _route_blocks(logits, keys, mask, k, options, random_route, triton)
+        indices, slot_mask, soft = _route_blocks(logits, keys, mask, k, options, solve, triton)
         inverse = ops.inverse_map(indices, slot_mask, n)
 
+    scores = slot_mask.to(logits.dtype)
     if random_route:
-        return Routes(indices, slot_mask, slot_mask.to(logits.dtype), logits), inverse
-    scores = soft.gather(-1, indices)
-    if options.straight_through:
-        scores = slot_mask.to(scores.dtype) + (scores - scores.detach())
-    scores = torch.where(slot_mask, scores, 0)
+        return Routes(indices, slot_mask, scores, logits), inverse
+    if solve:
+        soft = soft.gather(-1, indices)
+        soft = scores + (soft - soft.detach()) if options.straight_through else soft
+        scores = torch.where(slot_mask, soft, 0)
     nan = logits.isnan() if valid is None else logits.isnan() & valid
     return Routes(indices, slot_mask, torch.where(nan.any(-1, keepdim=True), math.nan, scores), logits), inverse
 
@@ -160,6 +163,13 @@ def route_both(
     return queries, keys_values, q_routes, Routes(kv_indices, kv_slots, kv_scores, kv_logits), q_inverse
 
 
+def _is_constant(t: Tensor) -> bool:
+    """Whether nothing will be differentiated with respect to t, in either mode, nor by a transform that looks on."""
+    if t.requires_grad or torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None
+
+
 def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, options: RouterOptions) -> Tensor:
     """(B, E, N): one GEMM when all batch items share their routing tokens."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
@@ -189,7 +199,7 @@ def _route_blocks(
     mask: Tensor | None,
     k: int,
     options: RouterOptions,
-    random_route: bool,
+    solve: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ceil(K / blocks) tokens from each block; a block as short as that gives all of its tokens with score 1.
@@ -209,7 +219,7 @@ def _route_blocks(
         first = start + length * torch.arange(count, device=logits.device).repeat_interleave(chosen.shape[-1])
         indices.append(_unfold_blocks(chosen, count) + first)
         masks.append(_unfold_blocks(chosen_mask, count))
-        if length <= k_block or random_route:
+        if length <= k_block or not solve:
             soft.append(torch.ones_like(logits[..., span]))
         else:
             scores = _soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options, triton)

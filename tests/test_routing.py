@@ -11,6 +11,7 @@ import itertools
 import math
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -644,3 +645,22 @@ def test_solver_rows_do_not_depend_on_their_batch(kernels: str, seed: int, n: in
         alone = optimized.select(logits[b : b + 1].clone(), 7)
         check_identical(alone[0], indices[b : b + 1].clone())
         check_identical(alone[1], slots[b : b + 1].clone())
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "exact"}, {"route_block_size": 7}], ids=str)
+@pytest.mark.parametrize("mask", ["none", "suffix"])
+@EVERY_KERNEL
+def test_straight_through_scores_need_a_solver_for_their_gradient_alone(
+    kernels: str, mask: str, options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same routes with and without gradients, bit for bit; without, nothing is solved."""
+    case = RouterCase(n=24, mask=mask, options=options)
+    x, tokens, hidden = (None if t is None else t.to(device) for t in case.tensors())
+    with_gradient = optimized.route(x, tokens.requires_grad_(), case.k, hidden, **options)
+    assert with_gradient.scores.requires_grad
+    for name in ("descend", "cap"):
+        monkeypatch.setattr(ops, name, None)
+    with torch.no_grad():
+        without = optimized.route(x, tokens, case.k, hidden, **options)
+    for a, b in zip(without, with_gradient):
+        check_identical(a, b.detach())
