@@ -136,7 +136,7 @@ def _flash_2_obstacle(device: torch.device, dtype: torch.dtype, dim_head: int) -
     setting = Setting(scale=1.0)
     try:
         out, lse, state = flash_attn_2.forward(q, q, q, setting)
-        flash_attn_2.backward(q, q, q, q, out, lse, state, setting)
+        flash_attn_2.backward(q, q, q, q, out, lse, state, setting, torch.empty_like(q), torch.empty_like(q))
     except RuntimeError as error:
         return f"flash-attn 2 failed for dim_head {dim_head}: {str(error).splitlines()[0]}"
     return None

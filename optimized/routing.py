@@ -138,10 +138,15 @@ def route_both(
     By one Triton operator, for checked arguments with N > K on both sides.
     """
     options, n = routers[0].options, x.shape[1]
+    for router in routers:
+        router.check_input(x)
     tokens = [
         given if router.routing_token is None else router.routing_token
         for router, given in zip(routers, routing_tokens)
     ]
+    if gammas[0] is not None and gammas[1] is not None and gammas[0].dtype != gammas[1].dtype:
+        common = torch.promote_types(gammas[0].dtype, gammas[1].dtype)  # one kernel reads either
+        gammas = gammas[0].to(common), gammas[1].to(common)
     batched = max(t.ndim for t in tokens) == 3
     tokens = [t.expand(x.shape[0], -1, -1) if batched else t for t in tokens]
     solver = ops.Solver(
@@ -348,12 +353,15 @@ class Router(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Routes, Tensor]:
         """As forward, with the map from tokens to slots, see `ops.inverse_map`."""
-        own = None if self.routing_token is None else ("the routing token", self.routing_token)
-        validation.tensor("x", x, "B", "N", self.dim, beside=self.routing_token, dtype_of=own)
+        self.check_input(x)
         self.check_tokens("routing_tokens", routing_tokens, x)
         tokens = routing_tokens if self.routing_token is None else self.routing_token
         _check(x, tokens, k, mask, random_route, generator)
         return _route(x, tokens, int(k), mask, self.options, random_route, generator, self.use_triton)
+
+    def check_input(self, x: Any) -> None:
+        own = None if self.routing_token is None else ("the routing token", self.routing_token)
+        validation.tensor("x", x, "B", "N", self.dim, beside=self.routing_token, dtype_of=own)
 
     def check_tokens(self, argument: str, tokens: Tensor | None, x: Tensor) -> None:
         if self.routing_token is not None:

@@ -113,7 +113,7 @@ def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, swi
         rows, _ = gather_norm.gather_norm(x, norms if has_norm else None, taken)
         if has_norm:
             _, dots = gather_norm.slot_gradients(x, norms, taken, (rows, rows))
-        token_gradient(x, None, norms, (TakenRows(rows, inverse, taken[0].gamma),), dots, None)
+        token_gradient(x, None, norms, (TakenRows(rows, inverse, taken[0].gamma),), dots if has_norm else None, None)
 
     scores = torch.zeros(2, 3, 7, dtype=torch.promote_types(dtype, torch.float32))
     for has_local, has_null, masked, average in switches(4):
@@ -126,7 +126,7 @@ def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, swi
         logits, norms, factors = router_logits.router_logits(x, gamma, shown, scale)
         router_logits.routing_token_gradient(logits, x, gamma, shown, logits, norms, factors)
         router = RouterGradient(logits, logits, gamma, factors)
-        token_gradient(x, shown, norms, (), dots, router)
+        token_gradient(x, shown, norms, (), None, router)
         token_gradient(x, shown, norms, (TakenRows(rows, inverse, gamma),) * 2, dots, router)
 
 

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -172,6 +173,52 @@ def test_an_interpreter_that_fails_is_an_obstacle(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(value_score, "value_score", fail)
     probe = sys.modules["optimized.backends"]._interpreter_obstacle.__wrapped__
     assert probe() == "Triton's interpreter fails here: only 0-dimensional arrays can be converted"
+
+
+def test_adapters_keep_the_contract() -> None:
+    """Read from the sources: most of the packages they import are not installed here."""
+    contract = {
+        "state": ["q", "k", "dropout"],
+        "forward": ["q", "k", "v", "setting"],
+        "backward": ["dout", "q", "k", "v", "out", "lse", "state", "setting", "dk", "dv"],
+    }
+    sources = {name: ROOT / "optimized" / "attention" / f"{name}.py" for name in (*ATTENTION, "torch_flash_cpu")}
+    for name, path in sources.items():
+        functions = {
+            node.name: [a.arg for a in node.args.args]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        if name == "cudnn_flash_attn_4":  # made of two others
+            assert not functions
+            continue
+        assert {key: functions.get(key) for key in contract} == contract, name
+
+
+def test_the_probe_of_flash_attn_2_runs_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a made-up package: the probe once called the backward without its buffers, and took the layer down."""
+    called = []
+
+    def run_forward(q: Tensor, *_: object, **__: object) -> tuple[Tensor, ...]:
+        called.append("forward")
+        return q, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), q, q
+
+    interface = types.ModuleType("flash_attn.flash_attn_interface")
+    interface._flash_attn_forward = run_forward
+    interface._flash_attn_backward = lambda *_, **__: called.append("backward")
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface = interface
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    monkeypatch.delitem(sys.modules, "optimized.attention.flash_attn_2", raising=False)
+    probe = sys.modules["optimized.backends"]._flash_2_obstacle.__wrapped__
+    monkeypatch.setattr(sys.modules["optimized.backends"], "_import_obstacle", lambda *_: None)
+    try:
+        assert probe(torch.device("cpu"), torch.float16, 64) is None
+    finally:
+        sys.modules.pop("optimized.attention.flash_attn_2", None)
+        vars(sys.modules["optimized.attention"]).pop("flash_attn_2", None)
+    assert called == ["forward", "backward"]
 
 
 def test_a_chosen_backend_never_gives_way(device: torch.device) -> None:

@@ -69,6 +69,20 @@ def test_saved_for_backward(name: str, kernels: str, device: torch.device) -> No
     assert sum(saved_bytes(case, 4).values()) * 0.9 <= sum(kept.values()) <= sum(saved_bytes(case, 4).values()) + few
 
 
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["straight-through", "mask"])
+def test_backward_makes_no_zeros(name: str, kernels: str, device: torch.device) -> None:
+    """PyTorch would for each result of an operator that has no gradient, as large as all that is saved."""
+    layer, given = build(CASES[name], device, torch.float32)
+    out = layer(**given)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.backward(torch.ones_like(out))
+    zeros = [event.cpu_parent for event in profile.events() if event.name == "aten::zeros"]
+    assert not [
+        parent for parent in zeros if parent is None or "scaled_dot_product" not in parent.name
+    ]  # PyTorch's own
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_peak_of_both_directions(dtype: torch.dtype, device: torch.device) -> None:

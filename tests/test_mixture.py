@@ -457,3 +457,58 @@ def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) ->
         found.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
     for exact, actual in zip(*found):
         assert (actual - exact).abs().max() <= 1e-9 * exact.abs().max() + 1e-12
+
+
+@EVERY_KERNEL
+def test_a_nan_routing_token_reaches_no_masked_token(kernels: str, device: torch.device) -> None:
+    """Its gradient is 0, not 0 times NaN."""
+    case = LayerCase(n=20, k_q=5, k_kv=6, mask="long_suffix")
+    layer = optimized.MixtureOfAttention(**(case.arguments() | {"dropout": 0.0}), device=device, dtype=torch.float64)
+    with torch.no_grad():
+        layer.query_router.routing_token[0, 0] = math.nan
+    given = {name: t.to(device) for name, t in case.inputs().items()}
+    x = given.pop("x").requires_grad_()
+    layer(x, **given).sum().backward()
+    hidden = ~given["mask"]
+    assert hidden.any()
+    assert (x.grad[hidden] == 0).all()
+    assert x.grad[~hidden].isnan().any()
+
+
+@EVERY_KERNEL
+def test_a_router_of_another_dtype_is_refused(kernels: str, device: torch.device) -> None:
+    case = LayerCase(n=20, k_q=5, k_kv=6)
+    layer = optimized.MixtureOfAttention(**case.arguments(), device=device, dtype=torch.float32)
+    layer.key_value_router.double()
+    x = case.inputs()["x"].to(device, torch.float32)
+    with pytest.raises(TypeError, match=r"x: expected dtype torch.float64, that of the routing token"):
+        layer(x)
+
+
+@EVERY_KERNEL
+def test_norms_of_two_dtypes(kernels: str, device: torch.device) -> None:
+    """One kernel reads the scale of either norm: compiled, it takes them in one dtype only."""
+    case = LayerCase(n=20, k_q=5, k_kv=6)
+    layer = optimized.MixtureOfAttention(**(case.arguments() | {"dropout": 0.0}), device=device, dtype=torch.float32)
+    x = case.inputs()["x"].to(device, torch.float32)
+    expected = layer(x)
+    layer.attn.context_norm.double()
+    out = layer(x)
+    assert (out - expected).abs().max() <= 1e-5
+    out.sum().backward()
+    assert layer.attn.context_norm.gamma.grad.dtype == torch.float64
+    assert layer.attn.norm.gamma.grad.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_more_items_than_a_grid_is_wide(device: torch.device) -> None:
+    """CUDA takes 65535 programs in the second dimension of a grid."""
+    layer = optimized.MixtureOfAttention(
+        8, num_routed_queries=2, num_routed_key_values=2, num_experts=1, heads=1, dim_head=8, dropout=0.0, device=device
+    )
+    x = torch.randn(70000, 5, 8, device=device, requires_grad=True)
+    out = layer(x)
+    out.backward(torch.ones_like(out))
+    few = x[-3:].detach()
+    assert (layer(few) - out[-3:]).abs().max() <= 1e-5
+    assert x.grad[-1].any()

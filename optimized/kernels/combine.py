@@ -193,7 +193,8 @@ def combine_backward(
         return dy, dscores, None, None
     chunks = cdiv(batch * n, CHUNK)
     dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)
-    partial = None if null is None else torch.zeros(chunks, dim, dtype=wide(y.dtype), device=y.device)
+    make = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
+    partial = None if null is None else make(chunks, dim, dtype=wide(y.dtype), device=y.device)
     if g.numel():
         block_d = min(next_power_of_2(dim), 64 if y.dtype == torch.float64 else 256)
         launch(

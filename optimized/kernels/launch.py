@@ -72,7 +72,7 @@ def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 # What Triton compiled, by kernel, device and all that it specialises a launch by. Triton finds it anew at each launch,
 # in 20 us and more, which is longer than many a kernel runs.
 _compiled: dict[tuple[Any, ...], Any] = {}
-_specialized: dict[Any, tuple[bool, ...]] = {}
+_specialized: dict[int, tuple[Any, tuple[bool, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -92,11 +92,13 @@ def launch_compiled(
     kernel: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """By what was compiled at an earlier launch that Triton would have specialised alike, else by Triton."""
-    specialized = _specialized.get(kernel)
-    if specialized is None:
-        specialized = tuple(not parameter.do_not_specialize for parameter in kernel.params)
-        _specialized[kernel] = specialized
-    key = (kernel, device, *constants.items(), *map(_specialize, arguments, specialized))
+    # By identity: Triton hashes a kernel by its source, under a lock.
+    found = _specialized.get(id(kernel))
+    if found is None:
+        found = kernel, tuple(not parameter.do_not_specialize for parameter in kernel.params)
+        _specialized[id(kernel)] = found
+    specialized = found[1]
+    key = (id(kernel), device, *constants.items(), *map(_specialize, arguments, specialized))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[grid](*arguments, **constants)
@@ -110,5 +112,6 @@ def _specialize(argument: Any, specialized: bool) -> Any:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):
-        return argument if specialized else -(2**31) <= argument < 2**31
+        narrow = -(2**31) <= argument < 2**31
+        return (narrow, argument == 1, argument % 16 == 0) if specialized else narrow
     return argument

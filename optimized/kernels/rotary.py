@@ -106,10 +106,12 @@ def rotate_into(out: Tensor, t: Tensor, cos: Tensor, sin: Tensor, positions: Ten
     t = t if t.stride(-1) == 1 else t.contiguous()
     if out.numel():
         block_half = next_power_of_2(dim // 2)
+        block_h = min(next_power_of_2(heads), max(1024 // block_half, 1))
         launch(
             _rotary_kernel, (rows * length,),
             t, cos.contiguous(), sin.contiguous(), contiguous(positions), out,
             length, heads, dim // 2, *t.stride()[:3], *out.stride()[:3],
             HAS_POSITIONS=positions is not None, TRANSPOSED=transposed, DTYPE=arithmetic(t.dtype),
-            BLOCK_H=min(next_power_of_2(heads), max(1024 // block_half, 1)), BLOCK_HALF=block_half, num_warps=2,
+            BLOCK_H=block_h, BLOCK_HALF=block_half,
+            num_warps=2 if block_h * block_half >= 64 else 1,  # in place: no number is held by two warps
         )  # fmt: skip

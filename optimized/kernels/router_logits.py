@@ -14,8 +14,8 @@ where the second term, E rows, is PyTorch's. dx: see `token_gradient`.
 
 Forward: a program per tile of tokens of an item and block of experts, as a matrix product: half precision as it is,
 whose products float32 holds exactly, float32 in exact float32 whatever TF32 is allowed elsewhere, float64 as sums. dr:
-partial sums (B, chunks, E, D) over `CHUNK_N` tokens each, added up by PyTorch; for half precision g is rounded to TF32,
-four times finer than the result.
+partial sums (B, chunks, E, D) over `CHUNK_N` tokens each, added up by PyTorch; for bfloat16 g is cut to TF32, whose 10
+bits are three more than the result has.
 
 Blind spots: a matrix product has at least 16 columns, so few experts waste most of it; reading x dominates.
 """
@@ -48,13 +48,15 @@ def _logits_kernel(
     HAS_MASK: tl.constexpr, COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(n, BLOCK_N)
+    tile = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     shown = rows < n
     if HAS_MASK:
         shown = tl.load(mask_ptr + b * n + rows, mask=shown, other=0) != 0
     x_ptr += (b * n + rows[:, None].to(tl.int64)) * dim
-    here = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    here = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     r_ptr += b * item_stride + here[None, :].to(tl.int64) * dim
     channels = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_E), DTYPE)
@@ -81,24 +83,24 @@ def _logits_kernel(
     if COSINE:
         factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sqrt(tl.sum(r_squares, 0)), 1e-12)
         total = total / tl.maximum(norms, 1e-12)[:, None] * factors[None, :]
-        first = tl.where(tl.program_id(0) == 0, experts, 0)
+        first = tl.where(tile == 0, experts, 0)
         tl.store(factors_ptr + b * experts + here, factors, mask=here < first)
     logits_ptr += (b * experts + here[None, :]) * n + rows[:, None]
     tl.store(logits_ptr, total, mask=(rows < n)[:, None] & (here < experts)[None, :])
-    if tl.program_id(2) == 0:
+    if tl.program_id(1) == 0:
         tl.store(norms_ptr + b * n + rows, norms, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=["n", "experts", "chunks"])
 def _dr_kernel(
     g_ptr, x_ptr, mask_ptr, factors_ptr, norms_ptr, partial_ptr, n, dim, experts, chunks,
-    HAS_MASK: tl.constexpr, COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr, CHUNK_N: tl.constexpr,
+    HAS_MASK: tl.constexpr, COSINE: tl.constexpr, COARSE: tl.constexpr, DTYPE: tl.constexpr, CHUNK_N: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, EXPERT_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(0)
-    first_expert = tl.program_id(2) % EXPERT_BLOCKS * BLOCK_E
-    channels = tl.program_id(2) // EXPERT_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    first_expert = tl.program_id(1) % EXPERT_BLOCKS * BLOCK_E
+    channels = tl.program_id(1) // EXPERT_BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     here = first_expert + tl.arange(0, BLOCK_E)
     inside = channels < dim
     total = tl.zeros((BLOCK_E, BLOCK_D), DTYPE)
@@ -118,7 +120,7 @@ def _dr_kernel(
         if DTYPE == tl.float64:
             total += tl.sum(weight[:, :, None] * x[None, :, :], 1)
         else:
-            total = tl.dot(weight, x, total, input_precision="tf32" if HALF else "ieee")
+            total = tl.dot(weight, x, total, input_precision="tf32" if COARSE else "ieee")
     partial_ptr += ((b * chunks + chunk) * experts + here[:, None]) * dim + channels[None, :]
     tl.store(partial_ptr, total, mask=(here < experts)[:, None] & inside[None, :])
 
@@ -126,10 +128,6 @@ def _dr_kernel(
 def item_stride(r: Tensor) -> int:
     """Of the batch dimension, 0 where all items share r (contiguous)."""
     return r.stride(0) if r.ndim == 3 else 0
-
-
-def _is_half(x: Tensor, r: Tensor) -> bool:
-    return max(x.element_size(), r.element_size()) == 2
 
 
 def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,14 +141,14 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
     make = norms.new_empty if logits.numel() else norms.new_zeros
     factors = make(batch, 0 if scale is None else experts)
     if logits.numel():
-        half = _is_half(x, r)
+        half = max(x.element_size(), r.element_size()) == 2
         if dtype == torch.float64:
             block_n, block_d, block_e = 16, 32, 4
         else:
             block_n, block_d, block_e = 32, 128 if half else 64, 16 if experts <= 16 else 32
         r = r.contiguous()
         launch(
-            _logits_kernel, (cdiv(n, block_n), batch, cdiv(experts, block_e)),
+            _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),
             x.contiguous(), r, as_bytes(mask), logits, norms, factors,
             n, dim, experts, item_stride(r), double_bits(0.0 if scale is None else scale),
             HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
@@ -175,10 +173,11 @@ def routing_token_gradient(
     chunks, expert_blocks = cdiv(n, CHUNK_N), cdiv(experts, block_e)
     partial = torch.empty(batch, chunks, experts, dim, dtype=dtype, device=x.device)
     launch(
-        _dr_kernel, (chunks, batch, cdiv(dim, block_d) * expert_blocks),
+        _dr_kernel, (batch * chunks, cdiv(dim, block_d) * expert_blocks),
         g, x.contiguous(), as_bytes(mask), factors.contiguous(), norms.contiguous(), partial,
         n, dim, experts, chunks,
-        HAS_MASK=mask is not None, COSINE=cosine, HALF=_is_half(x, r), DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,
+        HAS_MASK=mask is not None, COSINE=cosine, COARSE=x.dtype == r.dtype == torch.bfloat16,
+        DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, EXPERT_BLOCKS=expert_blocks, num_warps=4,
     )  # fmt: skip
     dr = partial.sum(1) if r.ndim == 3 else partial.sum((0, 1))

@@ -84,9 +84,10 @@ def _tokens_gradient_kernel(
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rows_0: rows of the first group, whose dots come first."""
-    b = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channels = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tiles = tl.cdiv(n, BLOCK_N)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < dim
     tile = (b * n + rows[:, None]) * dim + channels[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
@@ -136,6 +137,8 @@ def _tokens_gradient_kernel(
         read = shown if COSINE else taken > 0
         x = tl.load(x_ptr + tile, mask=read[:, None] & inside[None, :], other=0.0).to(DTYPE)
         total -= x * slope[:, None]
+    if ROUTER:
+        total = tl.where(shown[:, None], total, 0.0)  # a routing token may be NaN, and 0 * NaN is NaN
     tl.store(dx_ptr + tile, total.to(dx_ptr.dtype.element_ty), mask=(rows < n)[:, None] & inside[None, :])
 
 
@@ -144,30 +147,30 @@ def token_gradient(
     mask: Tensor | None,
     norms: Tensor,
     taken: tuple[TakenRows, ...],
-    dots: Tensor,
+    dots: Tensor | None,
     router: RouterGradient | None,
 ) -> Tensor:
-    """dx in x's dtype. norms (B, N); dots: of `gather_norm.slot_gradients` (channel blocks, rows of all groups).
-
-    mask: of the router.
+    """dx in x's dtype. norms (B, N); dots: of `gather_norm.slot_gradients` (channel blocks, rows of all groups), None
+    without gamma. mask: of the router.
     """
     batch, n, dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return dx
-    x, norms, dots = x.contiguous(), norms.contiguous(), dots.contiguous()
+    x, norms = x.contiguous(), norms.contiguous()
+    dots = norms if dots is None else dots.contiguous()
     absent = TakenRows(x, x, None)
     first, second = (*taken, absent, absent)[:2]
     has_norm = first.gamma is not None
-    k_0, k_1 = first.gradient.shape[-2], second.gradient.shape[-2]
-    experts = first.inverse.shape[1]
+    k_0, k_1 = ([rows.gradient.shape[2] for rows in taken] + [0, 0])[:2]
+    experts = taken[0].inverse.shape[1] if taken else 0
     groups = [part for rows in (first, second) for part in (rows.gradient, rows.inverse, rows.gamma)]
     tokens = x if router is None else router.tokens.contiguous()
     parts = (None,) * 4 if router is None else (router.gradient, router.logits, tokens, router.factors)
     double = norms.dtype == torch.float64
     block_d = min(64 if double else 256, max(next_power_of_2(dim), 16))
     launch(
-        _tokens_gradient_kernel, (cdiv(n, 16), batch, cdiv(dim, block_d)),
+        _tokens_gradient_kernel, (batch * cdiv(n, 16), cdiv(dim, block_d)),
         x, as_bytes(mask), norms, *(contiguous(part) for part in groups), dots, *(contiguous(p) for p in parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_stride(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,

@@ -79,12 +79,10 @@ def _sizes(v: Tensor, scores: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
     _, length, heads, dim = v.shape
     batch, experts, _ = scores.shape
     block_d = next_power_of_2(dim)
-    constants = {
-        "DTYPE": arithmetic(v.dtype),
-        "BLOCK_H": min(next_power_of_2(heads), max(1024 // block_d, 1)),
-        "BLOCK_D": block_d,
-        "num_warps": 2,
-    }
+    block_h = min(next_power_of_2(heads), max(1024 // block_d, 1))
+    # In place, no number may be read by one warp after another wrote it: none is held twice.
+    warps = 2 if block_h * block_d >= 64 else 1
+    constants = {"DTYPE": arithmetic(v.dtype), "BLOCK_H": block_h, "BLOCK_D": block_d, "num_warps": warps}
     return (length, batch, experts, heads, dim, *v.stride()[:3]), constants
 
 

@@ -40,6 +40,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v over the null slot and the first keys of each row.
 
+    The attention that `expert_attention` and `window_attention` contain, alone: what is run over every backend.
+
     Args:
         q: (R, L, H, d). k, v: (R, S, H, d). lengths: (R) int32, how many keys of each row take part; None for all.
         null_k, null_v: (G, H, d), each for R / G rows, seen by every query; None for no null slot.
@@ -268,9 +270,12 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.constants = inputs[6:]
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
+    if grad is None:
+        return (None,) * 11
     saved = ctx.saved_tensors
     dq, dk, dv, *dnull = attend_backward(grad, *saved, *ctx.constants)
     return dq, dk, dv, *((None, None) if saved[3] is None else dnull), *(None,) * 6

@@ -89,7 +89,7 @@ def _(queries, keys_values, scores, w_q, w_kv, w_out, null_kv, lengths, cos, sin
     kv = queries.new_empty(rows, k_kv, 2, heads, dim_head)
     lse = q.new_empty(rows, heads, k_q, dtype=torch.promote_types(q.dtype, torch.float32))
     keep = torch.empty_like(lse) if dropout else lse.new_empty(0)
-    y = queries.new_empty(experts, batch, k_q, w_out.numel() // (experts * heads * dim_head))
+    y = queries.new_empty(experts, batch, k_q, w_out.shape[0] // experts)
     return y, q, kv, torch.empty_like(q), lse, keep, adapter(backend).state(q, kv[:, :, 0], dropout)
 
 
@@ -208,9 +208,12 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:12], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.options = inputs[12:]
+    ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+    if dy is None:
+        return (None,) * 16
     return *expert_gradients(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 9
 
 

@@ -55,7 +55,7 @@ def gather_norm_backward(
     from optimized.kernels import gather_norm as kernel
     from optimized.kernels.token_gradient import TakenRows, token_gradient
 
-    dgamma, dots = x.new_empty(0), norms
+    dgamma, dots = x.new_empty(0), None
     if gamma is not None:
         (dgamma,), dots = kernel.slot_gradients(x, norms, (kernel.Taken(indices, slots, gamma),), (grad,))
     return token_gradient(x, None, norms, (TakenRows(grad, inverse, gamma),), dots, None), dgamma

@@ -184,11 +184,14 @@ def routed_rows_backward(
     dlogits = solver.backward(picked, inverses, dlogits, logits, mask, solved)
     tokens = torch.cat((q_tokens, kv_tokens), -2)
     dtokens = routing_token_gradient(dlogits, x, tokens, mask, logits, norms, factors)
-    dq_tokens, dkv_tokens = (part.clone(memory_format=torch.contiguous_format) for part in dtokens.chunk(2, -2))
+    dq_tokens, dkv_tokens = (
+        part.to(given.dtype, copy=True, memory_format=torch.contiguous_format)
+        for part, given in zip(dtokens.chunk(2, -2), (q_tokens, kv_tokens))
+    )
 
     gradients = dqueries, dkeys_values
     dq_gamma, dkv_gamma = x.new_empty(0), x.new_empty(0)
-    dots = norms
+    dots = None
     if q_gamma is not None and kv_gamma is not None:
         taken = Taken(q_indices, q_slots, q_gamma), Taken(kv_indices, kv_slots, kv_gamma)
         (dq_gamma, dkv_gamma), dots = slot_gradients(x, norms, taken, gradients)

@@ -111,9 +111,12 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.options = inputs[3:]
+    ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple:
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
+    if dy is None:
+        return (None,) * 8
     return *window_gradients(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
