@@ -1,0 +1,112 @@
+"""Which tests the faults of a file face: the fast profile, at most a minute of one core.
+
+Chosen by the mutated file alone, never by the mutant. Files come in the order in which they are likely to notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too."""
+
+    files: tuple[str, ...]
+    keyword: str = ""
+    interpreted: bool = False
+    examples: int = 30
+
+    def arguments(self) -> list[str]:
+        given = [f"tests/{file}" for file in self.files] + [f"--max-examples={self.examples}"]
+        given += ["--interpreted"] if self.interpreted else []
+        return given + (["-k", self.keyword] if self.keyword else [])
+
+
+SELECTION = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(select and (triton or masked) and not (groups and float64) and not batching) or route_matches",
+    interpreted=True,
+)
+DESCENT = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and (iterative or descent or temperature or chunk)) or (coordinate_descent and masked and opcheck)",
+    interpreted=True,
+)
+CAPPED = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and exact) or (capped_simplex and masked)",
+    interpreted=True,
+)
+ROWS = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and (rows or solver or gradient) and not (select or 45)) or (descent and masked and opcheck)",
+    interpreted=True,
+)
+COMBINE = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "(combine and not batching) or (triton and (injected or counts or hidden or average or unrouted))",
+    interpreted=True,
+)
+ATTENTION = Profile(("test_attention.py", "test_operators.py", "test_routed_attention.py"), "not batching and not vmap "
+    "and (test_attention or (attention and opcheck) or triton or torch or dropout)", interpreted=True)  # fmt: skip
+ROTARY = Profile(
+    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
+    "(rotary and (opcheck or leave or batching)) or (triton and (rotation or matches or gradcheck))",
+    interpreted=True,
+    examples=40,
+)
+LAUNCH = Profile(
+    ("test_operators.py", "test_rows.py", "test_attention.py", "test_mixture.py"),
+    "(masked and leave and not select) or (triton and (picked and not 45 or test_gradcheck or dropout or injected))",
+    interpreted=True,
+)
+ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
+    "test_routing or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
+    "or plain_call or autocast or (batching and (coordinate or capped) and plain)")  # fmt: skip
+TOKENS = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "dispatch or collect or moves or transposed or test_mixture",
+)
+REGISTRATION = Profile(
+    ("test_operators.py", "test_backends.py"),
+    "plain_call or refuse or (gradcheck and not batching) or (test_backends and (gradients or forms))",
+)
+LOCAL = Profile(("test_local_attention.py", "test_public_defects.py"))
+LAYER = Profile(
+    ("test_routed_attention.py", "test_mixture.py", "test_backends.py", "test_validation.py"), "not checkpoint"
+)
+BACKENDS = Profile(("test_backends.py", "test_validation.py", "test_attention.py"))
+VALIDATION = Profile(("test_validation.py",))
+
+PROFILES = {
+    "optimized/kernels/selection.py": SELECTION,
+    "optimized/kernels/coordinate_descent.py": DESCENT,
+    "optimized/kernels/capped_simplex.py": CAPPED,
+    "optimized/kernels/rows.py": ROWS,
+    "optimized/kernels/launch.py": LAUNCH,
+    "optimized/kernels/combine.py": COMBINE,
+    "optimized/kernels/null_slot.py": ATTENTION,
+    "optimized/kernels/rotary.py": ROTARY,
+    "optimized/ops/selection.py": ROUTER,
+    "optimized/ops/solvers.py": ROUTER,
+    "optimized/ops/tokens.py": TOKENS,
+    "optimized/ops/registration.py": REGISTRATION,
+    "optimized/ops/rotary.py": ROTARY,
+    "optimized/ops/combine.py": COMBINE,
+    "optimized/ops/attention.py": ATTENTION,
+    "optimized/attention/math.py": ATTENTION,
+    "optimized/attention/torch_flash_cpu.py": ATTENTION,
+    "optimized/routing.py": ROUTER,
+    "optimized/local_attention.py": LOCAL,
+    "optimized/routed_attention.py": LAYER,
+    "optimized/mixture.py": LAYER,
+    "optimized/backends.py": BACKENDS,
+    "optimized/validation.py": VALIDATION,
+}
+# Adapters that run on a GPU only.
+ON_GPU = Profile(("test_attention.py", "test_backends.py", "test_cuda_graphs.py", "test_local_attention.py"))
+
+
+def profile_of(file: str) -> Profile:
+    return PROFILES.get(file, ON_GPU)

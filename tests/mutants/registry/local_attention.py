@@ -1,0 +1,118 @@
+"""Faults of local attention: window, causality, padding, rotary tables, norm."""
+
+from ..mutant import Mutant
+
+FILE = "optimized/local_attention.py"
+
+MUTANTS = (
+    Mutant(
+        "local-window-one-short",
+        FILE,
+        "band = (offset >= -w) & (offset <= after)",
+        "band = (offset > -w) & (offset <= after)",
+        "window",
+        "huggingface/transformers#39408: window off by one",
+    ),
+    Mutant(
+        "local-window-by-or",
+        FILE,
+        "band = (offset >= -w) & (offset <= after)",
+        "band = (offset >= -w) | (offset <= after)",
+        "window",
+        "lucidrains/local-attention#5: `and` for `or` in the exact window",
+    ),
+    Mutant(
+        "local-causal-sees-the-next",
+        FILE,
+        "after = 0 if causal else w",
+        "after = 1 if causal else w",
+        "causality",
+        "jax-ml/jax#39576: window sees the future",
+    ),
+    Mutant(
+        "local-causal-ignored",
+        FILE,
+        "after = 0 if causal else w",
+        "after = w",
+        "causality",
+        "Dao-AILab/flash-attention#581: alignment of the causal mask",
+    ),
+    Mutant(
+        "local-padding-keys-attended",
+        FILE,
+        "inside = ((key >= 0) & (key < n))[None]",
+        "inside = (key >= 0)[None]",
+        "tail mask",
+        "pytorch/pytorch#158212: keys past the end",
+    ),
+    Mutant(
+        "local-rows-of-padding-see-nothing",
+        FILE,
+        "visible = (valid[:, :, None] & band) | (offset == 0)",
+        "visible = valid[:, :, None] & band",
+        "masked rows and sentinels",
+        "pytorch/pytorch#103963: NaN of fully masked rows",
+    ),
+    Mutant(
+        "local-masked-content",
+        FILE,
+        "hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)",
+        "hidden = x",
+        "masked tokens leak",
+        "trymirai/lalamo#310: padded tokens leak",
+    ),
+    Mutant(
+        "local-masked-output",
+        FILE,
+        "    return out if mask is None else out.masked_fill(~mask[..., None], 0)",
+        "    return out",
+        "masked tokens leak",
+        "trymirai/lalamo#310: padded tokens leak",
+    ),
+    Mutant(
+        "local-angles-in-float32",
+        FILE,
+        "device=device, dtype=torch.float64).mul(-1 / dim_head)",
+        "device=device, dtype=torch.float32).mul(-1 / dim_head)",
+        "precision",
+    ),
+    Mutant(
+        "local-angles-interleaved",
+        FILE,
+        "10000.0**frequency).repeat(1, 2)",
+        "10000.0**frequency).repeat_interleave(2, 1)",
+        "rotary",
+    ),
+    Mutant(
+        "local-positions-from-one",
+        FILE,
+        "torch.outer(torch.arange(n, device=device, dtype=torch.float64)",
+        "torch.outer(torch.arange(1, n + 1, device=device, dtype=torch.float64)",
+        "rotary",
+        equivalent="a shift of all positions changes no difference of two, and only these enter",
+    ),
+    Mutant(
+        "local-norm-bias-dropped",
+        FILE,
+        "bias = None if norm_bias is None else norm_bias.to(wide)",
+        "bias = None",
+        "missing gradient",
+        "unslothai/unsloth#4533: gradient of a weight None",
+    ),
+    Mutant(
+        "local-window-not-capped",
+        FILE,
+        "q, k, v, min(window_size, n - 1), mask, causal)",
+        "q, k, v, window_size, mask, causal)",
+        "configuration",
+        equivalent="only memory: keys beyond the sequence are padding, and hidden",
+    ),
+    Mutant(
+        "local-block-of-one-token",
+        FILE,
+        "block = min(max(w, MIN_BLOCK), MAX_BLOCK, n)",
+        "block = min(max(w, 1), MAX_BLOCK, n)",
+        "configuration",
+        equivalent="only time and memory: the band is cut elsewhere",
+    ),
+)
