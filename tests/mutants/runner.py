@@ -1,11 +1,12 @@
 """Runs mutants: a copy of the tree, one fault, the tests of its profile in a child process, and what came of it.
 
-Nothing runs before the unmutated copy is green under the same profile. Results are kept in a file as they come, each
-under a hash of all that it depends on, so that an interrupted run goes on where it was.
+Nothing runs before the unmutated copy is green under the same profile. Results are kept in a file as they come, with
+hashes of what they depend on, so that an interrupted run goes on where it was, and another test lets the kills stand.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from .mutant import Mutant
 from .profiles import Profile
@@ -60,7 +62,8 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._lock = Lock()
-        self._known: dict[str, dict] = json.loads(self.state.read_text()) if self.state.exists() else {}
+        self._running: set[subprocess.Popen] = set()
+        self._known: dict[str, dict[str, Any]] = json.loads(self.state.read_text()) if self.state.exists() else {}
 
     def run(
         self, mutants: Sequence[Mutant], told: Callable[[str, Result], None] = lambda name, result: None
@@ -87,32 +90,50 @@ class Runner:
                     profile, mutant = waiting[future]
                     yield mutant or profile, future.result()
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    _end(process)
 
     def _recalled(self, profile: Profile, mutant: Mutant | None) -> Result:
-        key = self.key(profile, mutant)
+        """From the state: a kill stands while its test does, all else while no test of the profile changed."""
+        subject = hashlib.sha256(repr((self.device, mutant.digest() if mutant else profile)).encode()).hexdigest()
+        packages = [path for name in (self.package, "reference") for path in (self.root / name).rglob("*.py")]
+        shared = [path for path in (self.root / "tests").glob("*.py") if not path.name.startswith("test_")]
+        files = [self.root / "tests" / file for file in profile.files]
+        code = self._digest(*packages, *shared, self.root / "conftest.py")
+        tests = self._digest(*files) + repr((profile, self.seconds))
         with self._lock:
-            if key in self._known:
-                return Result(**self._known[key])
+            known = self._known.get(subject)
+        if known and known["code"] == code:
+            result = Result(**known["result"])
+            if known["tests"] == tests or (result.outcome == "killed" and known["by"] == self._digest_of(result.test)):
+                return result
         result = self._measured(profile, mutant)
+        made = {"code": code, "tests": tests, "by": self._digest_of(result.test), "result": asdict(result)}
         with self._lock:
-            self._known[key] = asdict(result)
+            self._known[subject] = made
             self.state.parent.mkdir(parents=True, exist_ok=True)
             fresh = self.state.with_suffix(".new")
             fresh.write_text(json.dumps(self._known, indent=1))
             fresh.replace(self.state)
         return result
 
-    def key(self, profile: Profile, mutant: Mutant | None) -> str:
-        """Of the fault, the profile, and the code that a child runs: packages, shared test code, and its test files."""
-        digest = hashlib.sha256(repr((profile, self.device, self.seconds, mutant and mutant.digest())).encode())
-        shared = [path for path in (self.root / "tests").glob("*.py") if not path.name.startswith("test_")]
-        packages = [path for name in (self.package, "reference") for path in (self.root / name).rglob("*.py")]
-        named = [self.root / "conftest.py", *(self.root / "tests" / file for file in profile.files)]
-        for path in sorted({*shared, *packages, *named}):
-            if path.exists():
-                digest.update(str(path.relative_to(self.root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    def _digest(self, *paths: Path) -> str:
+        digest = hashlib.sha256()
+        for path in sorted(filter(Path.exists, paths)):
+            digest.update(str(path.relative_to(self.root)).encode() + b"\0" + path.read_bytes() + b"\0")
         return digest.hexdigest()
+
+    def _digest_of(self, test: str) -> str:
+        """Of a test and all else in its file but other tests; "" where there is none."""
+        file, _, name = test.partition("::")
+        path = self.root / file
+        if not name or not path.is_file():
+            return ""
+        parts = [ast.dump(part) for part in ast.parse(path.read_text()).body]
+        own = f"FunctionDef(name={name.split('[')[0]!r},"
+        kept = [part for part in parts if not part.startswith("FunctionDef(name='test_") or part.startswith(own)]
+        return hashlib.sha256("".join(kept).encode()).hexdigest() if any(p.startswith(own) for p in kept) else ""
 
     def _measured(self, profile: Profile, mutant: Mutant | None) -> Result:
         with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
@@ -141,12 +162,14 @@ class Runner:
                 [*command, str(self.seconds), *given],
                 cwd=copy, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+            self._running.add(process)
             try:
                 return process.wait(4 * self.seconds)
             except subprocess.TimeoutExpired:
                 return None
             finally:
                 _end(process)
+                self._running.discard(process)
 
 
 def _end(process: subprocess.Popen) -> None:
