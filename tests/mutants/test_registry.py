@@ -18,7 +18,7 @@ ROOT = Path(optimized.__file__).parent.parent
 
 @pytest.mark.parametrize("file", sorted({m.file for m in MUTANTS}))
 def test_mutants_fit_their_file(file: str) -> None:
-    """The old text of each stands once in the file (else an error names it), and what comes of it is another program."""
+    """The old text of each stands once in the file (else an error names it), and the new one is another program."""
     text = (ROOT / file).read_text()
     original = ast.dump(ast.parse(text))
     for mutant in MUTANTS:

@@ -45,10 +45,10 @@ MUTANTS = (
         "vllm-project/vllm-xpu-kernels#453: tokens dropped",
     ),
     Mutant(
-        "select-kernel-equals-of-the-last-chunk",
+        "select-kernel-equals-and-larger-ones",
         KERNEL,
         "seen_equal += tl.sum(equal)",
-        "seen_equal = tl.sum(equal)",
+        "seen_equal += tl.sum(chosen.to(tl.int32))",
         "ties and signed zeros",
         "pytorch/pytorch#150012: ties differ with the size",
     ),
