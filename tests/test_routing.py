@@ -325,6 +325,15 @@ def test_smallest_temperature(kernels: str, device: torch.device) -> None:
         check_identical(actual, expected)
 
 
+@EVERY_KERNEL
+def test_saturation_begins_at_equality(kernels: str, device: torch.device) -> None:
+    """Mass N makes a_0 = 0, and then a logit of 0 is saturated: it counts."""
+    logits = torch.tensor([[[0.0, -1.0, 1.0, 0.0, 2.0, -0.0, -3.0, 0.0]]], dtype=torch.float64, device=device)
+    _, a, counts = ops.descend(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
+    assert a[0].item() == 0
+    assert counts[1].item() == 6
+
+
 @BOTH
 def test_iterative_tends_to_exact(implementation: ModuleType, device: torch.device) -> None:
     logits = torch.randn(2, 2, 200, generator=generator(0), dtype=torch.float64).to(device)
