@@ -210,7 +210,8 @@ def test_combination_counts_by_hand(implementation: ModuleType, average: bool, d
     for first, second in itertools.product(itertools.product((False, True), repeat=3), repeat=2):
         slots = torch.tensor([[first, second]], device=device)
         indices = torch.arange(3, device=device).expand(1, 2, 3)
-        y = torch.tensor([[[[1.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
+        # The first is 0: a token whose terms add up to nothing has terms all the same.
+        y = torch.tensor([[[[0.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
         routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
         out = implementation.combine(y, routes, 3, average_routed=average, null_routed_token=null)
         for n in range(3):

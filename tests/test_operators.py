@@ -145,7 +145,8 @@ def sample_combine(s: Sample) -> tuple[Any, ...]:
     scores = draw((s.batch, s.experts, k), "normal", 1).to(torch.promote_types(s.dtype, torch.float32))
     local = s.floats(s.batch, s.n, 5, seed=2) if s.masked else None
     null = None if s.masked else draw((5,), "normal", 3).to(s.dtype)
-    return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, s.dtype)
+    dtype = torch.bfloat16 if s.layout == "sliced" else s.dtype  # of the result, as under autocast
+    return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, dtype)
 
 
 def sample_combine_backward(s: Sample) -> tuple[Any, ...]:
@@ -201,11 +202,11 @@ def samples() -> Iterator[Any]:
         Sample(torch.float64, False, "sliced"),
         Sample(torch.float32, True, "sliced"),
     ]
-    # The moves run in the dtype of the model, the solvers and the selection in float32 at least.
+    # The moves and attention run in the dtype of the model, the solvers and the selection in float32 at least.
     half = [Sample(torch.bfloat16, True, "transposed"), Sample(torch.float16, True, "sliced")]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True), Sample(n=1, masked=True)]
     for name in SAMPLES:
-        for s in every + edges + half * (name in MOVES):
+        for s in every + edges + half * (name in (*MOVES, "attention")):
             if name == "select" and s.n == 0:
                 continue
             size = "" if s.batch and s.n > 1 else f"-B{s.batch}-N{s.n}"
@@ -423,6 +424,36 @@ def test_solvers_refuse_higher_derivatives(name: str, call: Any, device: torch.d
         soft(forward_ad.make_dual(logits, tangent))
     with forward_ad.dual_level():
         check_identical(soft(logits), soft(logits.clone()))
+
+
+def test_rotation_of_many_wide_heads(device: torch.device) -> None:
+    """More heads than a program of the kernel turns at a time."""
+    t = draw((1, 2, 5, 1024), "normal", 1).to(device)
+    angles = draw((2, 1024), "normal", 2).to(device)
+    cos, sin = angles.cos(), angles.sin()
+    for transposed in (False, True):
+        first, second = t.chunk(2, -1)
+        turned = torch.cat((second, -first) if transposed else (-second, first), -1)
+        factor = sin.roll(512, -1) if transposed else sin
+        expected = t * cos[None, :, None] + turned * factor[None, :, None]
+        torch.testing.assert_close(ops.turn(t, cos, sin, None, transposed), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_combination_of_wide_tokens(device: torch.device) -> None:
+    """More channels than a program of the kernel holds at a time."""
+    dim = 5000
+    y, g = draw((2, 1, 1, dim), "normal", 1).to(device), draw((1, 2, dim), "normal", 2).to(device)
+    scores = draw((1, 2, 1), "normal", 3).to(device)
+    indices = torch.tensor([[[0], [0]]], device=device)
+    slots = torch.ones_like(indices, dtype=torch.bool)
+    routing = (indices, slots, ops.inverse_map(indices, slots, 2))
+    null = draw((dim,), "normal", 4).to(device)
+    leaves = [t.requires_grad_() for t in (y, scores, null)]
+    actual = ops.merge_experts(y, scores, *routing, None, null, None, False, y.dtype)
+    expected = torch.stack(((y * scores.transpose(0, 1)[..., None]).sum(0)[0, 0], null))[None]
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g)):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
 # --- the layer under transforms --------------------------------------------------------------------------------------
@@ -783,6 +814,15 @@ def test_a_plain_call_is_the_operator() -> None:
     for plain, seen in zip(*found):
         check_identical(plain, seen)
     assert {"moa::coordinate_descent", "moa::coordinate_descent_backward"} <= set(names[1])
+
+
+def test_the_threshold_is_not_differentiable() -> None:
+    """A loss on it would get a gradient of zero without a word."""
+    logits = torch.linspace(0, 1, 4, dtype=torch.float64).view(1, 1, 4).requires_grad_()
+    for call in (ops.cap, torch.ops.moa.capped_simplex):
+        scores, threshold = call(logits, None, 2.0, 0.1)
+        assert scores.requires_grad
+        assert not threshold.requires_grad
 
 
 def test_a_plain_call_without_gradients_records_nothing() -> None:

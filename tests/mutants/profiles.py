@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too."""
+    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too, with every twentieth example."""
 
     files: tuple[str, ...]
     keyword: str = ""
@@ -27,21 +27,25 @@ SELECTION = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(select and (triton or masked) and not (groups and float64) and not batching) or route_matches",
     interpreted=True,
+    examples=60,
 )
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and (iterative or descent or temperature or chunk)) or (coordinate_descent and masked and opcheck)",
     interpreted=True,
+    examples=60,
 )
 CAPPED = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and exact) or (capped_simplex and masked)",
     interpreted=True,
+    examples=60,
 )
 ROWS = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and (rows or solver or gradient) and not (select or 45)) or (descent and masked and opcheck)",
     interpreted=True,
+    examples=60,
 )
 COMBINE = Profile(
     ("test_operators.py", "test_mixture.py"),

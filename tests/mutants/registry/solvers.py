@@ -103,8 +103,6 @@ MUTANTS = (
         '        scores = tl.where(poisoned > 0, float("nan"), scores)\n        tl.store(scores_ptr',
         "        tl.store(scores_ptr",
         "NaN order",
-        equivalent="the last iterate of a poisoned row is NaN, and so is every s + a (the minimum with 0 of Triton's "
-        "interpreter keeps it; a GPU's does not, where the line is needed)",
     ),
     Mutant(
         "descent-kernel-rates-by-every-row",
