@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too, with every twentieth example."""
+    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too, every twentieth example."""
 
     files: tuple[str, ...]
     keyword: str = ""
@@ -48,12 +48,16 @@ ROWS = Profile(
     examples=60,
 )
 COMBINE = Profile(
-    ("test_operators.py", "test_mixture.py"),
-    "(combine and not batching) or (triton and (injected or counts or hidden or average or unrouted))",
+    ("test_mixture.py", "test_operators.py"),
+    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or wide))",
     interpreted=True,
 )
-ATTENTION = Profile(("test_attention.py", "test_operators.py", "test_routed_attention.py"), "not batching and not vmap "
-    "and (test_attention or (attention and opcheck) or triton or torch or dropout)", interpreted=True)  # fmt: skip
+ATTENTION = Profile(
+    ("test_attention.py", "test_operators.py", "test_routed_attention.py"),
+    "test_attention.py or (attention and opcheck) or (test_routed_attention.py and (dropout or null or order))",
+    interpreted=True,
+    examples=20,
+)
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
     "(rotary and (opcheck or leave or batching)) or (triton and (rotation or matches or gradcheck))",
@@ -61,8 +65,9 @@ ROTARY = Profile(
     examples=40,
 )
 LAUNCH = Profile(
-    ("test_operators.py", "test_rows.py", "test_attention.py", "test_mixture.py"),
-    "(masked and leave and not select) or (triton and (picked and not 45 or test_gradcheck or dropout or injected))",
+    ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
+    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) "
+    "or (masked and leave and (sliced or transposed) and not select)",
     interpreted=True,
 )
 ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
