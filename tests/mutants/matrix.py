@@ -31,11 +31,11 @@ def verdict(mutant: Mutant, result: Result | None) -> str:
 
 
 def unexpected(mutants: Sequence[Mutant], results: dict[str, Result]) -> list[str]:
-    """What fails a run: a mutant that no assertion noticed, and one noticed that was said to be equivalent."""
+    """What fails a run: a mutant that no test noticed, and one noticed that was said to be equivalent."""
     lines = []
     for m in mutants:
         r = results.get(m.name)
-        if r is not None and r.outcome != ("survived" if m.equivalent else "killed"):
+        if r is not None and r.outcome not in (("survived",) if m.equivalent else ("killed", "raised")):
             lines.append(f"{m.name} ({m.bug}, {m.file}): {r.outcome} {r.test} {r.error}".strip())
     return lines
 

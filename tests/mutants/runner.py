@@ -26,8 +26,8 @@ from typing import Any
 from .mutant import Mutant
 from .profiles import Profile
 
-# killed: a test failed by an assertion. raised: by another error. broken: no test ran: import, syntax, collection,
-# fixtures. crashed: the process died. timeout: more CPU seconds than it may.
+# killed: a test failed by an assertion. raised: by another error, where it expected none or another. broken: no test
+# ran: import, syntax, collection, fixtures. crashed: the process died. timeout: more CPU seconds than it may.
 OUTCOMES = ("killed", "survived", "raised", "broken", "crashed", "timeout")
 SECONDS = 60  # of one core for a mutant
 IGNORED = shutil.ignore_patterns(

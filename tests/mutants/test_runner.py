@@ -61,7 +61,7 @@ def test_outcomes_are_told_apart(tree: Path) -> None:
     assert "SyntaxError" in results["broken"].error
     assert (tree / "toy" / "__init__.py").read_text().count(OLD) == 1, "the original is left alone"
     unwanted = [line.split()[0] for line in unexpected(mutants, results)]
-    assert unwanted == ["survives", "raises", "broken", "dies"]
+    assert unwanted == ["survives", "broken", "dies"]
     assert not unexpected([replace(SURVIVES, equivalent="x + x is 2 x for every number")], results)
     assert unexpected([replace(KILLED, equivalent="wrongly said so")], results)
 

@@ -175,6 +175,15 @@ MUTANTS = (
         "cuda",
     ),
     Mutant(
+        "local-rows-of-padding-see-nothing",
+        "optimized/local_attention.py",
+        "visible = (valid[:, :, None] & band) | (offset == 0)",
+        "visible = valid[:, :, None] & band",
+        "masked rows and sentinels",
+        "pytorch/pytorch#103963: NaN of fully masked rows",
+        "cuda",  # PyTorch's CPU kernels return zeros for a row that sees nothing
+    ),
+    Mutant(
         "cudnn-in-deterministic-mode",
         "optimized/backends.py",
         '    if torch.are_deterministic_algorithms_enabled():\n        return "its backward is not deterministic"\n',

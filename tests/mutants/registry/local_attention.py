@@ -46,14 +46,6 @@ MUTANTS = (
         "pytorch/pytorch#158212: keys past the end",
     ),
     Mutant(
-        "local-rows-of-padding-see-nothing",
-        FILE,
-        "visible = (valid[:, :, None] & band) | (offset == 0)",
-        "visible = valid[:, :, None] & band",
-        "masked rows and sentinels",
-        "pytorch/pytorch#103963: NaN of fully masked rows",
-    ),
-    Mutant(
         "local-masked-content",
         FILE,
         "hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)",
@@ -95,9 +87,9 @@ MUTANTS = (
         "local-norm-bias-dropped",
         FILE,
         "bias = None if norm_bias is None else norm_bias.to(wide)",
-        "bias = None",
+        "bias = None if norm_bias is None else 0 * norm_bias.to(wide)",
         "missing gradient",
-        "unslothai/unsloth#4533: gradient of a weight None",
+        "Dao-AILab/flash-attention#1817: gradient silently zero",
     ),
     Mutant(
         "local-window-not-capped",
