@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import check_identical
+from harness import HALF, check_identical
 from runs import baseline_layer, compare, oracle_layer, run_layer
 from strategies import LayerCase, draw, draw_mask, generator, lay_out
 from torch import Tensor
@@ -395,6 +395,13 @@ def test_dispatch_and_collect_are_transposed(sample: Sample, device: torch.devic
         leaf = leaf.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(call(leaf, *routing), leaf, cotangent)
         check_identical(gradient, other)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_collect_rounds_once(dtype: torch.dtype, device: torch.device) -> None:
+    """Three experts' rows are added up in float32."""
+    y, *routing = arguments_of("collect", Sample(dtype), device)
+    check_identical(torch.ops.moa.collect(y, *routing), torch.ops.moa.collect(y.float(), *routing).to(dtype))
 
 
 @pytest.mark.parametrize(("name", "call"), [("coordinate_descent", ops.descend), ("capped_simplex", ops.cap)])
