@@ -72,7 +72,7 @@ LAUNCH = Profile(
 )
 ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
     "test_routing or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
-    "or plain_call or autocast or (batching and (coordinate or capped) and plain)")  # fmt: skip
+    "or plain_call or threshold or autocast or (batching and (coordinate or capped) and plain)")  # fmt: skip
 TOKENS = Profile(
     ("test_operators.py", "test_mixture.py"),
     "dispatch or collect or moves or transposed or test_mixture",
