@@ -129,15 +129,6 @@ MUTANTS = (
         "pytorch/pytorch#153799: wrong only beyond a block",
     ),
     Mutant(
-        "capped-kernel-one-value-a-round",
-        CAPPED,
-        "level = tl.where(relative >= 0, tl.minimum(peak, shift - relative), level)",
-        "level = tl.where(relative >= 0, peak, level)",
-        "mass",
-        equivalent="the largest free value saturates in each round in place of all that reach 1: more rounds, and the "
-        "same set, since the loop ends at the first level whose free tokens stay below 1",
-    ),
-    Mutant(
         "capped-kernel-gradient-without-mean",
         CAPPED,
         "ds = w * (grad - mean) / eps",
