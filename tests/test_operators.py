@@ -433,17 +433,23 @@ def test_solvers_refuse_higher_derivatives(name: str, call: Any, device: torch.d
         check_identical(soft(logits), soft(logits.clone()))
 
 
-def test_rotation_of_many_wide_heads(device: torch.device) -> None:
-    """More heads than a program of the kernel turns at a time."""
-    t = draw((1, 2, 5, 1024), "normal", 1).to(device)
-    angles = draw((2, 1024), "normal", 2).to(device)
-    cos, sin = angles.cos(), angles.sin()
-    for transposed in (False, True):
-        first, second = t.chunk(2, -1)
-        turned = torch.cat((second, -first) if transposed else (-second, first), -1)
-        factor = sin.roll(512, -1) if transposed else sin
-        expected = t * cos[None, :, None] + turned * factor[None, :, None]
-        torch.testing.assert_close(ops.turn(t, cos, sin, None, transposed), expected, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("heads", [2, 5], ids=["few", "many"])
+@pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
+def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> None:
+    """Rows at positions of their own; many: more heads than a program of the kernel turns at a time."""
+    t = draw((3, 2, heads, 1024), "normal", 1).to(device)
+    angles = draw((4, 1024), "normal", 2).to(device)  # unlike in both halves
+    positions = torch.tensor([[1, 0], [3, 2], [0, 3]], device=device) if placed else None
+    at = angles[torch.arange(2, device=device).expand(3, 2) if positions is None else positions][:, :, None]
+    first, second = t.chunk(2, -1)
+    expected = t * at.cos() + torch.cat((-second, first), -1) * at.sin()
+    leaf = t.clone().requires_grad_()
+    actual = ops.turn(leaf, angles.cos(), angles.sin(), positions, False)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = draw(tuple(t.shape), "normal", 3).to(device)
+    (gradient,) = torch.autograd.grad(actual, leaf, g)
+    turned = (g * at.sin()).chunk(2, -1)
+    torch.testing.assert_close(gradient, g * at.cos() + torch.cat((turned[1], -turned[0]), -1), rtol=1e-12, atol=1e-12)
 
 
 def test_combination_of_wide_tokens(device: torch.device) -> None:

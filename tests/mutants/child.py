@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # What a test says that looks at a wrong answer. Anything else that is raised is an accident, and counted apart.
@@ -22,6 +23,13 @@ class Witness:
 
     def __init__(self) -> None:
         self.failure: dict[str, Any] | None = None
+
+    def pytest_sessionstart(self) -> None:
+        """After conftest chose a profile: a failure is enough, nobody reads the smallest one."""
+        phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+        settings = hypothesis.settings(hypothesis.settings.default, phases=phases, report_multiple_bugs=False)
+        hypothesis.settings.register_profile("first failure", settings)
+        hypothesis.settings.load_profile("first failure")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:

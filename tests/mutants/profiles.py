@@ -60,7 +60,7 @@ ATTENTION = Profile(
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "(rotary and (opcheck or leave or batching)) or (triton and (rotation or matches or gradcheck))",
+    "rotation or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
     interpreted=True,
     examples=40,
 )
