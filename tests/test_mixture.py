@@ -204,23 +204,24 @@ def test_combine_matches_the_oracle(
 
 @BOTH
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("absent", [100.0, 0.0], ids=["null", "zero"])
-def test_combination_counts_by_hand(
-    implementation: ModuleType, absent: float, average: bool, device: torch.device
-) -> None:
+@pytest.mark.parametrize("rest", ["null", "nothing", "local"])
+def test_combination_counts_by_hand(implementation: ModuleType, rest: str, average: bool, device: torch.device) -> None:
     """Every pattern of three tokens and two experts: sum, count, null token or zero without one, written out."""
-    null = torch.tensor([absent], device=device) if absent else None
+    null = torch.tensor([100.0], device=device) if rest == "null" else None
+    local = torch.full((1, 3, 1), 64.0, device=device) if rest == "local" else None
     for first, second in itertools.product(itertools.product((False, True), repeat=3), repeat=2):
         slots = torch.tensor([[first, second]], device=device)
         indices = torch.arange(3, device=device).expand(1, 2, 3)
         # The first is 0: a token whose terms add up to nothing has terms all the same.
         y = torch.tensor([[[[0.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
         routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
-        out = implementation.combine(y, routes, 3, average_routed=average, null_routed_token=null)
+        out = implementation.combine(y, routes, 3, local=local, average_routed=average, null_routed_token=null)
         for n in range(3):
             terms = [y[0, e, n, 0].item() for e, routed in enumerate((first, second)) if routed[n]]
+            terms += [64.0] if rest == "local" else []
+            absent = 100.0 if rest == "null" else 0.0
             expected = sum(terms) / (len(terms) if average else 1) if terms else absent
-            assert out[0, n, 0].item() == expected
+            assert out[0, n, 0].item() == pytest.approx(expected, rel=1e-6)
 
 
 @EVERY_KERNEL
