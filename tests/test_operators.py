@@ -202,11 +202,12 @@ def samples() -> Iterator[Any]:
         Sample(torch.float64, False, "sliced"),
         Sample(torch.float32, True, "sliced"),
     ]
-    # The moves and attention run in the dtype of the model, the solvers and the selection in float32 at least.
+    # These run in the dtype of the model, the solvers and the selection in float32 at least.
     half = [Sample(torch.bfloat16, True, "transposed"), Sample(torch.float16, True, "sliced")]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True), Sample(n=1, masked=True)]
     for name in SAMPLES:
-        for s in every + edges + half * (name in (*MOVES, "attention")):
+        low = half * (name in (*MOVES, "attention")) + [Sample(torch.float16)] * name.startswith("combine")
+        for s in every + edges + low:
             if name == "select" and s.n == 0:
                 continue
             size = "" if s.batch and s.n > 1 else f"-B{s.batch}-N{s.n}"
@@ -452,19 +453,37 @@ def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> Non
     torch.testing.assert_close(gradient, g * at.cos() + torch.cat((turned[1], -turned[0]), -1), rtol=1e-12, atol=1e-12)
 
 
-def test_combination_of_wide_tokens(device: torch.device) -> None:
-    """More channels than a program of the kernel holds at a time."""
-    dim = 5000
-    y, g = draw((2, 1, 1, dim), "normal", 1).to(device), draw((1, 2, dim), "normal", 2).to(device)
-    scores = draw((1, 2, 1), "normal", 3).to(device)
-    indices = torch.tensor([[[0], [0]]], device=device)
-    slots = torch.ones_like(indices, dtype=torch.bool)
-    routing = (indices, slots, ops.inverse_map(indices, slots, 2))
-    null = draw((dim,), "normal", 4).to(device)
-    leaves = [t.requires_grad_() for t in (y, scores, null)]
-    actual = ops.merge_experts(y, scores, *routing, None, null, None, False, y.dtype)
-    expected = torch.stack(((y * scores.transpose(0, 1)[..., None]).sum(0)[0, 0], null))[None]
+@pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
+@pytest.mark.parametrize("rest", ["null", "local"])
+@pytest.mark.parametrize("dim", [3, 5000], ids=["few", "many"])
+def test_combination_and_its_gradients(dim: int, rest: str, average: bool, device: torch.device) -> None:
+    """Against the sum over a dense map of slots to tokens. Many: more channels than a program holds at a time.
+
+    Masked slots hold NaN, and so do the cotangents of masked tokens; many tokens are taken by nobody.
+    """
+    sample = Sample(masked=True, n=40)
+    indices, slots, inverse = (t.to(device) for t in sample.routing())
+    mask = sample.token_mask().to(device)
+    y = draw((3, 2, 4, dim), "normal", 1).to(device).masked_fill(~slots.transpose(0, 1)[..., None], math.nan)
+    scores = draw((2, 3, 4), "normal", 2).to(device)
+    other = draw((dim,) if rest == "null" else (2, 40, dim), "normal", 3).to(device)
+    leaves = [t.requires_grad_() for t in (y, scores, other)]
+    local, null = (None, other) if rest == "null" else (other, None)
+    actual = ops.merge_experts(y, scores, indices, slots, inverse, local, null, mask, average, y.dtype)
+
+    place = torch.nn.functional.one_hot(indices, 40) * slots[..., None]
+    shown = y.masked_fill(~slots.transpose(0, 1)[..., None], 0)
+    expected = torch.einsum("bekn,bek,ebkd->bnd", place.to(y.dtype), scores, shown)
+    count = place.sum((1, 2))[..., None]
+    if rest == "local":
+        expected, count = expected + other, count + 1
+    if average:
+        expected = expected / count.clamp_min(1)
+    if rest == "null":
+        expected = torch.where(count == 0, other, expected)
+    expected = expected.masked_fill(~mask[..., None], 0)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = draw((2, 40, dim), "normal", 4).to(device).masked_fill(~mask[..., None], math.nan)
     for a, e in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g)):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 

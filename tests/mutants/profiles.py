@@ -49,7 +49,7 @@ ROWS = Profile(
 )
 COMBINE = Profile(
     ("test_mixture.py", "test_operators.py"),
-    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or wide))",
+    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients))",
     interpreted=True,
 )
 ATTENTION = Profile(
