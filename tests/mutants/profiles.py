@@ -25,7 +25,7 @@ class Profile:
 
 SELECTION = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(select and (triton or masked) and not (groups and float64) and not batching) or route_matches",
+    "((select or poison) and (triton or masked) and not (groups and float64) and not batching) or route_matches",
     interpreted=True,
     examples=60,
 )
