@@ -145,7 +145,7 @@ def sample_combine(s: Sample) -> tuple[Any, ...]:
     scores = draw((s.batch, s.experts, k), "normal", 1).to(torch.promote_types(s.dtype, torch.float32))
     local = s.floats(s.batch, s.n, 5, seed=2) if s.masked else None
     null = None if s.masked else draw((5,), "normal", 3).to(s.dtype)
-    dtype = torch.bfloat16 if s.layout == "sliced" else s.dtype  # of the result, as under autocast
+    dtype = torch.bfloat16 if s.dtype == torch.float32 else s.dtype  # of the result, as under autocast
     return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, dtype)
 
 
@@ -263,6 +263,16 @@ def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: t
         assert torch.equal(a, b) if isinstance(a, Tensor) else a is b
     for a, b in zip(*((t,) if isinstance(t, Tensor) else t for t in (first, second))):
         check_identical(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_layout_changes_nothing(name: str, layout: str, masked: bool, device: torch.device) -> None:
+    """f(view) = f(contiguous), also of masks and maps."""
+    samples = (Sample(masked=masked), Sample(masked=masked, layout=layout))
+    plain, strided = (getattr(torch.ops.moa, name)(*arguments_of(name, sample, device)) for sample in samples)
+    torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

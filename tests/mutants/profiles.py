@@ -66,8 +66,7 @@ ROTARY = Profile(
 )
 LAUNCH = Profile(
     ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
-    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) "
-    "or (masked and leave and (sliced or transposed) and not select)",
+    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) or layout_changes",
     interpreted=True,
 )
 ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
