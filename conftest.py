@@ -62,6 +62,8 @@ FILE_BUDGET_SECONDS = {
     "test_conformance.py": 25,
     "test_defects.py": 60,
     "test_impl_option.py": 20,
+    "test_registry.py": 5,
+    "test_runner.py": 20,
 }
 
 
@@ -72,6 +74,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--interpreted", action="store_true", help="on the CPU: properties of our kernels too, in Triton's interpreter"
     )
     group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 100; nightly: 1000)")
+    group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
+    group.addoption("--only", metavar="WORD", help="with --mutants: those whose name, class or file contains it")
     group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")
 
 
@@ -87,6 +91,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
+    config.addinivalue_line("markers", "mutants: half an hour; selected by --mutants only")
     config.addinivalue_line("markers", "speed: compares times, on a machine left alone; selected by -m speed only")
     for package in (reference, optimized):
         if Path(package.__file__).parent.parent != ROOT:
@@ -133,6 +138,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             ("cpu", config.option.device == "cpu"),
             ("nightly", _asks_for("nightly", config)),
             ("speed", _asks_for("speed", config)),
+            ("mutants", config.option.mutants),
         )
         if not wanted
     }

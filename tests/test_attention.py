@@ -217,7 +217,7 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
     """Other finite values behind the length change no bit, and their gradients are 0."""
     case = Case(queries=20, keys=33, dim_head=16, lengths="some_empty", layout="contiguous")
     runs = []
-    for shift in (0.0, 3.0):
+    for shift in (0.0, 3.0, 3e4):  # logits beyond any finite sentinel
         t = {n: x.to(dtype).to(device) for n, x in case.leaves().items()}
         lengths = case.key_lengths().to(device)
         hidden = torch.arange(case.keys, device=device) >= lengths[:, None]
@@ -230,7 +230,8 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
         assert not grads[1][hidden].any()
         assert not grads[2][hidden].any()
         runs.append(out.detach())
-    check_identical(runs[1], runs[0])
+    for other in runs[1:]:
+        check_identical(other, runs[0])
 
 
 # In half precision a logit of hundreds has no digit left.
@@ -327,6 +328,18 @@ def test_every_call_draws_anew(backend: str, dtype: torch.dtype, device: torch.d
     check_identical(again.out, first.out)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), DROPPING)
+def test_every_weight_has_its_own_draw(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows, heads, queries and keys: none shares a draw with its neighbour; likewise the null slot's."""
+    case = Case(queries=25, keys=40, dim_head=16)
+    kept = kept_keys(case, backend, dtype, device, 0.4, seed=5).float()
+    null = operator(case, backend, "torch", dtype, device, 0.4)[1].sign()
+    for draws in (kept, null):
+        for dim in range(draws.ndim):
+            agreement = (draws == draws.roll(1, dim)).double().mean()
+            assert agreement < 0.7, f"neighbours in dimension {dim}: independent draws agree in 52 %"
+
+
 # --- what the layer promises -----------------------------------------------------------------------------------------
 
 
@@ -346,6 +359,17 @@ def test_gradcheck(kernels: str, lengths: str, null: bool, device: torch.device)
         return ops.attend(*arguments, 0.0, -1, False, "math", kernels == "triton")[0]
 
     assert torch.autograd.gradcheck(f, tuple(leaves.values()), fast_mode=interpreted())
+
+
+@EVERY_KERNEL
+def test_only_the_output_is_differentiable(kernels: str, device: torch.device) -> None:
+    """A loss on the log-sum-exp would get a gradient of zero without a word."""
+    case = Case(queries=2, keys=3)
+    t = {n: x.to(device).requires_grad_() for n, x in case.leaves().items()}
+    for attend in (ops.attend, torch.ops.moa.attention):
+        out, *rest = attend(*t.values(), None, 0.0, -1, False, "math", kernels == "triton")
+        assert out.requires_grad
+        assert not any(other.requires_grad for other in rest)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))

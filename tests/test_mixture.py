@@ -204,19 +204,35 @@ def test_combine_matches_the_oracle(
 
 @BOTH
 @pytest.mark.parametrize("average", [False, True])
-def test_combination_counts_by_hand(implementation: ModuleType, average: bool, device: torch.device) -> None:
-    """Every pattern of three tokens and two experts: sum, count, null token, written out."""
-    null = torch.tensor([100.0], device=device)
+@pytest.mark.parametrize("rest", ["null", "nothing", "local"])
+def test_combination_counts_by_hand(implementation: ModuleType, rest: str, average: bool, device: torch.device) -> None:
+    """Every pattern of three tokens and two experts: sum, count, null token or zero without one, written out."""
+    null = torch.tensor([100.0], device=device) if rest == "null" else None
+    local = torch.full((1, 3, 1), 64.0, device=device) if rest == "local" else None
     for first, second in itertools.product(itertools.product((False, True), repeat=3), repeat=2):
         slots = torch.tensor([[first, second]], device=device)
         indices = torch.arange(3, device=device).expand(1, 2, 3)
-        y = torch.tensor([[[[1.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
+        # The first is 0: a token whose terms add up to nothing has terms all the same.
+        y = torch.tensor([[[[0.0], [2.0], [4.0]], [[8.0], [16.0], [32.0]]]], device=device)
         routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
-        out = implementation.combine(y, routes, 3, average_routed=average, null_routed_token=null)
+        out = implementation.combine(y, routes, 3, local=local, average_routed=average, null_routed_token=null)
         for n in range(3):
             terms = [y[0, e, n, 0].item() for e, routed in enumerate((first, second)) if routed[n]]
-            expected = sum(terms) / (len(terms) if average else 1) if terms else 100.0
-            assert out[0, n, 0].item() == expected
+            terms += [64.0] if rest == "local" else []
+            absent = 100.0 if rest == "null" else 0.0
+            expected = sum(terms) / (len(terms) if average else 1) if terms else absent
+            assert out[0, n, 0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@EVERY_KERNEL
+def test_combination_rounds_once(kernels: str, device: torch.device) -> None:
+    """Three experts' rows, and local attention, are added up in float32."""
+    y, local = (draw(shape, "normal", 1).half().to(device) for shape in ((1, 3, 20, 6), (1, 20, 6)))
+    indices = torch.arange(20, device=device).expand(1, 3, 20)
+    slots = torch.ones_like(indices, dtype=torch.bool)
+    routes = optimized.Routes(indices, slots, slots.float(), torch.zeros(1, 3, 20, device=device))
+    once = optimized.combine(y.float(), routes, 20, local=local.float()).half()
+    check_identical(optimized.combine(y, routes, 20, local=local), once)
 
 
 @BOTH
@@ -338,6 +354,20 @@ def test_masked_tokens_take_no_part(implementation: ModuleType, case: LayerCase,
             assert (a is None) == (b is None)
             if a is not None:
                 check_identical(a, b)
+
+
+@BOTH
+def test_injected_routes_show_no_masked_token(implementation: ModuleType, device: torch.device) -> None:
+    """Whatever their own slot mask says, and even where the token holds NaN."""
+    layer = build(implementation, CASE, device)
+    x = CASE.inputs()["x"].to(device)
+    mask = (torch.rand(3, CASE.n, generator=generator(4)) < 0.6).to(device)
+    _, free = layer(x, return_routes=True)
+    seen = [mask[:, None].expand(-1, CASE.experts, -1).gather(-1, r.indices) for r in free]
+    assert not all(s.all() for s in seen)
+    expected = layer(x, mask=mask, routes=tuple(r._replace(mask=s) for r, s in zip(free, seen)))
+    dirty = torch.where(mask[..., None], x, math.nan)
+    check_identical(layer(dirty, mask=mask, routes=free).detach(), expected.detach())
 
 
 @BOTH

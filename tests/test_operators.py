@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import check_identical
+from harness import HALF, check_identical
 from runs import baseline_layer, compare, oracle_layer, run_layer
 from strategies import LayerCase, draw, draw_mask, generator, lay_out
 from torch import Tensor
@@ -193,7 +193,8 @@ def sample_combine(s: Sample) -> tuple[Any, ...]:
     scores = draw((s.batch, s.experts, k), "normal", 1).to(torch.promote_types(s.dtype, torch.float32))
     local = s.floats(s.batch, s.n, 5, seed=2) if s.masked else None
     null = None if s.masked else draw((5,), "normal", 3).to(s.dtype)
-    return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, s.dtype)
+    dtype = torch.bfloat16 if s.dtype == torch.float32 else s.dtype  # of the result, as under autocast
+    return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, dtype)
 
 
 def sample_combine_backward(s: Sample) -> tuple[Any, ...]:
@@ -272,11 +273,12 @@ def samples() -> Iterator[Any]:
         Sample(torch.float64, False, "sliced"),
         Sample(torch.float32, True, "sliced"),
     ]
-    # The moves run in the dtype of the model, the solvers and the selection in float32 at least.
+    # These run in the dtype of the model, the solvers and the selection in float32 at least.
     half = [Sample(torch.bfloat16, True, "transposed"), Sample(torch.float16, True, "sliced")]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True), Sample(n=1, masked=True)]
     for name in SAMPLES:
-        for s in every + edges + half * (name in MOVES):
+        low = half * (name in (*MOVES, "attention")) + [Sample(torch.float16)] * name.startswith("combine")
+        for s in every + edges + low:
             if name == "select" and s.n == 0:
                 continue
             size = "" if s.batch and s.n > 1 else f"-B{s.batch}-N{s.n}"
@@ -332,6 +334,16 @@ def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: t
         assert torch.equal(a, b) if isinstance(a, Tensor) else a is b
     for a, b in zip(*((t,) if isinstance(t, Tensor) else t for t in (first, second))):
         check_identical(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced"])
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_layout_changes_nothing(name: str, layout: str, masked: bool, device: torch.device) -> None:
+    """f(view) = f(contiguous), also of masks and maps."""
+    samples = (Sample(masked=masked), Sample(masked=masked, layout=layout))
+    plain, strided = (getattr(torch.ops.moa, name)(*arguments_of(name, sample, device)) for sample in samples)
+    torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -501,6 +513,13 @@ def test_dispatch_and_collect_are_transposed(sample: Sample, device: torch.devic
         check_identical(gradient, other)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_collect_rounds_once(dtype: torch.dtype, device: torch.device) -> None:
+    """Three experts' rows are added up in float32."""
+    y, *routing = arguments_of("collect", Sample(dtype), device)
+    check_identical(torch.ops.moa.collect(y, *routing), torch.ops.moa.collect(y.float(), *routing).to(dtype))
+
+
 @pytest.mark.parametrize(("name", "call"), [("coordinate_descent", ops.descend), ("capped_simplex", ops.cap)])
 def test_solvers_refuse_higher_derivatives(name: str, call: Any, device: torch.device) -> None:
     """By name, whichever way they are asked; the operator itself refuses double backward too."""
@@ -528,6 +547,60 @@ def test_solvers_refuse_higher_derivatives(name: str, call: Any, device: torch.d
         soft(forward_ad.make_dual(logits, tangent))
     with forward_ad.dual_level():
         check_identical(soft(logits), soft(logits.clone()))
+
+
+@pytest.mark.parametrize("heads", [2, 5], ids=["few", "many"])
+@pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
+def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> None:
+    """Rows at positions of their own; many: more heads than a program of the kernel turns at a time."""
+    t = draw((3, 2, heads, 1024), "normal", 1).to(device)
+    angles = draw((4, 1024), "normal", 2).to(device)  # unlike in both halves
+    positions = torch.tensor([[1, 0], [3, 2], [0, 3]], device=device) if placed else None
+    at = angles[torch.arange(2, device=device).expand(3, 2) if positions is None else positions][:, :, None]
+    first, second = t.chunk(2, -1)
+    expected = t * at.cos() + torch.cat((-second, first), -1) * at.sin()
+    leaf = t.clone().requires_grad_()
+    actual = ops.turn(leaf, angles.cos(), angles.sin(), positions, False)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = draw(tuple(t.shape), "normal", 3).to(device)
+    (gradient,) = torch.autograd.grad(actual, leaf, g)
+    turned = (g * at.sin()).chunk(2, -1)
+    torch.testing.assert_close(gradient, g * at.cos() + torch.cat((turned[1], -turned[0]), -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
+@pytest.mark.parametrize("rest", ["null", "local"])
+@pytest.mark.parametrize("dim", [3, 5000], ids=["few", "many"])
+def test_combination_and_its_gradients(dim: int, rest: str, average: bool, device: torch.device) -> None:
+    """Against the sum over a dense map of slots to tokens. Many: more channels than a program holds at a time.
+
+    Masked slots hold NaN, and so do the cotangents of masked tokens; many tokens are taken by nobody.
+    """
+    sample = Sample(masked=True, n=40)
+    indices, slots, inverse = (t.to(device) for t in sample.routing())
+    mask = sample.token_mask().to(device)
+    y = draw((3, 2, 4, dim), "normal", 1).to(device).masked_fill(~slots.transpose(0, 1)[..., None], math.nan)
+    scores = draw((2, 3, 4), "normal", 2).to(device)
+    other = draw((dim,) if rest == "null" else (2, 40, dim), "normal", 3).to(device)
+    leaves = [t.requires_grad_() for t in (y, scores, other)]
+    local, null = (None, other) if rest == "null" else (other, None)
+    actual = ops.merge_experts(y, scores, indices, slots, inverse, local, null, mask, average, y.dtype)
+
+    place = torch.nn.functional.one_hot(indices, 40) * slots[..., None]
+    shown = y.masked_fill(~slots.transpose(0, 1)[..., None], 0)
+    expected = torch.einsum("bekn,bek,ebkd->bnd", place.to(y.dtype), scores, shown)
+    count = place.sum((1, 2))[..., None]
+    if rest == "local":
+        expected, count = expected + other, count + 1
+    if average:
+        expected = expected / count.clamp_min(1)
+    if rest == "null":
+        expected = torch.where(count == 0, other, expected)
+    expected = expected.masked_fill(~mask[..., None], 0)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    g = draw((2, 40, dim), "normal", 4).to(device).masked_fill(~mask[..., None], math.nan)
+    for a, e in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g)):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
 # --- the layer under transforms --------------------------------------------------------------------------------------
@@ -888,6 +961,15 @@ def test_a_plain_call_is_the_operator() -> None:
     for plain, seen in zip(*found):
         check_identical(plain, seen)
     assert {"moa::coordinate_descent", "moa::coordinate_descent_backward"} <= set(names[1])
+
+
+def test_the_threshold_is_not_differentiable() -> None:
+    """A loss on it would get a gradient of zero without a word."""
+    logits = torch.linspace(0, 1, 4, dtype=torch.float64).view(1, 1, 4).requires_grad_()
+    for call in (ops.cap, torch.ops.moa.capped_simplex):
+        scores, threshold = call(logits, None, 2.0, 0.1)
+        assert scores.requires_grad
+        assert not threshold.requires_grad
 
 
 def test_a_plain_call_without_gradients_records_nothing() -> None:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 import optimized
 import reference
+from optimized.routed_attention import rotate
 from reference import oracle
 
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -423,6 +424,16 @@ def test_rotation_depends_on_differences(implementation: ModuleType, device: tor
     assert not torch.allclose(
         call(implementation, t | {"null_kv": null, "rotary_emb": position * 2 * frequency}), outs[0]
     )
+
+
+@EVERY_KERNEL
+def test_rotation_rounds_once(kernels: str, device: torch.device) -> None:
+    """Tables and products stay in float32 where float16 is rotated (the interpreter would cut bfloat16 off)."""
+    t = draw((2, 9, 3, 8), "normal", 1).half().to(device)
+    angles = 10 * draw((9, 8), "normal", 2).to(device)
+    tables = angles.cos(), angles.sin()
+    once = rotate(t.float(), *tables, None, kernels == "triton").half()
+    check_identical(rotate(t, *tables, None, kernels == "triton"), once)
 
 
 @BOTH

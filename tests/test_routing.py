@@ -108,6 +108,19 @@ def test_selection_is_the_declared_rule(
     check_identical(slots, as_tensor([r[1] for r in expected], slots.shape, device).bool())
 
 
+@EVERY_KERNEL
+@given(problem=selections())
+@example(problem=(torch.zeros(1, 2, 3, dtype=torch.float64), 2, torch.tensor([[False, True, False]])))
+@counted
+def test_selection_leaves_the_inverse_map(
+    kernels: str, problem: tuple[Tensor, int, Tensor | None], device: torch.device
+) -> None:
+    """A masked token has no slot, even where it was selected for want of valid ones."""
+    logits, k, mask = problem
+    indices, slots, inverse = ops.select(logits.to(device), to_device(mask, device), k, kernels == "triton")
+    check_identical(inverse, ops.inverse_map(indices, slots, logits.shape[-1]))
+
+
 @BOTH
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_selection_of_all_small_rows(implementation: ModuleType, n: int, device: torch.device) -> None:
@@ -326,6 +339,15 @@ def test_smallest_temperature(kernels: str, device: torch.device) -> None:
         check_identical(actual, expected)
 
 
+@EVERY_KERNEL
+def test_saturation_begins_at_equality(kernels: str, device: torch.device) -> None:
+    """Mass N makes a_0 = 0, and then a logit of 0 is saturated: it counts."""
+    logits = torch.tensor([[[0.0, -1.0, 1.0, 0.0, 2.0, -0.0, -3.0, 0.0]]], dtype=torch.float64, device=device)
+    _, a, counts = ops.descend(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
+    assert a[0].item() == 0
+    assert counts[1].item() == 6
+
+
 @BOTH
 def test_iterative_tends_to_exact(implementation: ModuleType, device: torch.device) -> None:
     logits = torch.randn(2, 2, 200, generator=generator(0), dtype=torch.float64).to(device)
@@ -438,6 +460,22 @@ def test_solver_rows_without_valid_tokens_and_nan(
     assert not gradient[1, 0].isnan().any()
 
 
+@EVERY_KERNEL
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+def test_solvers_leave_logits_and_cotangents_alone(kernels: str, solver: str, device: torch.device) -> None:
+    """Where tokens are masked, whose logits and cotangents count for nothing."""
+    logits, g = (draw((2, 2, 9), "normal", seed).to(device) for seed in (1, 2))
+    mask = draw_mask(2, 9, "random", 1).to(device)
+    leaf, sent = logits.clone().requires_grad_(), g.clone()
+    if solver == "exact":
+        scores = ops.cap(leaf, mask, 2.5, 0.3, kernels == "triton")[0]
+    else:
+        scores = ops.descend(leaf, mask, 2.5, 5, 0.3, 4.0, 0.7, kernels == "triton")[0]
+    torch.autograd.grad(scores, leaf, sent)
+    check_identical(leaf.detach(), logits)
+    check_identical(sent, g)
+
+
 # --- route -----------------------------------------------------------------------------------------------------------
 
 
@@ -487,6 +525,8 @@ def test_reference_route_matches_the_oracle(case: RouterCase, device: torch.devi
 @example(case=RouterCase(n=8, k=8))
 @example(case=RouterCase(n=16, k=15))
 @example(case=RouterCase(n=16, k=15, options={"straight_through": False, "n_iters": 2}))  # mass min(K * 9/8, N) = N
+# Mass of a block, not of the row; the last block is two tokens, with scores of 1.
+@example(case=RouterCase(n=32, k=8, options={"straight_through": False, "route_block_size": 10, "n_iters": 2}))
 @counted
 def test_optimized_route_matches(kernels: str, case: RouterCase, device: torch.device) -> None:
     """Decisions identical, scores and gradients of x and routing tokens within budget, float64."""

@@ -96,6 +96,17 @@ def test_selection_beyond_its_blocks(kernels: str, n: int, device: torch.device)
             check_identical(actual, expected)
 
 
+@TRITON
+def test_a_nan_of_any_block_poisons_its_row(kernels: str, device: torch.device) -> None:
+    """Of a row too long for the registers, which is read block by block."""
+    from optimized.kernels.selection import select_groups
+
+    logits = draw((1, 3, 32769), "normal", 3).float().to(device)
+    logits[0, 0, 5] = logits[0, 2, -1] = math.nan
+    picked = select_groups(logits, None, (4,), None, unit=True)[0][3]
+    check_identical(picked[0], torch.tensor([math.nan, 1.0, math.nan], device=device)[:, None].expand(3, 4))
+
+
 def solve(solver: str, logits: Tensor, mask: Tensor | None, mass: Any, n_iters: int) -> tuple[Tensor, ...]:
     from optimized.kernels import capped_simplex, coordinate_descent
 
@@ -131,6 +142,31 @@ def test_groups_have_a_mass_each(
             rows = actual.movedim(-1, 1) if actual.ndim == 3 and actual.shape[-1] == 4 else actual
             part = halves(rows)[i]
             check_identical(part, alone.movedim(-1, 1) if alone.ndim == 3 and alone.shape[-1] == 2 else alone)
+
+
+@TRITON
+@MASKED
+@FLOATS
+@SOLVERS
+@SIZES
+def test_solvers_are_pytorchs(
+    kernels: str, solver: str, n: int, n_iters: int, mask_kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Scores, iterates and counts (exact: thresholds), also of logits far below what the first step expects."""
+    logits, mask = problem(n, mask_kind, dtype, device)
+    for offset in (0.0, -3000.0):
+        s = logits + offset
+        found = solve(solver, s, mask, MASSES, n_iters)
+        tolerance = 64 * torch.finfo(dtype).eps * (1 + abs(offset)) / EPSILONS[0]
+        for i, mass in enumerate(MASSES):
+            if solver == "exact":
+                expected = torch.ops.moa.capped_simplex(halves(s)[i], mask, mass, EPSILONS[0])
+                actual = tuple(halves(t)[i] for t in found)
+            else:
+                expected = torch.ops.moa.coordinate_descent(halves(s)[i], mask, mass, n_iters, *EPSILONS)
+                actual = halves(found[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in found[1:])
+            for a, e in zip(actual, expected):
+                torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
 @TRITON
@@ -184,3 +220,27 @@ def test_poisoned_rows_pull_back_as_through_pytorch(kernels: str, solver: str, d
         assert not actual[poisoned].any()
     else:
         assert actual[poisoned].isnan().all()
+
+
+@TRITON
+@SOLVERS
+def test_solvers_beyond_their_blocks(kernels: str, solver: str, device: torch.device) -> None:
+    """A row too long for the registers, largest logit and cotangent in its first block, against PyTorch's solvers."""
+    n, mass, n_iters = 16385, 4000.5, 4
+    logits = draw((1, 1, n), "normal", 5).to(device)
+    logits[..., :2000] += 2
+    mask = draw_mask(1, n, "random", 5).to(device)
+    g = draw((1, 1, n), "normal", 6).to(device)
+    g[..., :2000] *= 10
+    actual = solve(solver, logits, mask, mass, n_iters)
+    if solver == "exact":
+        expected = torch.ops.moa.capped_simplex(logits, mask, mass, EPSILONS[0])
+        gradient = torch.ops.moa.capped_simplex_backward(g, logits, mask, *expected, EPSILONS[0])
+        found = torch.ops.moa.capped_simplex_backward(g, logits, mask, *expected, EPSILONS[0], True)
+    else:
+        expected = torch.ops.moa.coordinate_descent(logits, mask, mass, n_iters, *EPSILONS)
+        gradient = torch.ops.moa.coordinate_descent_backward(g, logits, mask, *expected, mass, *EPSILONS)
+        found = torch.ops.moa.coordinate_descent_backward(g, logits, mask, *expected, mass, *EPSILONS, True)
+    assert (expected[0] == 1).any()
+    for a, e in zip((*actual, found), (*expected, gradient)):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,87 @@
+"""Runs mutants on the terminal: see the package, and `python -m tests.mutants --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import matrix
+from .mutant import Mutant
+from .profiles import profile_of
+from .registry import MUTANTS
+from .runner import ControlError, Result, Runner
+
+ROOT = Path(__file__).parent.parent.parent
+STATE = ROOT / ".mutants" / "results.json"
+
+
+def chosen(only: str | None, device: str) -> list[Mutant]:
+    """Those that the device can kill, and of these the ones whose name, class or file contains `only`."""
+    able = [m for m in MUTANTS if device == "cuda" or m.device == "cpu"]
+    return [m for m in able if not only or any(only in text for text in (m.name, m.bug, m.file))]
+
+
+def run(mutants: list[Mutant], device: str, jobs: int, console: Console) -> dict[str, Result]:
+    """With a bar, and a line for each that ends."""
+    runner = Runner(ROOT, "optimized", profile_of, STATE, device=device, jobs=jobs)
+    controls = len({profile_of(m.file) for m in mutants})
+    columns = (TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(mutants) + controls)
+
+        def told(name: str, result: Result) -> None:
+            colour = matrix.COLOURS.get(result.outcome, "dim")
+            line = f"[{colour}]{result.outcome:9}[/] {name} [dim]{result.seconds:.0f} s {matrix._plain(result.test)}[/]"
+            progress.console.print(line, highlight=False)
+            progress.advance(task)
+
+        return runner.run(mutants, told)
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument("--only", metavar="WORD", help="names, classes or files that contain it")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
+    parser.add_argument("--report", action="store_true", help="write tests/reports/mutants.json and docs/mutants.png")
+    asked = parser.parse_args(given)
+    console = Console()
+    mutants = chosen(asked.only, asked.device)
+    try:
+        results = run(mutants, asked.device, asked.jobs, console)
+    except ControlError as error:
+        console.print(f"the control is not green: {error}", style="red", markup=False)
+        return 2
+    listed = list(MUTANTS) if asked.report else mutants
+    console.print(matrix.table(listed, results), matrix.totals(listed, results))
+    wrong = matrix.unexpected(mutants, results)
+    for line in wrong:
+        console.print(line, style="red", markup=False)
+    if asked.report:
+        save(results, asked.device)
+    return int(bool(wrong))
+
+
+def save(results: dict[str, Result], device: str) -> None:
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import torch
+    from benchmarks.environment import hardware, tree_hash, versions
+
+    about = {
+        "device": device,
+        "hardware": hardware(torch.device(device)),
+        "versions": versions(),
+        "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},
+    }
+    found = matrix.report(MUTANTS, results, about)
+    matrix.write(ROOT / "tests" / "reports" / "mutants.json", found)
+    matrix.draw(found, ROOT / "docs" / "mutants.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Which tests the faults of a file face: the fast profile, at most a minute of one core.
+
+Chosen by the mutated file alone, never by the mutant. Files come in the order in which they are likely to notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """files of tests/ in their order; keyword: pytest's -k; interpreted: our kernels too, every twentieth example."""
+
+    files: tuple[str, ...]
+    keyword: str = ""
+    interpreted: bool = False
+    examples: int = 30
+
+    def arguments(self) -> list[str]:
+        given = [f"tests/{file}" for file in self.files] + [f"--max-examples={self.examples}"]
+        given += ["--interpreted"] if self.interpreted else []
+        return given + (["-k", self.keyword] if self.keyword else [])
+
+
+SELECTION = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "((select or poison) and (triton or masked) and not (groups and float64) and not batching) or route_matches",
+    interpreted=True,
+    examples=60,
+)
+DESCENT = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and (iterative or descent or temperature or chunk)) or (coordinate_descent and masked and opcheck)",
+    interpreted=True,
+    examples=60,
+)
+CAPPED = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and exact) or (capped_simplex and masked)",
+    interpreted=True,
+    examples=60,
+)
+ROWS = Profile(
+    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    "(triton and (rows or solver or gradient) and not (select or 45)) or (descent and masked and opcheck)",
+    interpreted=True,
+    examples=60,
+)
+COMBINE = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients))",
+    interpreted=True,
+)
+ATTENTION = Profile(
+    ("test_attention.py", "test_operators.py", "test_routed_attention.py"),
+    "test_attention.py or (attention and opcheck) or (test_routed_attention.py and (dropout or null or order))",
+    interpreted=True,
+    examples=20,
+)
+ROTARY = Profile(
+    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
+    "rotation or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
+    interpreted=True,
+    examples=40,
+)
+LAUNCH = Profile(
+    ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
+    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) or layout_changes",
+    interpreted=True,
+)
+STAGES = Profile(
+    ("test_operators.py", "test_mixture.py", "test_local_attention.py", "test_routing.py", "test_memory.py"),
+    "whole_stages or (routed_rows or expert_attention or window_attention) and (opcheck or batching) and masked "
+    "or one_operator or own_context or nan_routing or (triton and (own_routers or (injected and float64)))",
+    interpreted=True,
+    examples=60,
+)
+ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
+    "test_routing or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
+    "or plain_call or threshold or autocast or (batching and (coordinate or capped) and plain)")  # fmt: skip
+TOKENS = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "dispatch or collect or moves or transposed or test_mixture",
+)
+REGISTRATION = Profile(
+    ("test_operators.py", "test_backends.py"),
+    "plain_call or refuse or (gradcheck and not batching) or (test_backends and (gradients or forms))",
+)
+LOCAL = Profile(("test_local_attention.py", "test_public_defects.py"))
+LAYER = Profile(
+    ("test_routed_attention.py", "test_mixture.py", "test_backends.py", "test_validation.py"), "not checkpoint"
+)
+BACKENDS = Profile(("test_backends.py", "test_validation.py", "test_attention.py"))
+VALIDATION = Profile(("test_validation.py",))
+
+PROFILES = {
+    "optimized/kernels/selection.py": SELECTION,
+    "optimized/kernels/coordinate_descent.py": DESCENT,
+    "optimized/kernels/capped_simplex.py": CAPPED,
+    "optimized/kernels/rows.py": ROWS,
+    "optimized/kernels/launch.py": LAUNCH,
+    "optimized/kernels/combine.py": COMBINE,
+    "optimized/kernels/null_slot.py": ATTENTION,
+    "optimized/kernels/router_logits.py": STAGES,
+    "optimized/kernels/gather_norm.py": STAGES,
+    "optimized/kernels/token_gradient.py": STAGES,
+    "optimized/kernels/value_score.py": STAGES,
+    "optimized/ops/gather_norm.py": STAGES,
+    "optimized/ops/router_logits.py": STAGES,
+    "optimized/ops/routed_rows.py": STAGES,
+    "optimized/ops/expert_attention.py": STAGES,
+    "optimized/ops/window_attention.py": STAGES,
+    "optimized/kernels/rotary.py": ROTARY,
+    "optimized/ops/selection.py": ROUTER,
+    "optimized/ops/solvers.py": ROUTER,
+    "optimized/ops/tokens.py": TOKENS,
+    "optimized/ops/registration.py": REGISTRATION,
+    "optimized/ops/rotary.py": ROTARY,
+    "optimized/ops/combine.py": COMBINE,
+    "optimized/ops/attention.py": ATTENTION,
+    "optimized/attention/math.py": ATTENTION,
+    "optimized/attention/torch_flash_cpu.py": ATTENTION,
+    "optimized/routing.py": ROUTER,
+    "optimized/local_attention.py": LOCAL,
+    "optimized/routed_attention.py": LAYER,
+    "optimized/mixture.py": LAYER,
+    "optimized/backends.py": BACKENDS,
+    "optimized/validation.py": VALIDATION,
+}
+# Adapters that run on a GPU only.
+ON_GPU = Profile(("test_attention.py", "test_backends.py", "test_cuda_graphs.py", "test_local_attention.py"))
+
+
+def profile_of(file: str) -> Profile:
+    return PROFILES.get(file, ON_GPU)

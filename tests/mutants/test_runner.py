@@ -1,0 +1,139 @@
+"""The runner on a tree of its own: a package of one function, and tests of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mutants.child import is_assertion
+from mutants.matrix import draw, report, unexpected, verdict
+from mutants.mutant import Mutant
+from mutants.profiles import Profile
+from mutants.runner import ControlError, Result, Runner
+
+OLD = "return 2 * x"
+KILLED = Mutant("killed", "toy/__init__.py", OLD, "return 3 * x", "mass")
+SURVIVES = replace(KILLED, name="survives", new="return x + x")
+RAISES = replace(KILLED, name="raises", new="raise ValueError")
+BROKEN = replace(KILLED, name="broken", new="return 2 *")
+ENDLESS = replace(KILLED, name="endless", new="while True: pass")
+DIES = replace(KILLED, name="dies", new="import os; os._exit(7)")
+TESTS = """
+import toy
+
+def test_twice():
+    assert toy.twice(4) == 8
+"""
+PROFILE = Profile(("test_toy.py",))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    root = tmp_path / "original"
+    (root / "toy").mkdir(parents=True)
+    (root / "tests").mkdir()
+    (root / "toy" / "__init__.py").write_text(f"def twice(x):\n    {OLD}\n")
+    (root / "tests" / "test_toy.py").write_text(TESTS)
+    (root / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--max-examples')\n")
+    return root
+
+
+def runner(tree: Path, seconds: int = 20) -> Runner:
+    return Runner(tree, "toy", lambda file: PROFILE, tree.parent / "state.json", jobs=2, seconds=seconds)
+
+
+def test_outcomes_are_told_apart(tree: Path) -> None:
+    told: list[str] = []
+    mutants = [KILLED, SURVIVES, RAISES, BROKEN, DIES]
+    results = runner(tree).run(mutants, lambda name, result: told.append(f"{name}: {result.outcome}"))
+    outcomes = {name: result.outcome for name, result in results.items()}
+    assert outcomes == {
+        "killed": "killed", "survives": "survived", "raises": "raised", "broken": "broken", "dies": "crashed"
+    }  # fmt: skip
+    assert told[0] == "control of test_toy.py: survived"
+    assert set(told[1:]) == {f"{name}: {outcome}" for name, outcome in outcomes.items()}
+    assert results["killed"].test == "tests/test_toy.py::test_twice"
+    assert results["killed"].error.startswith("AssertionError")
+    assert results["killed"].seconds > 0
+    assert "SyntaxError" in results["broken"].error
+    assert (tree / "toy" / "__init__.py").read_text().count(OLD) == 1, "the original is left alone"
+    unwanted = [line.split()[0] for line in unexpected(mutants, results)]
+    assert unwanted == ["survives", "broken", "dies"]
+    assert not unexpected([replace(SURVIVES, equivalent="x + x is 2 x for every number")], results)
+    assert unexpected([replace(KILLED, equivalent="wrongly said so")], results)
+
+
+def test_endless_loops_end(tree: Path) -> None:
+    assert runner(tree, seconds=2).run([ENDLESS])["endless"].outcome == "timeout"
+
+
+def test_a_red_control_stops_the_run(tree: Path) -> None:
+    (tree / "toy" / "__init__.py").write_text("def twice(x):\n    return 2 * x + 1\n")
+    told: list[str] = []
+    with pytest.raises(ControlError, match=r"killed tests/test_toy.py::test_twice"):
+        runner(tree).run([replace(KILLED, old="2 * x + 1")], lambda name, result: told.append(name))
+    assert len(told) == 1
+
+
+def test_a_package_from_elsewhere_is_noticed(tree: Path) -> None:
+    """As by a conftest that puts the original first."""
+    (tree / "conftest.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tree)!r})\n"
+        "def pytest_addoption(parser):\n    parser.addoption('--max-examples')\n"
+    )
+    with pytest.raises(ControlError, match=r"toy comes from .*original.*, not from the copy"):
+        runner(tree).run([KILLED])
+
+
+def test_results_are_kept_while_they_hold(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs again after an interruption; another test concerns survivors only, another function all."""
+    runs: list[str] = []
+
+    def measured(self: Runner, profile: Profile, mutant: Mutant | None) -> Result:
+        runs.append(mutant.name if mutant else "control")
+        if mutant is KILLED:
+            return Result("killed", "tests/test_toy.py::test_twice[1]")
+        if mutant is ENDLESS:
+            raise KeyboardInterrupt
+        return Result("survived")
+
+    def ran(*mutants: Mutant) -> list[str]:
+        runs.clear()
+        runner(tree).run(mutants)
+        return sorted(runs)
+
+    monkeypatch.setattr(Runner, "_measured", measured)
+    with pytest.raises(KeyboardInterrupt):
+        ran(KILLED, ENDLESS)
+    assert "killed" in json.dumps(json.loads((tree.parent / "state.json").read_text()))
+    assert ran(KILLED, SURVIVES) == ["survives"]
+    assert ran(KILLED, SURVIVES) == []
+    assert ran(KILLED, replace(SURVIVES, new="return 2 * (x)")) == ["survives"]
+    tests = tree / "tests" / "test_toy.py"
+    tests.write_text(TESTS + "\ndef test_more():\n    assert toy.twice(1) == 2\n")
+    assert ran(KILLED, SURVIVES) == ["control", "survives"]
+    tests.write_text(TESTS.replace("4) == 8", "5) == 10"))
+    assert ran(KILLED, SURVIVES) == ["control", "killed", "survives"]
+    (tree / "toy" / "__init__.py").write_text(f"def twice(x):\n    {OLD}  # again\n")
+    assert ran(KILLED, SURVIVES) == ["control", "killed", "survives"]
+
+
+def test_report_and_picture(tmp_path: Path) -> None:
+    results = {"killed": Result("killed", "tests/test_a.py::test_b[c]", "AssertionError: no", 1.5)}
+    mutants = (KILLED, replace(SURVIVES, device="cuda"))
+    assert verdict(SURVIVES, None) == "not run"
+    found = report(mutants, results, {"device": "cpu"})
+    assert found["kind"] == "mutants"
+    assert found["totals"] == {"killed": 1, "not run": 1}
+    assert found["mutants"][0]["test"] == "tests/test_a.py::test_b[c]"
+    draw(found, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("error", [AssertionError(), pytest.fail.Exception("did not raise")])
+def test_assertions(error: BaseException) -> None:
+    assert is_assertion(error)
+    assert not is_assertion(ValueError())
