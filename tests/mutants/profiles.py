@@ -69,12 +69,25 @@ LAUNCH = Profile(
     "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) or layout_changes",
     interpreted=True,
 )
-STAGES = Profile(
-    ("test_operators.py", "test_mixture.py", "test_local_attention.py", "test_routing.py", "test_memory.py"),
-    "whole_stages or (routed_rows or expert_attention or window_attention) and (opcheck or batching) and masked "
-    "or one_operator or own_context or nan_routing or (triton and (own_routers or (injected and float64)))",
+LOGITS = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "(whole_stages and (router_logits or routed_rows)) or own_context or nan_routing",
     interpreted=True,
-    examples=60,
+)
+GATHER = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing",
+    interpreted=True,
+)
+EXPERTS = Profile(
+    ("test_operators.py", "test_mixture.py", "test_routed_attention.py"),
+    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null",
+    interpreted=True,
+)
+WINDOW = Profile(
+    ("test_local_attention.py", "test_operators.py"),
+    "one_operator or (whole_stages and window) or (window_attention and opcheck and masked)",
+    interpreted=True,
 )
 ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
     "test_routing or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
@@ -102,15 +115,15 @@ PROFILES = {
     "optimized/kernels/launch.py": LAUNCH,
     "optimized/kernels/combine.py": COMBINE,
     "optimized/kernels/null_slot.py": ATTENTION,
-    "optimized/kernels/router_logits.py": STAGES,
-    "optimized/kernels/gather_norm.py": STAGES,
-    "optimized/kernels/token_gradient.py": STAGES,
-    "optimized/kernels/value_score.py": STAGES,
-    "optimized/ops/gather_norm.py": STAGES,
-    "optimized/ops/router_logits.py": STAGES,
-    "optimized/ops/routed_rows.py": STAGES,
-    "optimized/ops/expert_attention.py": STAGES,
-    "optimized/ops/window_attention.py": STAGES,
+    "optimized/kernels/router_logits.py": LOGITS,
+    "optimized/kernels/gather_norm.py": GATHER,
+    "optimized/kernels/token_gradient.py": GATHER,
+    "optimized/kernels/value_score.py": EXPERTS,
+    "optimized/ops/gather_norm.py": GATHER,
+    "optimized/ops/router_logits.py": LOGITS,
+    "optimized/ops/routed_rows.py": LOGITS,
+    "optimized/ops/expert_attention.py": EXPERTS,
+    "optimized/ops/window_attention.py": WINDOW,
     "optimized/kernels/rotary.py": ROTARY,
     "optimized/ops/selection.py": ROUTER,
     "optimized/ops/solvers.py": ROUTER,
