@@ -184,7 +184,7 @@ def _twice_last_slot(y: Tensor, routes: Any, n: int, **options: Any) -> Tensor:
 
 def _terms_in_half(y: Tensor, routes: Any, n: int, **options: Any) -> Tensor:
     """Of the wide sum: each term is rounded to the next lower precision."""
-    return COMBINE(y.to(LOWER[y.dtype]).to(y.dtype), routes, n, **options)
+    return COMBINE(y.to(LOWER.get(y.dtype, y.dtype)).to(y.dtype), routes, n, **options)
 
 
 def _attention(name: str, replacement: Any) -> Any:
@@ -467,9 +467,7 @@ def jobs(chunks: int, fault_chunks: int) -> Iterator[Job]:
                 names: list[str | None] = [None] if chunk * share < chunks * which.rarely else []
                 if chunk < fault_chunks * which.rarely and ("solver" in parameters or seen[dtype] == 1):
                     names += [
-                        name
-                        for name, fault in COMPUTATIONS.items()
-                        if dtype not in fault.not_in and any(re.search(fault.stages, s) for s in which.stages)
+                        name for name in COMPUTATIONS if any(possible(name, stage, dtype) for stage in which.stages)
                     ]
                 for fault in names:
                     words = (which.module.__name__, which.test, *parameters.values(), chunk, fault or "-")
@@ -515,6 +513,11 @@ def _write(out: Path, report: dict[str, Any]) -> None:
 # --- what was measured -----------------------------------------------------------------------------------------------
 
 
+def possible(name: str, stage: str, dtype: str) -> bool:
+    fault = COMPUTATIONS[name]
+    return dtype not in fault.not_in and re.search(fault.stages, stage) is not None
+
+
 def bands(chunks: dict[str, Any]) -> dict[str, Any]:
     """By "stage dtype": correct results at their worst; each fault's worst in a chunk, the median over chunks.
 
@@ -526,11 +529,11 @@ def bands(chunks: dict[str, Any]) -> dict[str, Any]:
             cells.setdefault(f"{stage} {dtype}", {}).setdefault(fault, []).append((examples, worst))
     out = {}
     for cell, by_fault in cells.items():
-        stage = cell.split()[0]
+        stage, dtype = cell.split()
         faults = {
             name: {"examples": sum(n for n, _ in found), "fraction": statistics.median(w for _, w in found)}
             for name, found in by_fault.items()
-            if name and (name in RESULTS or re.search(COMPUTATIONS[name].stages, stage))
+            if name and (name in RESULTS or possible(name, stage, dtype))
         }
         correct = by_fault.get("", [(0, 0.0)])
         out[cell] = {"examples": sum(n for n, _ in correct), "worst": max(w for _, w in correct), "faults": faults}
