@@ -474,7 +474,7 @@ def jobs(chunks: int, fault_chunks: int) -> Iterator[Job]:
                     yield Job(" ".join(map(str, words)), which, parameters, chunk, fault)
 
 
-def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: float) -> None:
+def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: float, only: str) -> None:
     """Every chunk is written as soon as it is done, and what the file has is not measured again."""
     report = json.loads(out.read_text()) if out.exists() else {"kind": "bands", "seed": seed, "chunks": {}}
     hashes = {folder: tree_hash(folder) for folder in ("optimized", "reference")}
@@ -483,7 +483,8 @@ def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: f
     report |= {"device": "cpu", "hardware": hardware(DEVICE), "versions": versions(), "hashes": hashes}
     torch.set_num_threads(1)
     fault_chunks = -(-fault_examples // CHUNK)
-    todo = [job for job in jobs(-(-examples // CHUNK), fault_chunks) if job.name not in report["chunks"]]
+    every = jobs(-(-examples // CHUNK), fault_chunks)
+    todo = [job for job in every if job.name not in report["chunks"] and re.search(only, job.name)]
     start = time.monotonic()
     with Progress() as progress:
         for job in progress.track(todo, description="chunks"):
@@ -579,12 +580,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "reports" / "bands-cpu.json", metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after the chunk that passes this")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="chunks whose names match, as in FILE")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: write the table of --out into it")
     given = parser.parse_args()
     if given.table:
         write_table(given.table, json.loads(given.out.read_text()))
     else:
-        measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes)
+        measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
 
 
 if __name__ == "__main__":
