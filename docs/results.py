@@ -53,7 +53,9 @@ def draw(reports: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
     top = figure.add_subplot(grid[0, :])
     draw_bands(top, measured)
     for i, (name, report) in enumerate(reports.items()):
-        draw_properties(figure.add_subplot(grid[1 + i // 2, i % 2]), name, report)
+        axis = figure.add_subplot(grid[1 + i // 2, i % 2])
+        draw_properties(axis, name, report)
+        axis.tick_params(labelleft=i % 2 == 0)
     figure.savefig(ROOT / "docs" / "error_bands.png", dpi=110)
 
 
@@ -101,7 +103,7 @@ def draw_properties(axis: Axes, name: str, report: dict[str, Any]) -> None:
             axis.scatter(worst, [i + 0.18 * (j - 1.5)] * len(worst), s=14, color=COLOURS[dtype])
     axis.set(xscale="log", xlim=(8e-4, 2), xlabel="worst error / budget (1 fails)")
     rows_of_stages(axis)
-    axis.set_title(f"{name}: {report['hardware']['name']}, {report['examples']} examples", fontsize=9)
+    axis.set_title(f"{name}: {report['hardware']['name']}, {report['examples']} examples", fontsize=8)
 
 
 def main() -> None:

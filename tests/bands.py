@@ -318,7 +318,8 @@ class Faulty(ModuleType):
 class Property(NamedTuple):
     """A property of the suite, and parameters to run it under.
 
-    rarely: only one in so many examples makes an ordinary comparison of each stage and dtype.
+    rarely: only one in so many examples makes an ordinary comparison of each stage and dtype. untouched: by these
+    faults, since it calls something else.
     """
 
     module: ModuleType
@@ -326,6 +327,7 @@ class Property(NamedTuple):
     stages: tuple[str, ...]
     parameters: tuple[dict[str, Any], ...]
     rarely: int = 1
+    untouched: tuple[str, ...] = ()
 
 
 def _by_dtype(*dtypes: torch.dtype, **more: Any) -> tuple[dict[str, Any], ...]:
@@ -340,14 +342,22 @@ def _by_backend(stage: str, **request: Any) -> tuple[dict[str, Any], ...]:
 WIDE = harness.DTYPES[:2]
 PROPERTIES = (
     Property(test_routing, "test_logits_match", ("logits",), _by_dtype(*WIDE)),
+    Property(test_routing, "test_solver_scores_match", ("scores",), _by_dtype(*WIDE, solver="iterative")),
     Property(
         test_routing,
         "test_solver_scores_match",
         ("scores",),
-        _by_dtype(*WIDE, solver="iterative") + _by_dtype(*WIDE, solver="exact"),
+        _by_dtype(*WIDE, solver="exact"),
+        untouched=("one iteration more",),
     ),
     Property(test_routing, "test_exact_gradient_matches", ("solver_gradient",), _by_dtype(*WIDE)),
-    Property(test_routing, "test_descent_gradient_matches", ("solver_gradient",), _by_dtype(*WIDE)),
+    Property(
+        test_routing,
+        "test_descent_gradient_matches",
+        ("solver_gradient",),
+        _by_dtype(*WIDE),
+        untouched=("temperature 1% too high",),
+    ),
     Property(test_routing, "test_optimized_route_matches", ("scores", "router_gradient"), ({"kernels": "torch"},), 3),
     Property(
         test_routed_attention,
@@ -465,9 +475,11 @@ def jobs(chunks: int, fault_chunks: int) -> Iterator[Job]:
                 seen[dtype] = seen.get(dtype, 0) + 1
                 share = len(which.parameters) // len({str(p.get("dtype")) for p in which.parameters})
                 names: list[str | None] = [None] if chunk * share < chunks * which.rarely else []
-                if chunk < fault_chunks * which.rarely and ("solver" in parameters or seen[dtype] == 1):
+                if chunk < fault_chunks * which.rarely and seen[dtype] == 1:
                     names += [
-                        name for name in COMPUTATIONS if any(possible(name, stage, dtype) for stage in which.stages)
+                        name
+                        for name in COMPUTATIONS
+                        if name not in which.untouched and any(possible(name, stage, dtype) for stage in which.stages)
                     ]
                 for fault in names:
                     words = (which.module.__name__, which.test, *parameters.values(), chunk, fault or "-")
@@ -515,6 +527,8 @@ def _write(out: Path, report: dict[str, Any]) -> None:
 
 
 def possible(name: str, stage: str, dtype: str) -> bool:
+    if name in RESULTS:  # a float32 gradient of a bfloat16 chain may well be rounded to bfloat16
+        return name != "the next lower precision" or dtype != "bfloat16"
     fault = COMPUTATIONS[name]
     return dtype not in fault.not_in and re.search(fault.stages, stage) is not None
 
@@ -532,9 +546,14 @@ def bands(chunks: dict[str, Any]) -> dict[str, Any]:
     for cell, by_fault in cells.items():
         stage, dtype = cell.split()
         faults = {
-            name: {"examples": sum(n for n, _ in found), "fraction": statistics.median(w for _, w in found)}
+            name: {
+                "examples": sum(n for n, _ in found),
+                "fraction": statistics.median(w for _, w in found),
+                "runs": len(found),
+                "rejected": sum(w > 1 for _, w in found),
+            }
             for name, found in by_fault.items()
-            if name and (name in RESULTS or possible(name, stage, dtype))
+            if name and possible(name, stage, dtype)
         }
         correct = by_fault.get("", [(0, 0.0)])
         out[cell] = {"examples": sum(n for n, _ in correct), "worst": max(w for _, w in correct), "faults": faults}
@@ -558,6 +577,11 @@ def render(report: dict[str, Any]) -> str:
                 continue
             name, fraction = weakest(cell["faults"])
             below = [f"{n} ({f['fraction']:.2g})" for n, f in cell["faults"].items() if not f["fraction"] > 1]
+            below += [
+                f"{n} (but by {f['rejected']} of {f['runs']} runs)"
+                for n, f in cell["faults"].items()
+                if f["fraction"] > 1 and f["rejected"] < f["runs"]
+            ]
             words = (stage.replace("_", " "), dtype, f"{budget.c:g}, {budget.floor:g}", f"{cell['worst']:.2f}")
             lines.append(
                 f"| {' | '.join(words)} | {cell['examples']} | {fraction:.3g}: {name} | {'; '.join(below) or '-'} |"
@@ -584,7 +608,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: write the table of --out into it")
     given = parser.parse_args()
     if given.table:
-        write_table(given.table, json.loads(given.out.read_text()))
+        report = json.loads(given.out.read_text())
+        write_table(given.table, report | {"bands": bands(report["chunks"])})
     else:
         measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
 

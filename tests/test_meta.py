@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -231,8 +232,13 @@ def marks(function: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def found_by(rule: Rule, source: str, file: str) -> list[Site]:
-    return [Site(f"{file}::{name}", line) for name, node in functions(ast.parse(source)) for line in rule(node)]
+    return [Site(f"{file}::{name}", line) for name, node in functions(parsed(source)) for line in rule(node)]
 
 
 def everywhere(rule: Rule) -> list[Site]:
