@@ -43,6 +43,9 @@ pytest_plugins = ["tests.conformance.plugin"]  # --impl, --impl-report
 # one that people run.
 FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
+    "test_meta.py": 5,
+    "test_bands.py": 15,
+    "test_interpreter.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,
     "test_launch.py": 5,

@@ -1,7 +1,8 @@
 """Rewrites the table of README.md and draws docs/error_bands.png from tests/reports/*.json.
 
 Run from the repository root after `pytest --report tests/reports/cpu.json` and, on a GPU,
-`pytest --device cuda --report tests/reports/h100.json`, and once more with each flash-attn installed.
+`pytest --device cuda --report tests/reports/h100.json`, and once more with each flash-attn installed. The bands of the
+first picture: `python -m tests.bands`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from reference.testing import STAGES
 
@@ -43,25 +45,65 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(reports: dict[str, dict[str, Any]]) -> None:
-    """Worst use of the budget by property: a dot for every property, stage, dtype and backend."""
+def draw(reports: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
+    """The band of every budget, then the worst use of it by property, in each report."""
     rows = -(-len(reports) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 4.6 * rows), sharey=True, layout="constrained", squeeze=False)
-    for axis, (name, report) in zip(axes.flat, reports.items()):
-        for i, stage in enumerate(STAGES):
-            for j, dtype in enumerate(DTYPES):
-                rows = (r for r in report["properties"] if (r["stage"], r["dtype"]) == (stage, dtype))
-                worst = [max(r["worst"], 1e-3) for r in rows if r["worst"] is not None]
-                label = dtype if i == len(STAGES) - 1 else None
-                axis.scatter(worst, [i + 0.18 * (j - 1.5)] * len(worst), s=16, color=COLOURS[dtype], label=label)
-        axis.axvline(1, color="black", lw=1)
-        axis.set(xscale="log", xlim=(8e-4, 2), xlabel="worst error / budget (1 fails)")
-        axis.set_yticks(range(len(STAGES)), [s.replace("_", " ") for s in STAGES])
-        axis.set_ylim(len(STAGES) - 0.5, -0.5)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_title(f"{name}: {report['hardware']['name']}, {report['examples']} examples", fontsize=9)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure = plt.figure(figsize=(11, 5.6 + 4.2 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, 2, height_ratios=[1.35] + [1] * rows)
+    top = figure.add_subplot(grid[0, :])
+    draw_bands(top, measured)
+    for i, (name, report) in enumerate(reports.items()):
+        axis = figure.add_subplot(grid[1 + i // 2, i % 2])
+        draw_properties(axis, name, report)
+        axis.tick_params(labelleft=i % 2 == 0)
     figure.savefig(ROOT / "docs" / "error_bands.png", dpi=110)
+
+
+def rows_of_stages(axis: Axes) -> None:
+    axis.axvline(1, color="black", lw=1.2)
+    axis.set_yticks(range(len(STAGES)), [s.replace("_", " ") for s in STAGES])
+    axis.set_ylim(len(STAGES) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def draw_bands(axis: Axes, measured: dict[str, Any]) -> None:
+    """Correct results at their worst, the weakest fault that is rejected, and faults that are not: hollow."""
+    for i, stage in enumerate(STAGES):
+        axis.axhspan(i - 0.5, i + 0.5, color="black", alpha=0.04 * (i % 2), lw=0)
+        for j, dtype in enumerate(DTYPES):
+            cell = measured["bands"].get(f"{stage} {dtype}")
+            if cell is None:
+                continue
+            y, colour = i + 0.2 * (j - 1.5), COLOURS[dtype]
+            fractions = [fault["fraction"] for fault in cell["faults"].values()]
+            rejected = min((f for f in fractions if f > 1), default=None)
+            worst = max(cell["worst"], 1e-3)
+            axis.plot([worst, rejected or 1], [y, y], color=colour, lw=1, alpha=0.5)
+            axis.plot(worst, y, "o", ms=5, color=colour, label=dtype if i == len(STAGES) - 1 else None)
+            if rejected:
+                axis.plot(rejected, y, ">", ms=6, color=colour)
+            lost = [f for f in fractions if not f > 1]
+            axis.plot(lost, [y] * len(lost), "o", ms=5, mfc="none", mew=0.8, alpha=0.7, color=colour)
+    axis.set(xscale="log", xlim=(8e-4, 1e9), xlabel="error / budget (1 fails)")
+    rows_of_stages(axis)
+    name = measured["hardware"]["name"]
+    axis.set_title(
+        f"{name}: \u25cf correct results at their worst   \u25b6 weakest fault rejected   \u25cb faults not rejected",
+        fontsize=9,
+    )
+    axis.legend(loc="lower right", fontsize=8)
+
+
+def draw_properties(axis: Axes, name: str, report: dict[str, Any]) -> None:
+    """A dot for every property, stage, dtype and backend."""
+    for i, stage in enumerate(STAGES):
+        for j, dtype in enumerate(DTYPES):
+            rows = (r for r in report["properties"] if (r["stage"], r["dtype"]) == (stage, dtype))
+            worst = [max(r["worst"], 1e-3) for r in rows if r["worst"] is not None]
+            axis.scatter(worst, [i + 0.18 * (j - 1.5)] * len(worst), s=14, color=COLOURS[dtype])
+    axis.set(xscale="log", xlim=(8e-4, 2), xlabel="worst error / budget (1 fails)")
+    rows_of_stages(axis)
+    axis.set_title(f"{name}: {report['hardware']['name']}, {report['examples']} examples", fontsize=8)
 
 
 def main() -> None:
@@ -74,7 +116,7 @@ def main() -> None:
         flags=re.S,
     )
     readme.write_text(text)
-    draw(reports)
+    draw(reports, json.loads((ROOT / "tests" / "reports" / "bands-cpu.json").read_text()))
     for name, report in reports.items():
         print(f"{name}: {report['hardware']['name']}, {report['outcomes']}, {report['seconds']} s")
 

@@ -66,9 +66,11 @@ def _local_attention(
     batch, n, dim = x.shape
     hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)
     if norm_weight is not None:
-        # PyTorch computes it in at least float32 whatever the dtype, if there is but one.
-        bias = None if norm_bias is None else norm_bias.to(x.dtype)
-        hidden = F.layer_norm(hidden, (dim,), norm_weight.to(x.dtype), bias).to(x.dtype)
+        # PyTorch computes it in at least float32 whatever the dtype, if there is but one. But on the CPU it adds up the
+        # gradients of weight and bias in that dtype, and a sum in bfloat16 stops growing at 256.
+        inner = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        bias = None if norm_bias is None else norm_bias.to(inner)
+        hidden = F.layer_norm(hidden.to(inner), (dim,), norm_weight.to(inner), bias).to(x.dtype)
     dtype, dim_head = x.dtype, w_out.shape[1] // heads
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -207,6 +207,15 @@ def test_optimized_matches_around_the_longest_block(n: int, window: int, causal:
     compare(actual, exact, baseline, stage="local_attention", dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_the_norm_over_many_tokens(dtype: torch.dtype, device: torch.device) -> None:
+    """PyTorch's LayerNorm on the CPU adds them up in the dtype of its input, and a sum in bfloat16 stops at 256."""
+    case = LocalCase(batch=1, n=3000, dim=16, heads=2, dim_head=8, cotangent="sum", seed=1)
+    exact = run(reference, case, dtype, device, dtype=torch.float64)
+    actual, baseline = run(optimized, case, dtype, device), run(reference, case, dtype, device)
+    compare(actual, exact, baseline, stage="local_attention", dtype=dtype)
+
+
 @BOTH
 @pytest.mark.parametrize(
     "case",

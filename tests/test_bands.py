@@ -1,0 +1,35 @@
+"""The measurement of the bands: see `bands.py`. A process of its own, for it changes hypothesis's settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.cpu
+def test_bands_of_one_property(tmp_path: Path) -> None:
+    """Correct results within the budget, faults beyond it; resumed, nothing is measured again; the table has a row."""
+    out, page = tmp_path / "bands.json", tmp_path / "page.md"
+    command = [sys.executable, "-m", "tests.bands", "--out", str(out), "--fault-examples", "100"]
+    wanted = ["--examples", "100", "--only", r"combine\w+ 0 (-|last slot)"]
+    subprocess.run([*command, *wanted], cwd=ROOT, check=True, capture_output=True)
+    first = json.loads(out.read_text())
+    assert len(first["chunks"]) == 3
+    cell = first["bands"]["combine float32"]
+    assert 0 < cell["worst"] <= 1
+    assert cell["examples"] > 10
+    assert set(cell["faults"]) >= {"last slot not combined", "last slot combined twice", "1% too large"}
+    assert min(fault["fraction"] for fault in cell["faults"].values()) > 1
+    subprocess.run([*command, *wanted], cwd=ROOT, check=True, capture_output=True)
+    assert json.loads(out.read_text()) == first
+    page.write_text("before\n<!-- bands:begin -->\nold\n<!-- bands:end -->\nafter\n")
+    subprocess.run([*command, "--table", str(page)], cwd=ROOT, check=True, capture_output=True)
+    lines = page.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert sum(line.startswith("| combine |") for line in lines) == 4

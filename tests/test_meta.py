@@ -1,0 +1,310 @@
+"""Of the suite itself, read as source: numbers are compared by the comparator or exactly, and nothing passes idly."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TESTS = Path(__file__).parent
+FILES = sorted([*TESTS.glob("*.py"), *(TESTS / "conformance").rglob("*.py")])
+TOLERANT = {"allclose", "assert_close", "assert_allclose", "isclose", "approx", "assert_almost_equal"}
+SIZES = {"abs", "norm", "vector_norm"}
+ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+MARKS = {"skip", "skipif", "xfail", "importorskip"}
+
+# Why a tolerance of its own is right there.
+IDENTITY = "float64: two computations that are equal but for the order of rounding, to 1e-8 or less"
+BY_HAND = "float64, or a factor: a value that the test knows in closed form"
+ANOTHER_METHOD = "another derivative, or finite differences, whose own error is larger than any rounding"
+CANCELS = "what cancels to nothing, relative to the terms that cancelled: no oracle to be relative to"
+KINK = "on which side of a kink a logit lies: a margin, no result"
+BOUND = "an inequality, with a margin for rounding"
+STATISTICS = "of random draws: a bound on deviations, not on rounding"
+UPSTREAM = "re-enacts a public package's defect in float64: the error is of order 1"
+SAME_LAYER = "whether the same numbers are held, in float32: 1e-4, where others differ by order 1"
+AUTOCAST = "autocast chooses dtypes by operation: no baseline does the same"
+THEIRS = "of somebody else's kernel or layer"
+GPU_ATOMICS = "gradients of flash kernels, which add up atomically"
+NO_TENSOR = "numbers of a report"
+WRONG_ON_PURPOSE = "that a result is wrong"
+
+TOLERANCES: dict[str, str] = {
+    "test_local_attention.py::test_wide_window_is_full_attention": IDENTITY,
+    "test_local_attention.py::test_padding_changes_nothing": IDENTITY,
+    "test_local_attention.py::test_one_operator_for_a_windowed_kernel": IDENTITY,
+    "test_mixture.py::test_token_permutation_equivariance": IDENTITY,
+    "test_mixture.py::test_expert_relabelling": IDENTITY,
+    "test_mixture.py::test_batch_invariance_with_injected_routes": IDENTITY,
+    "test_mixture.py::test_padding_changes_nothing": IDENTITY,
+    "test_mixture.py::test_average_divides_by_the_number_of_terms": IDENTITY,
+    "test_mixture.py::test_returned_routes_reproduce_the_output": IDENTITY,
+    "test_mixture.py::test_x_as_its_own_context": IDENTITY,
+    "test_operators.py::test_batching_rules": IDENTITY,
+    "test_operators.py::test_vmap_over_inputs": IDENTITY,
+    "test_operators.py::test_vmap_over_parameters": IDENTITY,
+    "test_operators.py::test_gradients_per_sample": IDENTITY,
+    "test_routed_attention.py::test_linear_in_the_values": IDENTITY,
+    "test_routed_attention.py::test_order_of_the_slots": IDENTITY,
+    "test_routed_attention.py::test_rotation_depends_on_differences": IDENTITY,
+    "test_routed_attention.py::test_dropout_equals_the_reference_given_its_mask": IDENTITY,
+    "test_routing.py::test_exact_solver_ignores_a_shift_the_iterates_do_not": IDENTITY,
+    "test_validation.py::test_strides_are_legal": IDENTITY,
+    "test_local_attention.py::test_probabilities_sum_to_one": BY_HAND,
+    "test_routed_attention.py::test_probabilities_sum_to_one": BY_HAND,
+    "test_routed_attention.py::test_null_slot_alone": BY_HAND,
+    "test_routing.py::test_exact_solver_solves_the_mass_equation": BY_HAND,
+    "test_attention.py::test_dropout_given_the_kernels_own_draw": BY_HAND,
+    "test_operators.py::test_forward_mode_is_refused_or_right": ANOTHER_METHOD,
+    "test_operators.py::test_double_backward_is_refused_or_right": ANOTHER_METHOD,
+    "runs.py::compare": CANCELS,
+    "test_routing.py::check_gradient": CANCELS,
+    "test_routing.py::test_exact_gradient_matches": CANCELS,
+    "test_rows.py::test_picked_backward_is_the_dense_one": CANCELS,
+    "test_routing.py::test_descent_gradient_matches": KINK,
+    "test_routing.py::test_iterative_tends_to_exact": BOUND,
+    "test_routing.py::test_mass_error_never_grows": BOUND,
+    "test_routing.py::test_twenty_iterations_are_far_from_the_limit": BOUND,
+    "test_backends.py::test_meta_construction_and_reset": BOUND,
+    "test_routed_attention.py::test_dropout_is_unbiased_and_fresh": STATISTICS,
+    "test_public_defects.py::test_defect_10_negative_control": STATISTICS,
+    "test_public_defects.py::assert_unit_rms": UPSTREAM,
+    "test_public_defects.py::assert_one_combination_rule": UPSTREAM,
+    "test_public_defects.py::assert_padding_invariance": UPSTREAM,
+    "test_public_defects.py::assert_relative_positions": UPSTREAM,
+    "test_public_defects.py::test_defect_06_relative_position": UPSTREAM,
+    "test_public_defects.py::test_defect_15_batch_isolation_and_invariance": UPSTREAM,
+    "test_backends.py::test_state_dict_both_ways": SAME_LAYER,
+    "test_backends.py::test_copies": SAME_LAYER,
+    "test_backends.py::test_subsets_of_gradients": SAME_LAYER,
+    "test_backends.py::test_autocast": AUTOCAST,
+    "conformance/subject.py::assert_unchanged": THEIRS,
+    "test_benchmarks.py::test_flex_window_sees_the_window": THEIRS,
+    "test_cuda_graphs.py::assert_replays_equal_eager": GPU_ATOMICS,
+    "test_benchmarks.py::test_counts_of_the_specification": NO_TENSOR,
+    "test_benchmarks.py::test_pairs_of_a_window": NO_TENSOR,
+    "test_benchmarks.py::test_profile_of_three_calls": NO_TENSOR,
+    "test_benchmarks.py::test_ceilings_are_in_their_units": NO_TENSOR,
+    "test_interpreter.py::test_bfloat16_arithmetic_is_that_of_its_bits": WRONG_ON_PURPOSE,
+}
+
+# Where gradients are made with no cotangent but ones, and why.
+PLAIN_ONES = {
+    "test_backends.py::test_inputs_are_left_alone_and_calls_repeat": "that a backward leaves inputs alone: no values",
+    "test_local_attention.py::test_memory_is_linear_in_the_length": "sizes of tensors: no values",
+    "test_validation.py::test_edges_are_legal": "that there is a gradient, and its shape: no values",
+}
+
+# Where the negation of an order is asserted, which a NaN would pass.
+NEGATED_ORDERS = {"test_compilation.py::test_defect_08_compiles_for_every_dtype": "bytes, as integers"}
+
+
+Rule = Callable[[ast.AST], Iterator[int]]
+
+
+class Site(NamedTuple):
+    """Where something was found: file::outermost function or class, and the line."""
+
+    where: str
+    line: int
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Outermost definitions, methods by their own names, and what lies outside of any."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                name = f".{inner.name}" if isinstance(inner, ast.FunctionDef) else ""
+                yield node.name + name, inner
+        else:
+            yield getattr(node, "name", "<module>"), node
+
+
+def name_of(node: ast.AST) -> str:
+    """Of what is called: the last part of a dotted name."""
+    function = node.func if isinstance(node, ast.Call) else node
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def calls(node: ast.AST, names: set[str]) -> bool:
+    return any(isinstance(n, ast.Call) and name_of(n) in names for n in ast.walk(node))
+
+
+def sized(function: ast.AST) -> set[str]:
+    """Local names that hold an absolute value or a norm."""
+    found = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and calls(node.value, SIZES):
+            found |= {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}
+    return found
+
+
+def conditions(function: ast.AST) -> Iterator[ast.expr]:
+    """What is asserted, or decides about raising."""
+    for node in ast.walk(function):
+        raises = isinstance(node, ast.If) and any(isinstance(n, ast.Raise) for n in node.body)
+        if raises or isinstance(node, ast.Assert):
+            yield node.test
+
+
+def tolerances(function: ast.AST) -> Iterator[int]:
+    """Lines of tolerant functions, and of orders between a size and something else."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and name_of(node) in TOLERANT:
+            yield node.lineno
+    held = sized(function)
+    for condition in conditions(function):
+        for node in ast.walk(condition):
+            if isinstance(node, ast.Compare) and any(isinstance(op, ORDER) for op in node.ops):
+                inside = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                if calls(node, SIZES) or inside & held:
+                    yield node.lineno
+
+
+def plain_ones(function: ast.AST) -> Iterator[int]:
+    """Lines where what is differentiated is a plain sum, or the cotangent is ones."""
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr == "backward":
+            of, given = node.func.value, node.args[:1]
+        elif node.func.attr == "grad" and name_of(node.func.value) == "autograd":
+            of, given = node.args[0], node.args[2:3]
+        else:
+            continue
+        if calls(given[0], {"ones", "ones_like"}) if given else plain_sum(of):
+            yield node.lineno
+
+
+def plain_sum(node: ast.AST) -> bool:
+    """x.sum() of an x that is no square, power or product."""
+    if not (isinstance(node, ast.Call) and name_of(node) == "sum" and isinstance(node.func, ast.Attribute)):
+        return False
+    x = node.func.value
+    return not (name_of(x) in {"square", "pow", "sin", "exp"} or isinstance(x, ast.BinOp))
+
+
+def negated_orders(function: ast.AST) -> Iterator[int]:
+    for condition in conditions(function):
+        for node in ast.walk(condition):
+            if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+                inside = (n for n in ast.walk(node) if isinstance(n, ast.Compare))
+                if any(isinstance(op, ORDER) for n in inside for op in n.ops):
+                    yield node.lineno
+
+
+def raised_orders(function: ast.AST) -> Iterator[int]:
+    """`if error > bound: raise` lets a NaN through."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.If) and any(isinstance(n, ast.Raise) for n in node.body):
+            inside = (n for n in ast.walk(node.test) if isinstance(n, ast.Compare))
+            if any(isinstance(op, ORDER) for n in inside for op in n.ops):
+                yield node.lineno
+
+
+def with_itself(function: ast.AST) -> Iterator[int]:
+    """Equal expressions on both sides. With a call in them they are two runs, which may differ."""
+    for node in ast.walk(function):
+        pair: list[ast.expr] = []
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            pair = [node.left, node.comparators[0]]
+        elif isinstance(node, ast.Call) and name_of(node) in TOLERANT | {"check", "check_identical", "equal"}:
+            pair = node.args[:2]
+        alike = len(pair) == 2 and ast.dump(pair[0]) == ast.dump(pair[1])
+        if alike and not any(isinstance(n, ast.Call) for n in ast.walk(pair[0])):
+            yield node.lineno
+
+
+def constants(function: ast.AST) -> Iterator[int]:
+    """Asserted constants: a literal, a tuple that is never empty, a string in place of a condition."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert) and isinstance(node.test, (ast.Constant, ast.Tuple, ast.JoinedStr, ast.Lambda)):
+            yield node.lineno
+
+
+def marks(function: ast.AST) -> Iterator[int]:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and node.attr in MARKS:
+            yield node.lineno
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+def found_by(rule: Rule, source: str, file: str) -> list[Site]:
+    return [Site(f"{file}::{name}", line) for name, node in functions(parsed(source)) for line in rule(node)]
+
+
+def everywhere(rule: Rule) -> list[Site]:
+    sites = []
+    for path in FILES:
+        sites += found_by(rule, path.read_text(), path.relative_to(TESTS).as_posix())
+    return sites
+
+
+def unknown_and_dead(rule: Rule, allowed: dict[str, str]) -> tuple[list[Site], set[str]]:
+    """Sites that are in no list, and entries of the list without a site."""
+    sites = everywhere(rule)
+    return [site for site in sites if site.where not in allowed], allowed.keys() - {site.where for site in sites}
+
+
+LISTED = [(tolerances, TOLERANCES), (plain_ones, PLAIN_ONES), (negated_orders, NEGATED_ORDERS)]
+NEVER = [raised_orders, with_itself, constants, marks]
+
+
+@pytest.mark.parametrize(("rule", "allowed"), LISTED, ids=[rule.__name__ for rule, _ in LISTED])
+def test_exceptions_are_listed_with_a_reason(rule: Rule, allowed: dict[str, str]) -> None:
+    """Other than by `check`, `compare`, `check_identical`, `torch.equal` and `==`: where, and why."""
+    unknown, dead = unknown_and_dead(rule, allowed)
+    assert unknown == [], "compare with harness.check or check_identical, or list it here with a reason"
+    assert dead == set(), "listed, but no longer there"
+    assert all(allowed.values())
+
+
+@pytest.mark.parametrize("rule", NEVER, ids=[rule.__name__ for rule in NEVER])
+def test_never(rule: Rule) -> None:
+    assert everywhere(rule) == []
+
+
+def test_conftest_skips_nothing() -> None:
+    """It deselects, and says so."""
+    assert found_by(marks, (TESTS.parent / "conftest.py").read_text(), "conftest.py") == []
+
+
+EXAMPLES: list[tuple[Rule, str, str]] = [
+    (tolerances, "torch.testing.assert_close(a, b)", "check(a, b, c, stage='logits')"),
+    (tolerances, "assert np.allclose(a, b)", "assert torch.equal(a, b)"),
+    (tolerances, "assert x == pytest.approx(3)", "assert x == 3"),
+    (tolerances, "assert (a - b).abs().max() <= 1e-3", "assert (a == b).all()"),
+    (tolerances, "error = (a - b).norm()\n    assert error < 0.1", "size = a.norm()\n    check(a, b, c, scale=size)"),
+    (tolerances, "if (a - b).abs().max() > 1: raise AssertionError", "if a > 1: raise AssertionError"),
+    (plain_ones, "layer(x).sum().backward()", "layer(x).square().sum().backward()"),
+    (plain_ones, "torch.autograd.grad(out.sum(), x)", "torch.autograd.grad((out * g).sum(), x)"),
+    (plain_ones, "torch.autograd.grad(out, x, torch.ones_like(out))", "torch.autograd.grad(out, x, g)"),
+    (plain_ones, "out.backward(torch.ones(3))", "out.backward(g)"),
+    (negated_orders, "assert not (error > 1)", "assert error <= 1"),
+    (negated_orders, "assert not (error > 1).any()", "assert not (a == b).any()"),
+    (raised_orders, "if error > 1: raise AssertionError", "if a != b: raise AssertionError"),
+    (with_itself, "assert torch.equal(a, a)", "assert torch.equal(a, b)"),
+    (with_itself, "assert a == a", "assert f(x) == f(x)"),
+    (with_itself, "check_identical(out.grad, out.grad)", "check_identical(layer(x), layer(x))"),
+    (constants, "assert (a, 'message')", "assert a, 'message'"),
+    (constants, "assert True", "assert a"),
+    (marks, "pytest.skip('no')", "pytest.raises(ValueError)"),
+    (marks, "request.applymarker(pytest.mark.xfail)", "request.applymarker(pytest.mark.slow)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad", "good"), EXAMPLES, ids=[bad.splitlines()[-1].strip() for _, bad, _ in EXAMPLES]
+)
+def test_the_rules_see_what_they_should(rule: Rule, bad: str, good: str) -> None:
+    found = found_by(rule, f"def test_it():\n    {bad}\n", "t.py")
+    assert [site.where for site in found] == ["t.py::test_it"]
+    assert found_by(rule, f"def test_it():\n    {good}\n", "t.py") == []
