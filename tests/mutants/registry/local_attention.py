@@ -87,8 +87,8 @@ MUTANTS = (
     Mutant(
         "local-norm-bias-dropped",
         FILE,
-        "bias = None if norm_bias is None else norm_bias.to(x.dtype)",
-        "bias = None if norm_bias is None else 0 * norm_bias.to(x.dtype)",
+        "bias = None if norm_bias is None else norm_bias.to(inner)",
+        "bias = None if norm_bias is None else 0 * norm_bias.to(inner)",
         "missing gradient",
         "Dao-AILab/flash-attention#1817: gradient silently zero",
     ),
