@@ -48,6 +48,7 @@ FILE_BUDGET_SECONDS = {
     "test_interpreter.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,
+    "test_proofs.py": 15,
     "test_launch.py": 5,
     "test_memory.py": 5,
     "test_local_attention.py": 15,

@@ -126,7 +126,7 @@ def expert_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first seven arguments."""
     experts, batch, k_q, _ = queries.shape
-    dy, out_rows = dy.flatten(1, 2), out.view(experts, batch * k_q, out.shape[-2] * out.shape[-1])
+    dy, out_rows = dy.flatten(1, 2), out.reshape(experts, batch * k_q, out.shape[-2] * out.shape[-1])
     dout = torch.bmm(dy, _per_expert(w_out, experts)).view(out.shape)
     dw_out = torch.bmm(dy.mT, out_rows)
 
