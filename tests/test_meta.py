@@ -76,6 +76,8 @@ TOLERANCES: dict[str, str] = {
     "test_rows.py::test_picked_backward_is_the_dense_one": CANCELS,
     "test_routing.py::test_descent_gradient_matches": KINK,
     "test_routing.py::test_iterative_tends_to_exact": BOUND,
+    "test_proofs.py::test_certificate_of_the_exact_solver": BOUND,
+    "test_proofs.py::test_certificate_of_the_exact_solvers_gradient": BOUND,
     "test_routing.py::test_mass_error_never_grows": BOUND,
     "test_routing.py::test_twenty_iterations_are_far_from_the_limit": BOUND,
     "test_backends.py::test_meta_construction_and_reset": BOUND,
@@ -109,7 +111,10 @@ PLAIN_ONES = {
 }
 
 # Where the negation of an order is asserted, which a NaN would pass.
-NEGATED_ORDERS = {"test_compilation.py::test_defect_08_compiles_for_every_dtype": "bytes, as integers"}
+NEGATED_ORDERS = {
+    "test_compilation.py::test_defect_08_compiles_for_every_dtype": "bytes, as integers",
+    "test_proofs.py::test_certificate_of_the_exact_solvers_gradient": "which rows fit: counts, as integers",
+}
 
 
 Rule = Callable[[ast.AST], Iterator[int]]

@@ -61,7 +61,7 @@ def ranking(values: list[float], shown: list[bool]) -> list[int]:
     def place(i: int) -> tuple[int, float, int]:
         if not shown[i]:
             return (2, 0.0, i)
-        return (1, 0.0, i) if values[i] != values[i] else (0, -values[i], i)
+        return (1, 0.0, i) if math.isnan(values[i]) else (0, -values[i], i)
 
     return sorted(range(len(values)), key=place)
 
