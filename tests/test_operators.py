@@ -217,7 +217,7 @@ def sample_attention_backward(s: Sample) -> tuple[Any, ...]:
 
 def sample_window(s: Sample) -> tuple[Any, ...]:
     weights = s.floats(24, 5, seed=1), s.floats(5, 8, seed=2)
-    return s.floats(s.batch, s.n, 5), *weights, 2, 2, s.layout == "sliced", "math", s.masked
+    return s.floats(s.batch, s.n, 5), *weights, 2, 2, s.masked, "math", s.masked
 
 
 def sample_window_backward(s: Sample) -> tuple[Any, ...]:
