@@ -319,7 +319,9 @@ def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
     if name in DIFFERENTIABLE:
         arguments = (arguments[0].requires_grad_(), *arguments[1:])
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if sample.dtype != torch.float32 and sample.layout != "sliced":
+    # Of whole stages fewer, whose kernels take long when interpreted.
+    layouts = ("contiguous",) if name.removesuffix("_backward") in STAGES else ("contiguous", "transposed")
+    if sample.dtype != torch.float32 and sample.layout in layouts:
         checks.append("test_aot_dispatch_dynamic")
     result = opcheck(getattr(torch.ops.moa, name).default, arguments, test_utils=checks)
     assert result == dict.fromkeys(checks, "SUCCESS")
