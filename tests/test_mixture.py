@@ -240,16 +240,16 @@ def test_combination_rounds_once(kernels: str, device: torch.device) -> None:
 def test_combination_takes_no_gradient_from_hidden_tokens(
     implementation: ModuleType, average: bool, device: torch.device
 ) -> None:
-    """Not even NaN, and not even where a slot that counts as valid holds one."""
+    """Not even NaN, and not even where a slot that counts as valid holds one. Four terms: division is exact."""
     mask = torch.tensor([[True, False, True]], device=device)
-    slots = torch.ones(1, 2, 3, dtype=torch.bool, device=device)
-    indices = torch.arange(3, device=device).expand(1, 2, 3)
-    routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 2, 3, device=device))
-    y, local = (torch.ones(*shape, 4, device=device, requires_grad=True) for shape in ((1, 2, 3), (1, 3)))
+    slots = torch.ones(1, 3, 3, dtype=torch.bool, device=device)
+    indices = torch.arange(3, device=device).expand(1, 3, 3)
+    routes = implementation.Routes(indices, slots, slots.float(), torch.zeros(1, 3, 3, device=device))
+    y, local = (torch.ones(*shape, 4, device=device, requires_grad=True) for shape in ((1, 3, 3), (1, 3)))
     out = implementation.combine(y, routes, 3, local=local, average_routed=average, mask=mask)
     g = torch.randn(out.shape, generator=generator(1)).to(device)
     cotangent = g.masked_fill(~mask[..., None], math.nan)
-    share = (g / (3 if average else 1)).masked_fill(~mask[..., None], 0)
+    share = (g / (4 if average else 1)).masked_fill(~mask[..., None], 0)
     dy, dlocal = torch.autograd.grad(out, (y, local), cotangent)
     check_identical(dy, share[:, None].expand_as(y))
     check_identical(dlocal, share)
