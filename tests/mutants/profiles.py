@@ -31,15 +31,14 @@ SELECTION = Profile(
 )
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (iterative or descent or temperature or chunk)) or (coordinate_descent and masked and opcheck)",
+    "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
+    "or (coordinate_descent and masked and opcheck)",
     interpreted=True,
-    examples=60,
 )
 CAPPED = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and exact) or (capped_simplex and masked)",
     interpreted=True,
-    examples=60,
 )
 ROWS = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),

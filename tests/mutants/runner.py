@@ -184,7 +184,7 @@ def _judged(code: int | None, copy: Path, package: str) -> Result:
     if code is None or code == -signal.SIGXCPU:
         return Result("timeout")
     if not written.exists():
-        return Result("crashed", error=(copy.parent / "output").read_text()[-300:])
+        return Result("crashed", error=f"exit status {code}: " + (copy.parent / "output").read_text()[-300:])
     found = json.loads(written.read_text())
     failure = found["failure"] or {"test": "", "when": "", "asserted": False, "error": ""}
     seconds = round(found["cpu"], 1)
