@@ -104,7 +104,8 @@ class Runner:
         tests = self._digest(*files) + repr((profile, self.seconds))
         with self._lock:
             known = self._known.get(subject)
-        if known and known["code"] == code:
+        # A crash or a timeout may be the machine's fault: tried again.
+        if known and known["code"] == code and known["result"]["outcome"] not in ("crashed", "timeout"):
             result = Result(**known["result"])
             if known["tests"] == tests or (result.outcome == "killed" and known["by"] == self._digest_of(result.test)):
                 return result
