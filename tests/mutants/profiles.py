@@ -65,7 +65,8 @@ ROTARY = Profile(
 )
 LAUNCH = Profile(
     ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
-    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or rounds_once or (injected and float64))) or layout_changes",
+    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or rounds_once or (injected and float64))) "
+    "or layout_changes",
     interpreted=True,
 )
 ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
