@@ -212,6 +212,47 @@ def test_lengths(
     compare_with_the_definition(replace(case, lengths=lengths), backend, kernels, dtype, device)
 
 
+@EVERY_KERNEL
+def test_queries_beyond_a_program(kernels: str, device: torch.device) -> None:
+    """The last program of the merge has a few of its queries."""
+    case = Case(per_group=1, queries=ROWS + 5, keys=3, heads=1)
+    compare_with_the_definition(case, "math", kernels, torch.float64, device)
+
+
+@EVERY_KERNEL
+def test_rows_without_keys_are_the_null_value(kernels: str, device: torch.device) -> None:
+    """Whatever a kernel leaves in their output and log-sum-exp."""
+    from optimized.ops.attention import _merge
+
+    case = Case(groups=1, per_group=3, queries=5)
+    t = {n: x.to(device) for n, x in case.leaves().items()}
+    lengths = torch.tensor([0, 4, 0], dtype=torch.int32, device=device)
+    out = t["q"].clone()
+    lse = torch.zeros(3, case.heads, case.queries, dtype=torch.float64, device=device)
+    expected = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    out[0], out[2], lse[0], lse[2] = math.nan, math.inf, -math.inf, 7.0
+    merged = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    for actual, clean in zip(merged, expected):
+        check_identical(actual, clean)
+    check_identical(merged[0][::2], t["null_v"].expand(2, case.queries, -1, -1))
+
+
+@EVERY_KERNEL
+def test_gradient_of_the_null_slot_rounds_once(kernels: str, device: torch.device) -> None:
+    """It is a sum over rows and queries: in float32, whatever the dtype of these."""
+    case = Case(per_group=3, queries=ROWS + 5)
+    half = [x.half().to(device) for x in case.leaves().values()]
+    setting = (0.0, -1, False, "math", kernels == "triton")
+    out, lse, *rest = torch.ops.moa.attention(*half, None, *setting)
+    g = cotangent(case).half().to(device)
+    runs = []
+    for dtype in (torch.float16, torch.float32):
+        leaves, sent, seen = [x.to(dtype) for x in half], g.to(dtype), out.to(dtype)
+        runs.append(torch.ops.moa.attention_backward(sent, *leaves, None, seen, lse, *rest, *setting)[3:])
+    for low, once in zip(*runs):
+        check_identical(low, once.half())
+
+
 @pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention", masked=True))
 def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: torch.device) -> None:
     """Other finite values behind the length change no bit, and their gradients are 0."""

@@ -31,15 +31,14 @@ SELECTION = Profile(
 )
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (iterative or descent or temperature or chunk)) or (coordinate_descent and masked and opcheck)",
+    "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
+    "or (coordinate_descent and masked and opcheck)",
     interpreted=True,
-    examples=60,
 )
 CAPPED = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and exact) or (capped_simplex and masked)",
     interpreted=True,
-    examples=60,
 )
 ROWS = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
@@ -66,7 +65,8 @@ ROTARY = Profile(
 )
 LAUNCH = Profile(
     ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
-    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or (injected and float64))) or layout_changes",
+    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or rounds_once or (injected and float64))) "
+    "or layout_changes",
     interpreted=True,
 )
 LOGITS = Profile(

@@ -104,7 +104,8 @@ class Runner:
         tests = self._digest(*files) + repr((profile, self.seconds))
         with self._lock:
             known = self._known.get(subject)
-        if known and known["code"] == code:
+        # A crash or a timeout may be the machine's fault: tried again.
+        if known and known["code"] == code and known["result"]["outcome"] not in ("crashed", "timeout"):
             result = Result(**known["result"])
             if known["tests"] == tests or (result.outcome == "killed" and known["by"] == self._digest_of(result.test)):
                 return result
@@ -184,7 +185,7 @@ def _judged(code: int | None, copy: Path, package: str) -> Result:
     if code is None or code == -signal.SIGXCPU:
         return Result("timeout")
     if not written.exists():
-        return Result("crashed", error=(copy.parent / "output").read_text()[-300:])
+        return Result("crashed", error=f"exit status {code}: " + (copy.parent / "output").read_text()[-300:])
     found = json.loads(written.read_text())
     failure = found["failure"] or {"test": "", "when": "", "asserted": False, "error": ""}
     seconds = round(found["cpu"], 1)
