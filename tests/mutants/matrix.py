@@ -19,14 +19,15 @@ SHADES = {
     "survived": "#c0392b",
     "raised": "#e0a030",
     "equivalent": "#9aa5b1",
-    "not run": "#dfe4ea",
+    "needs a GPU": "#dfe4ea",
+    "not run": "#b9a3d6",
 }
 
 
 def verdict(mutant: Mutant, result: Result | None) -> str:
-    """The outcome; "equivalent" for a survivor of which it is known, "not run" where it takes a GPU."""
+    """The outcome; "equivalent" for a survivor of which it is known; of those without a result, why."""
     if result is None:
-        return "not run"
+        return "needs a GPU" if mutant.device == "cuda" else "not run"
     return "equivalent" if mutant.equivalent and result.outcome == "survived" else result.outcome
 
 
@@ -56,7 +57,7 @@ def table(mutants: Sequence[Mutant], results: dict[str, Result]) -> Table:
 
 def totals(mutants: Sequence[Mutant], results: dict[str, Result]) -> Table:
     made = Table(title="by class", title_justify="left")
-    kinds = ("killed", "equivalent", *OUTCOMES[1:], "not run")
+    kinds = ("killed", "equivalent", *OUTCOMES[1:], "not run", "needs a GPU")
     counts = {bug: Counter(verdict(m, results.get(m.name)) for m in mutants if m.bug == bug) for bug in CLASSES}
     shown = [kind for kind in kinds if kind == "killed" or any(c[kind] for c in counts.values())]
     made.add_column("class")
@@ -127,8 +128,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         for side in axis.spines.values():
             side.set_visible(False)
     present = [kind for kind in SHADES if found["totals"].get(kind)]
-    labels = {"not run": "needs a GPU"}
-    handles = [Patch(color=SHADES[k], label=f"{labels.get(k, k)}: {found['totals'][k]}") for k in present]
+    handles = [Patch(color=SHADES[k], label=f"{k}: {found['totals'][k]}") for k in present]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     figure.suptitle("Which file of tests noticed a mutant first", fontsize=11)
     figure.savefig(path, dpi=130)

@@ -124,10 +124,10 @@ def test_results_are_kept_while_they_hold(tree: Path, monkeypatch: pytest.Monkey
 def test_report_and_picture(tmp_path: Path) -> None:
     results = {"killed": Result("killed", "tests/test_a.py::test_b[c]", "AssertionError: no", 1.5)}
     mutants = (KILLED, replace(SURVIVES, device="cuda"))
-    assert verdict(SURVIVES, None) == "not run"
+    assert [verdict(m, None) for m in (SURVIVES, mutants[1])] == ["not run", "needs a GPU"]
     found = report(mutants, results, {"device": "cpu"})
     assert found["kind"] == "mutants"
-    assert found["totals"] == {"killed": 1, "not run": 1}
+    assert found["totals"] == {"killed": 1, "needs a GPU": 1}
     assert found["mutants"][0]["test"] == "tests/test_a.py::test_b[c]"
     draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
