@@ -80,7 +80,7 @@ TOLERANCES: dict[str, str] = {
     "test_boundaries.py::test_local_attention_around_its_blocks": IDENTITY,
     "test_completeness.py::check_gradient": IDENTITY,
     "test_poison.py::test_stages_take_every_layout": IDENTITY,
-    "test_poison.py::check_operator": IDENTITY,
+    "test_poison.py::check_layouts": IDENTITY,
     "test_proofs.py::test_certificate_of_the_exact_solver": BOUND,
     "test_proofs.py::test_certificate_of_the_exact_solvers_gradient": BOUND,
     "test_routing.py::test_mass_error_never_grows": BOUND,

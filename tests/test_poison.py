@@ -287,6 +287,17 @@ def test_stages_take_every_layout(kernels: str, name: str, device: torch.device,
             assert ((a - e).abs() <= 640 * torch.finfo(e.dtype).eps * (1 + e.abs().max())).all(), key
 
 
+@pytest.mark.parametrize(
+    ("layout", "masked"),
+    [("transposed", False), ("transposed", True), ("sliced", False), ("sliced", True), ("expanded", True)],
+)
+@pytest.mark.parametrize("name", list(operators.SAMPLES))
+def test_operators_take_one_layout_of_all(name: str, layout: str, masked: bool, device: torch.device) -> None:
+    """Every tensor argument in the same layout, whatever the draws below come to."""
+    arguments = operators.arguments_of(name, operators.Sample(masked=masked, batch=2, n=7, experts=2), device)
+    check_layouts(name, [laid_out(a, layout) if isinstance(a, Tensor) else a for a in arguments])
+
+
 @pytest.mark.parametrize("name", list(operators.SAMPLES))
 def test_operators_take_every_layout(name: str, device: torch.device) -> None:
     """Every tensor argument in a layout of its own; whatever the values, they alone decide."""
@@ -301,10 +312,14 @@ def test_operators_take_every_layout(name: str, device: torch.device) -> None:
 
 
 def check_operator(name: str, device: torch.device, data: st.DataObject) -> None:
-    sample = operators.Sample(masked=data.draw(st.booleans(), label="masked"), batch=2, n=4, experts=2)
+    sample = operators.Sample(masked=data.draw(st.booleans(), label="masked"), batch=2, n=7, experts=2)
     arguments = operators.arguments_of(name, sample, device)
     drawn = [data.draw(st.sampled_from(LAYOUTS)) if isinstance(a, Tensor) else "" for a in arguments]
     given_ = [laid_out(a, how) if isinstance(a, Tensor) else a for a, how in zip(arguments, drawn)]
+    check_layouts(name, given_)
+
+
+def check_layouts(name: str, given_: list[Any]) -> None:
     plain = [a.clone(memory_format=torch.contiguous_format) if isinstance(a, Tensor) else a for a in given_]
     call = getattr(torch.ops.moa, name)
     for a, e in zip(*((t,) if isinstance(t, Tensor) else t for t in (call(*given_), call(*plain)))):
