@@ -83,18 +83,19 @@ def _local_attention(
     window = min(window_size, max(n - 1, 0))
     if backend.kernel is None and backend.name != "flex_attention":
         given = (t.to(dtype) for t in (hidden, w_qkv, w_out))
-        out = ops.attend_in_window(*given, heads, window, causal, backend.name, triton)[0].to(x.dtype)
-        return out if mask is None else out.masked_fill(~mask[..., None], 0)
-    tables = ops.rotary_tables(n, dim_head, x.device, torch.promote_types(dtype, torch.float32))
-    q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, dim_head).unbind(2)
-    q, k = (rotate(t, *tables, None, triton) for t in (q, k))
-    if n and backend.kernel is not None:
-        q = _banded(q, k, v, window, mask, causal, backend.kernel)
-    elif n:
-        from optimized.attention import flex_window
+        out = ops.attend_in_window(*given, heads, window, causal, backend.name, triton)[0]
+    else:
+        tables = ops.rotary_tables(n, dim_head, x.device, torch.promote_types(dtype, torch.float32))
+        q, k, v = F.linear(hidden, w_qkv).view(batch, n, 3, heads, dim_head).unbind(2)
+        q, k = (rotate(t, *tables, None, triton) for t in (q, k))
+        if n and backend.kernel is not None:
+            q = _banded(q, k, v, window, mask, causal, backend.kernel)
+        elif n:
+            from optimized.attention import flex_window
 
-        q = flex_window.attend(q, k, v, window, mask, causal)
-    out = F.linear(q.flatten(2), w_out).to(x.dtype)
+            q = flex_window.attend(q, k, v, window, mask, causal)
+        out = F.linear(q.flatten(2), w_out)
+    out = out.to(x.dtype)
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
 
 
