@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,7 @@ if not {"--device=cuda", "cuda"} & set(sys.argv) and "PYTEST_XDIST_WORKER" not i
 import harness  # noqa: E402
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
-from benchmarks.environment import tree_hash  # noqa: E402
+from benchmarks.environment import hardware, tree_hash, versions  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -249,37 +247,9 @@ def compilations() -> Counter[str]:
     return Counter({"torch.compile graphs": int(counters["stats"]["unique_graphs"])})
 
 
-def version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "triton", "flash-attn", "numpy", "hypothesis", "pytest")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def hardware(device: str) -> dict[str, str]:
-    if device == "cpu":
-        return {"name": _cpu_name(), "cores": str(os.cpu_count())}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {"name": torch.cuda.get_device_name(), "driver": driver, "cuda": str(torch.version.cuda)}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [", ".join(f"{name} {v}" for name, v in versions().items())]
-    lines.append(f"device: {config.option.device}, " + ", ".join(hardware(config.option.device).values()))
+    lines.append(f"device: {config.option.device}, " + ", ".join(hardware(torch.device(config.option.device)).values()))
     lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
     lines.append(f"reference and optimized imported from {ROOT}")
     for path in sorted((ROOT / "tests" / "reports").glob("*.json")):
@@ -401,7 +371,7 @@ def write_report(
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     report = {
         "device": config.option.device,
-        "hardware": hardware(config.option.device),
+        "hardware": hardware(torch.device(config.option.device)),
         "versions": versions(),
         "commit": commit.stdout.strip() or None,
         "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-PACKAGES = ("triton", "flash-attn", "flash-attn-4", "mixture-of-attention", "CoLT5-attention", "numpy")
+PACKAGES = (
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "mixture-of-attention",
+    "CoLT5-attention",
+    "numpy",
+    "hypothesis",
+    "pytest",
+)
+MODULES = {"flash-attn": "flash_attn.flash_attn_interface", "flash-attn-4": "flash_attn.cute.interface"}
 
 
 def described(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -49,14 +61,26 @@ def hardware(device: torch.device) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: version(package) for package in PACKAGES}
     if torch.version.cuda:
         found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
     return found
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return _version_of_module(MODULES[package]) if package in MODULES else "not installed"
+
+
+def _version_of_module(name: str) -> str:
+    """Of a package whose folder was copied without its metadata."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return "not installed"
+    return str(getattr(sys.modules[name.rpartition(".")[0]], "__version__", "of unknown version"))
 
 
 def tree_hash(folder: str) -> str:
