@@ -5,6 +5,7 @@ The oracle is the definition: one softmax over the null slot and all visible key
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -355,6 +356,27 @@ def test_dropout_given_the_kernels_own_draw(
     exact = definition(case, torch.float64, dtype, device, keep)
     baseline = definition(case, BASELINE_OF.get(dtype, dtype), dtype, device, keep)
     compare(actual, exact, baseline, stage="routed_attention", dtype=dtype)
+
+
+@pytest.fixture
+def three_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of 65535, beyond which a backend's grid ends: 70,000 items of a batch were refused on a GPU."""
+    monkeypatch.setattr(importlib.import_module("optimized.ops.attention"), "MOST_ROWS", 3)
+
+
+@pytest.mark.usefixtures("three_rows_at_a_time")
+@pytest.mark.parametrize("lengths", ["none", "some_empty"])
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention", masked=True))
+def test_more_rows_than_a_backend_takes(backend: str, dtype: torch.dtype, lengths: str, device: torch.device) -> None:
+    case = Case(groups=2, per_group=5, queries=25, keys=40, dim_head=16, lengths=lengths)
+    compare_with_the_definition(for_half(case, dtype), backend, "torch", dtype, device)
+
+
+@pytest.mark.usefixtures("three_rows_at_a_time")
+@pytest.mark.parametrize(("backend", "dtype"), DROPPING)
+def test_dropout_of_more_rows_than_a_backend_takes(backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Each part has a draw of its own, and its backward the same."""
+    test_dropout_given_the_kernels_own_draw("torch", backend, "full", 40, dtype, device)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), DROPPING)

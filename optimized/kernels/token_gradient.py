@@ -11,10 +11,12 @@ The router adds, with the gradient l' (B, R, N) of its logits l (see `router_log
 
     dx += sum_e l' cx cr r_e - x cx^2 sum_e l' l   (cx = cr = 1 and no second term but with cosine routing)
 
-A program per tile of tokens and channels; experts in their order, so always the same bits. A token that nobody took is
-not read but for cosine routing: it may hold NaN.
+A program per token and block of channels: what the experts hold of a token differs from its neighbour's, so a branch of
+its own per row that was taken costs less than a tile that waits for the longest. All inverse maps of a token are read
+at once, `EXPERTS` of them; then its rows in the order of the experts, so always the same bits. A token that nobody took
+is not read but for cosine routing: it may hold NaN.
 
-Blind spots: every tile asks the inverse maps of all experts, whether they took a token of it or not.
+Blind spots: inverse maps and logits are read by the token, which leaves most of a sector of memory to its neighbours.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, launch, next_power_of_2
+from optimized.kernels.launch import as_bytes, cdiv, channel_constants, contiguous, launch
 from optimized.kernels.router_logits import item_stride
+
+EXPERTS = 32  # whose inverse maps are read at once: one for each thread of a warp
+MOST_CHANNELS = 1024  # of a program
 
 
 class TakenRows(NamedTuple):
@@ -49,25 +54,30 @@ class RouterGradient(NamedTuple):
 
 @triton.jit
 def _add_rows(
-    total, dot, taken, g_ptr, inverse_ptr, gamma_ptr, dots_ptr, b, rows, channels, n, k, dim, batch, experts,
-    channel_blocks, all_rows, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr,
+    total, dot, count, g_ptr, inverse_ptr, gamma_ptr, dots_ptr, b, position, channels, n, k, dim, batch, experts,
+    channel_blocks, all_rows, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """h, <x, h>, and which tokens were taken, with one group of experts more."""
+    """h, <x, h>, and how many took the token, with one group of experts more."""
     inside = channels < dim
-    for e in range(experts):
-        slot = tl.load(inverse_ptr + (b * experts + e) * n + rows, mask=rows < n, other=-1).to(tl.int64)
-        here = slot >= 0
-        row = (e * batch + b) * k + slot
-        g = tl.load(g_ptr + row[:, None] * dim + channels[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-        g = g.to(DTYPE)
-        if HAS_NORM:
-            gamma = tl.load(gamma_ptr + tl.cast(e, tl.int64) * dim + channels, mask=inside, other=0.0).to(DTYPE)
-            g *= gamma[None, :]
-            for block in range(channel_blocks):
-                dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row, mask=here, other=0.0)
-        total += g
-        taken |= here.to(tl.int32)
-    return total, dot, taken
+    lanes = tl.arange(0, EXPERTS)
+    for first in range(0, experts, EXPERTS):
+        e = first + lanes
+        slots = tl.load(inverse_ptr + (b * experts + e) * n + position, mask=e < experts, other=-1)
+        here = tl.sum((slots >= 0).to(tl.int32))
+        count += here
+        for _ in range(here):
+            lane = tl.min(tl.where(slots >= 0, lanes, EXPERTS))  # the first that is left
+            slot = tl.max(tl.where(lanes == lane, slots, -1)).to(tl.int64)
+            slots = tl.where(lanes == lane, -1, slots)
+            row = ((first + lane).to(tl.int64) * batch + b) * k + slot
+            g = tl.load(g_ptr + row * dim + channels, mask=inside, other=0.0).to(DTYPE)
+            if HAS_NORM:
+                gamma_row = gamma_ptr + (first + lane).to(tl.int64) * dim
+                g *= tl.load(gamma_row + channels, mask=inside, other=0.0).to(DTYPE)
+                for block in range(channel_blocks):
+                    dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row)
+            total += g
+    return total, dot, count
 
 
 @triton.jit(
@@ -81,65 +91,69 @@ def _tokens_gradient_kernel(
     dlogits_ptr, logits_ptr, r_ptr, factors_ptr, dx_ptr,
     n, k_0, k_1, dim, batch, experts, router_experts, item_stride, root_dim, channel_blocks, all_rows, rows_0,
     GROUPS: tl.constexpr, HAS_NORM: tl.constexpr, ROUTER: tl.constexpr, COSINE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, EXPERTS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rows_0: rows of the first group, whose dots come first."""
-    tiles = tl.cdiv(n, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    rows = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0).to(tl.int64)  # (b, n)
+    b = token // n
+    position = token % n
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < dim
-    tile = (b * n + rows[:, None]) * dim + channels[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    taken = tl.zeros((BLOCK_N,), tl.int32)
-    dot = tl.zeros((BLOCK_N,), DTYPE)
+    tile = token * dim + channels
+    shown = tl.full((), 1, tl.int32)
+    if ROUTER and HAS_MASK:
+        shown = tl.load(mask_ptr + token).to(tl.int32)
+    total = tl.zeros((BLOCK_D,), DTYPE)
+    dot = tl.full((), 0.0, DTYPE)
+    count = tl.full((), 0, tl.int32)
     if GROUPS > 0:
-        total, dot, taken = _add_rows(
-            total, dot, taken, g_0, inverse_0, gamma_0, dots_ptr, b, rows, channels, n, k_0, dim, batch, experts,
-            channel_blocks, all_rows, HAS_NORM, DTYPE,
+        total, dot, count = _add_rows(
+            total, dot, count, g_0, inverse_0, gamma_0, dots_ptr, b, position, channels, n, k_0, dim, batch, experts,
+            channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
         )  # fmt: skip
     if GROUPS > 1:
-        total, dot, taken = _add_rows(
-            total, dot, taken, g_1, inverse_1, gamma_1, dots_ptr + rows_0, b, rows, channels, n, k_1, dim, batch,
-            experts, channel_blocks, all_rows, HAS_NORM, DTYPE,
+        total, dot, count = _add_rows(
+            total, dot, count, g_1, inverse_1, gamma_1, dots_ptr + rows_0, b, position, channels, n, k_1, dim, batch,
+            experts, channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
         )  # fmt: skip
-    slope = tl.zeros((BLOCK_N,), DTYPE)  # of the term in x
-    norms = tl.full((BLOCK_N,), 1.0, DTYPE)
-    shown = rows < n
-    if ROUTER:
-        if HAS_MASK:
-            shown = tl.load(mask_ptr + b * n + rows, mask=shown, other=0) != 0
-    else:
-        shown = taken > 0
+    slope = tl.full((), 0.0, DTYPE)  # of the term in x
+    norm = tl.full((), 1.0, DTYPE)
+    reads = count > 0
+    if COSINE:
+        reads = shown > 0
     if HAS_NORM or COSINE:
-        norms = tl.load(norms_ptr + b * n + rows, mask=shown, other=1.0)
-    inverse_norms = 1.0 / tl.maximum(norms, 1e-12)
+        norm = tl.load(norms_ptr + token, mask=reads, other=1.0)
+    inverse_norm = 1.0 / tl.maximum(norm, 1e-12)
     if HAS_NORM:
         # root_dim = dim, as an integer: a Python float would arrive in float32.
-        scale = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE) * inverse_norms
+        scale = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE) * inverse_norm
         # A token that nobody took has no part in this, though its norm may be NaN.
-        total = tl.where((taken > 0)[:, None], total * scale[:, None], 0.0)
-        slope = tl.where((taken > 0) & (norms > 1e-12), scale * ((dot * inverse_norms) * inverse_norms), 0.0)
+        total *= tl.where(count > 0, scale, 0.0)
+        slope = tl.where((count > 0) & (norm > 1e-12), scale * ((dot * inverse_norm) * inverse_norm), 0.0)
     if ROUTER:
-        moment = tl.zeros((BLOCK_N,), DTYPE)
-        for e in range(router_experts):
-            place = (b * router_experts + e) * n + rows
-            weight = tl.load(dlogits_ptr + place, mask=shown, other=0.0).to(DTYPE)
-            r_row = r_ptr + b * item_stride + tl.cast(e, tl.int64) * dim
-            r = tl.load(r_row + channels, mask=inside, other=0.0).to(DTYPE)
+        moment = tl.full((), 0.0, DTYPE)
+        lanes = tl.arange(0, EXPERTS)
+        r_ptr += b * item_stride
+        # Not of a masked token: a routing token may be NaN, and 0 * NaN is NaN.
+        for first in range(0, tl.where(shown > 0, router_experts, 0), EXPERTS):
+            known = first + lanes < router_experts
+            place = b * router_experts + first + lanes
+            weights = tl.load(dlogits_ptr + place * n + position, mask=known, other=0.0).to(DTYPE)
             if COSINE:
-                moment += weight * tl.load(logits_ptr + place, mask=shown, other=0.0)
-                weight *= inverse_norms * tl.load(factors_ptr + b * router_experts + e)
-            total += weight[:, None] * r[None, :]
+                moment += tl.sum(weights * tl.load(logits_ptr + place * n + position, mask=known, other=0.0))
+                weights *= inverse_norm * tl.load(factors_ptr + place, mask=known, other=0.0)
+            for lane in range(0, tl.minimum(router_experts - first, EXPERTS), AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    weight = tl.sum(tl.where(lanes == lane + i, weights, 0.0))
+                    e = first + lane + i
+                    row = r_ptr + tl.cast(e, tl.int64) * dim
+                    r = tl.load(row + channels, mask=inside & (e < router_experts), other=0.0)
+                    total += weight * r.to(DTYPE)
         if COSINE:
-            slope += tl.where(norms > 1e-12, moment * inverse_norms * inverse_norms, 0.0)
+            slope += tl.where(norm > 1e-12, moment * inverse_norm * inverse_norm, 0.0)
     if HAS_NORM or COSINE:
-        read = shown if COSINE else taken > 0
-        x = tl.load(x_ptr + tile, mask=read[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        total -= x * slope[:, None]
-    if ROUTER:
-        total = tl.where(shown[:, None], total, 0.0)  # a routing token may be NaN, and 0 * NaN is NaN
-    tl.store(dx_ptr + tile, total.to(dx_ptr.dtype.element_ty), mask=(rows < n)[:, None] & inside[None, :])
+        total -= tl.load(x_ptr + tile, mask=inside & reads, other=0.0).to(DTYPE) * slope
+    tl.store(dx_ptr + tile, total.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def token_gradient(
@@ -167,15 +181,14 @@ def token_gradient(
     groups = [part for rows in (first, second) for part in (rows.gradient, rows.inverse, rows.gamma)]
     tokens = x if router is None else router.tokens.contiguous()
     parts = (None,) * 4 if router is None else (router.gradient, router.logits, tokens, router.factors)
-    double = norms.dtype == torch.float64
-    block_d = min(64 if double else 256, max(next_power_of_2(dim), 16))
+    constants = channel_constants(min(dim, MOST_CHANNELS), norms.dtype)
     launch(
-        _tokens_gradient_kernel, (batch * cdiv(n, 16), cdiv(dim, block_d)),
+        _tokens_gradient_kernel, (batch * n, cdiv(dim, constants["BLOCK_D"])),
         x, as_bytes(mask), norms, *(contiguous(part) for part in groups), dots, *(contiguous(p) for p in parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_stride(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,
         COSINE=router is not None and router.factors.numel() > 0, HAS_MASK=mask is not None,
-        DTYPE=arithmetic(norms.dtype), BLOCK_N=16, BLOCK_D=block_d, num_warps=4,
+        EXPERTS=EXPERTS, AT_ONCE=4, **constants,
     )  # fmt: skip
     return dx

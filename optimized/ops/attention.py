@@ -7,6 +7,8 @@ by a Triton kernel or by the same formulas in PyTorch. Letters: R rows (expert, 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from torch.library import custom_op
 
 from optimized.attention import Setting, adapter, alignment
 from optimized.ops.registration import differentiable, no_setup, refuse_to
+
+MOST_ROWS = 65535  # of a call of a backend: most launch a grid that is as deep, which CUDA limits
 
 
 @custom_op(
@@ -73,10 +77,10 @@ def attend_raw(
     wide = torch.promote_types(q.dtype, torch.float32)
     if q.numel() == 0 or k.shape[1] == 0:
         out, lse = torch.zeros_like(q), q.new_full((rows, heads, length), -math.inf, dtype=wide)
-        state = module.state(q, k, dropout).zero_()
+        state = state_of(module, q, k, dropout).zero_()
     else:
         padded = _pad((q, k, v), backend)
-        out, lse, state = module.forward(*padded, Setting(dim**-0.5, lengths, dropout, window, causal))
+        out, lse, state = _forward(module, padded, Setting(dim**-0.5, lengths, dropout, window, causal))
         out, lse = out[..., :dim].contiguous(), lse.contiguous()
     keep = q.new_empty(0, dtype=wide)
     if null_k is not None and null_v is not None:
@@ -93,7 +97,59 @@ def _(q, k, v, null_k, null_v, lengths, dropout, window, causal, backend, triton
     lse = q.new_empty(rows, heads, length, dtype=wide)
     keep = torch.empty_like(lse) if dropout and null_k is not None else q.new_empty(0, dtype=wide)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, lse, keep, adapter(backend).state(q, k, dropout)
+    return out, lse, keep, state_of(adapter(backend), q, k, dropout)
+
+
+def state_of(module: ModuleType, q: Tensor, k: Tensor, dropout: float) -> Tensor:
+    """An empty tensor as the state of a forward: one row for each `MOST_ROWS` rows where there are more."""
+    state = module.state(q, k, dropout)
+    if _takes(module, q.shape[0]):
+        return state
+    return state.new_empty(-(-q.shape[0] // MOST_ROWS), *state.shape)
+
+
+def _forward(module: ModuleType, qkv: tuple[Tensor, ...], setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """The backend's forward, `MOST_ROWS` rows at a time."""
+    rows = qkv[0].shape[0]
+    if _takes(module, rows):
+        return module.forward(*qkv, setting)
+    parts = zip(*(t.split(MOST_ROWS) for t in qkv), _settings(setting, rows))
+    outs, lses, states = zip(*(module.forward(*part) for part in parts))
+    return torch.cat(outs), torch.cat(lses), torch.stack(states)
+
+
+def _backward_of(
+    module: ModuleType,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor,
+    state: Tensor,
+    setting: Setting,
+    buffers: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Its backward likewise: dq, dk and dv, which are the buffers where there are several parts."""
+    rows = lse.shape[0]
+    if _takes(module, rows):
+        return module.backward(*tensors, lse, state, setting, *buffers)
+    dqs = []
+    parts = zip(*(t.split(MOST_ROWS) for t in (*tensors, lse, *buffers)), state, _settings(setting, rows))
+    for *given, dk, dv, draw, part in parts:
+        dq, *found = module.backward(*given, draw, part, dk, dv)
+        dqs.append(dq)
+        for buffer, made in zip((dk, dv), found):
+            if made is not buffer:
+                buffer.copy_(made)
+    return torch.cat(dqs), *buffers
+
+
+def _takes(module: ModuleType, rows: int) -> bool:
+    """At once. PyTorch's plain operations take any number, and their state is as long as it."""
+    return rows <= MOST_ROWS or module is adapter("math")
+
+
+def _settings(setting: Setting, rows: int) -> list[Setting]:
+    if setting.lengths is None:
+        return [setting] * -(-rows // MOST_ROWS)
+    return [replace(setting, lengths=lengths) for lengths in setting.lengths.split(MOST_ROWS)]
 
 
 @custom_op(
@@ -164,7 +220,7 @@ def attend_raw_backward(
         buffers = dk, dv
         if padded[1].shape[-1] != dim:
             buffers = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in padded[2:4])
-        dq, *found = adapter(backend).backward(*padded, lse, state, setting, *buffers)
+        dq, *found = _backward_of(adapter(backend), padded, lse, state, setting, buffers)
         dq = dq[..., :dim].contiguous()
         for given, made in zip((dk, dv), found):
             if made is not given:

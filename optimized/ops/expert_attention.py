@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from optimized.attention import adapter
-from optimized.ops.attention import attend_raw, attend_raw_backward
+from optimized.ops.attention import attend_raw, attend_raw_backward, state_of
 from optimized.ops.registration import differentiable, no_setup, refuse_to
 from optimized.ops.rotary import rotate_into
 
@@ -90,7 +90,7 @@ def _(queries, keys_values, scores, w_q, w_kv, w_out, null_kv, lengths, cos, sin
     lse = q.new_empty(rows, heads, k_q, dtype=torch.promote_types(q.dtype, torch.float32))
     keep = torch.empty_like(lse) if dropout else lse.new_empty(0)
     y = queries.new_empty(experts, batch, k_q, w_out.shape[0] // experts)
-    return y, q, kv, torch.empty_like(q), lse, keep, adapter(backend).state(q, kv[:, :, 0], dropout)
+    return y, q, kv, torch.empty_like(q), lse, keep, state_of(adapter(backend), q, kv[:, :, 0], dropout)
 
 
 @custom_op(

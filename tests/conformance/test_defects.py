@@ -15,6 +15,8 @@ from tests.conformance.properties import PROPERTIES
 from tests.conformance.subject import NotOffered, Subject
 from tests.strategies import LayerCase
 
+pytestmark = pytest.mark.cpu  # what is shown is the suite's, not the layer's
+
 
 @functools.cache
 def drawn(name: str) -> LayerCase:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_a_run_on_a_defective_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "from tests.conformance.defects import DEFECTS\nLayer = DEFECTS['experts_are_mixed']\n"
     )
     written = tmp_path / "report.md"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     options = ["--impl", "theirs:Layer", "--impl-report", str(written), "-k", "experts or batch", "--max-examples", "5"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", *options],
