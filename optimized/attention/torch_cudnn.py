@@ -33,7 +33,7 @@ def backward(
     dv: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-    none = torch.zeros(2, dtype=torch.int64, device=q.device)
+    none = torch.empty(2, dtype=torch.int64, device=q.device)  # a draw of the dropout that there is not
     gradients = aten._scaled_dot_product_cudnn_attention_backward(
         dout, *turned, lse[..., None], none[0], none[1], None, None, None, q.shape[1], k.shape[1], 0.0, False,
         scale=setting.scale,

@@ -57,7 +57,7 @@ def backward(
     rows, length, heads, _ = q.shape
     padded = lse.new_full((rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)
     padded[..., :length] = lse
-    draw = state if setting.dropout else torch.zeros(2, dtype=torch.int64)
+    draw = state if setting.dropout else torch.empty(2, dtype=torch.int64)  # not looked at
     bias = _bias(q, k, setting.lengths)
     dq, dk, dv, _ = aten._efficient_attention_backward(
         dout, q, k, v, bias, out, None, None, length, k.shape[1], padded, setting.dropout, draw[0], draw[1], 0, False,

@@ -27,7 +27,7 @@ from optimized.kernels.launch import (
 )
 
 CHUNK = 64  # tokens of one program of the backward by tokens
-ROWS = 16  # of them at a time
+ROWS = 8  # of them at a time
 
 
 @triton.jit(do_not_specialize=["n", "k", "batch", "experts"])
@@ -201,6 +201,6 @@ def combine_backward(
             _tokens_kernel, (chunks, cdiv(dim, block_d)),
             g, inverse, mask, dlocal, partial, n, dim, batch * n, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
-            DTYPE=arithmetic(y.dtype), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d, num_warps=4,
+            DTYPE=arithmetic(y.dtype), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype).view(null.shape)

@@ -294,7 +294,7 @@ def _backward(
     epsilons: tuple[float, float, float],
 ) -> Tensor:
     batch, experts, n = logits.shape
-    s, mask, constants = row_arguments(logits, mask, CHUNK)
+    s, mask, constants = row_arguments(logits, mask, CHUNK, most_warps=32)
     out = torch.empty_like(s)
     if s.numel():
         rows, n_iters, bits = batch * experts, a.shape[0], [double_bits(eps) for eps in epsilons]

@@ -25,6 +25,7 @@ from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, lau
 NORM_TOKENS = 16  # of a program of the norms
 CHUNK = 64  # slots of a program of the backward
 MOST_ROWS = 16  # of a tile
+TILE = 2048  # numbers of it, half as many in float64
 
 
 class Taken(NamedTuple):
@@ -148,11 +149,11 @@ def _block_d(dim: int) -> int:
     return min(next_power_of_2(dim), 1024)
 
 
-def _tile(dim: int, dtype: torch.dtype, numbers: int) -> dict[str, Any]:
-    """Tiles of so many numbers, 4 warps each."""
+def _tile(dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A warp for each tile."""
     block = _block_d(dim)
-    rows = max(numbers // (2 if dtype == torch.float64 else 1) // block, 1)
-    return {"DTYPE": arithmetic(dtype), "ROWS": min(rows, MOST_ROWS), "BLOCK_D": block, "num_warps": 4}
+    rows = max(TILE // (2 if dtype == torch.float64 else 1) // block, 1)
+    return {"DTYPE": arithmetic(dtype), "ROWS": min(rows, MOST_ROWS), "BLOCK_D": block, "num_warps": 1}
 
 
 def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tuple[Tensor, ...]:
@@ -161,7 +162,7 @@ def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tu
     experts = taken[0].indices.shape[1]
     outs = tuple(x.new_empty(experts, batch, group.indices.shape[2], dim) for group in taken)
     if any(out.numel() for out in outs):
-        constants = _tile(dim, x.dtype, 4096)
+        constants = _tile(dim, x.dtype)
         k_0, k_1 = (group.indices.shape[2] for group in (taken[0], taken[-1]))
         chunks = [cdiv(batch * k, constants["ROWS"]) for k in (k_0, k_1)]
         parts = [part for group, out in zip((taken[0], taken[-1]), (outs[0], outs[-1])) for part in _parts(group, out)]
@@ -183,7 +184,7 @@ def slot_gradients(
     """dgamma of every group, in gamma's dtype, and dots (channel blocks, rows of all groups). With gamma only."""
     batch, n, dim = x.shape
     experts = taken[0].indices.shape[1]
-    constants = _tile(dim, x.dtype, 2048)
+    constants = _tile(dim, x.dtype)
     ks = [group.indices.shape[2] for group in taken]
     all_rows = experts * batch * sum(ks)
     chunks = [cdiv(batch * k, CHUNK) for k in ks]

@@ -145,7 +145,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
         if dtype == torch.float64:
             block_n, block_d, block_e = 16, 32, 4
         else:
-            block_n, block_d, block_e = 32, 128 if half else 64, 16 if experts <= 16 else 32
+            block_n, block_d, block_e = 64 if half else 32, 64, 16 if experts <= 16 else 32
         r = r.contiguous()
         launch(
             _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),

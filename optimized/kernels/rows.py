@@ -86,10 +86,15 @@ def fits(n: int, element_size: int) -> bool:
     return n * element_size <= ROWS_IN_REGISTERS
 
 
-def row_arguments(logits: Tensor, mask: Tensor | None, longest: int) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Contiguous logits and mask (as bytes), and HAS_MASK, BLOCK and num_warps for blocks of at most `longest`."""
+def row_arguments(
+    logits: Tensor, mask: Tensor | None, longest: int, most_warps: int = 16
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Contiguous logits and mask (as bytes), and HAS_MASK, BLOCK and num_warps for blocks of at most `longest`.
+
+    There are fewer rows than multiprocessors, so a row gets many threads: down to 8 numbers for each.
+    """
     block = min(next_power_of_2(max(logits.shape[-1], 1)), longest)
-    constants = {"HAS_MASK": mask is not None, "BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
+    constants = {"HAS_MASK": mask is not None, "BLOCK": block, "num_warps": min(max(block // 256, 1), most_warps)}
     return logits.contiguous(), as_bytes(mask), constants
 
 

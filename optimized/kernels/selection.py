@@ -165,7 +165,7 @@ def select_groups(
     """
     batch, experts, n = logits.shape
     size, group = logits.element_size(), experts // len(ks)
-    s, mask, constants = row_arguments(logits, mask, block_of_row(n, size))
+    s, mask, constants = row_arguments(logits, mask, block_of_row(n, size), most_warps=8)
     groups = []
     for k in ks:
         indices = torch.empty(batch, group, k, dtype=torch.int64, device=s.device)
@@ -175,7 +175,6 @@ def select_groups(
         groups.append((indices, slots, inverse, picked))
     if s.numel():
         outputs = [(indices, slots.view(torch.int8), *rest) for indices, slots, *rest in (groups[0], groups[-1])]
-        constants["num_warps"] = min(2 * constants["num_warps"], 16)
         launch(
             _select_kernel, (batch * experts,),
             s, mask, s if scores is None else scores.contiguous(), *outputs[0], *outputs[1],

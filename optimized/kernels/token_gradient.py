@@ -53,31 +53,33 @@ class RouterGradient(NamedTuple):
 
 
 @triton.jit
+def _slots_of(inverse_ptr, b, position, n, first, experts, EXPERTS: tl.constexpr):
+    """What `EXPERTS` experts from the first on say of a token."""
+    e = first + tl.arange(0, EXPERTS)
+    return tl.load(inverse_ptr + (b * experts + e) * n + position, mask=e < experts, other=-1)
+
+
+@triton.jit
 def _add_rows(
-    total, dot, count, g_ptr, inverse_ptr, gamma_ptr, dots_ptr, b, position, channels, n, k, dim, batch, experts,
-    channel_blocks, all_rows, HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, EXPERTS: tl.constexpr,
+    total, dot, slots, first, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, channel_blocks, all_rows,
+    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """h, <x, h>, and how many took the token, with one group of experts more."""
+    """h and <x, h> with the rows in these slots more."""
     inside = channels < dim
     lanes = tl.arange(0, EXPERTS)
-    for first in range(0, experts, EXPERTS):
-        e = first + lanes
-        slots = tl.load(inverse_ptr + (b * experts + e) * n + position, mask=e < experts, other=-1)
-        here = tl.sum((slots >= 0).to(tl.int32))
-        count += here
-        for _ in range(here):
-            lane = tl.min(tl.where(slots >= 0, lanes, EXPERTS))  # the first that is left
-            slot = tl.max(tl.where(lanes == lane, slots, -1)).to(tl.int64)
-            slots = tl.where(lanes == lane, -1, slots)
-            row = ((first + lane).to(tl.int64) * batch + b) * k + slot
-            g = tl.load(g_ptr + row * dim + channels, mask=inside, other=0.0).to(DTYPE)
-            if HAS_NORM:
-                gamma_row = gamma_ptr + (first + lane).to(tl.int64) * dim
-                g *= tl.load(gamma_row + channels, mask=inside, other=0.0).to(DTYPE)
-                for block in range(channel_blocks):
-                    dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row)
-            total += g
-    return total, dot, count
+    for _ in range(tl.sum((slots >= 0).to(tl.int32))):
+        lane = tl.min(tl.where(slots >= 0, lanes, EXPERTS))  # the first that is left
+        slot = tl.max(tl.where(lanes == lane, slots, -1)).to(tl.int64)
+        slots = tl.where(lanes == lane, -1, slots)
+        e = (first + lane).to(tl.int64)
+        row = (e * batch + b) * k + slot
+        g = tl.load(g_ptr + row * dim + channels, mask=inside, other=0.0).to(DTYPE)
+        if HAS_NORM:
+            g *= tl.load(gamma_ptr + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
+            for block in range(channel_blocks):
+                dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row)
+        total += g
+    return total, dot
 
 
 @triton.jit(
@@ -91,7 +93,7 @@ def _tokens_gradient_kernel(
     dlogits_ptr, logits_ptr, r_ptr, factors_ptr, dx_ptr,
     n, k_0, k_1, dim, batch, experts, router_experts, item_stride, root_dim, channel_blocks, all_rows, rows_0,
     GROUPS: tl.constexpr, HAS_NORM: tl.constexpr, ROUTER: tl.constexpr, COSINE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DTYPE: tl.constexpr, EXPERTS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rows_0: rows of the first group, whose dots come first."""
     token = tl.program_id(0).to(tl.int64)  # (b, n)
@@ -99,61 +101,92 @@ def _tokens_gradient_kernel(
     position = token % n
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < dim
-    tile = token * dim + channels
+    lanes = tl.arange(0, EXPERTS)
+
+    # All that tells what to read is on its way before any of it is waited for.
     shown = tl.full((), 1, tl.int32)
     if ROUTER and HAS_MASK:
         shown = tl.load(mask_ptr + token).to(tl.int32)
+    slots_0 = tl.full((EXPERTS,), -1, tl.int32)
+    slots_1 = tl.full((EXPERTS,), -1, tl.int32)
+    if GROUPS > 0:
+        slots_0 = _slots_of(inverse_0, b, position, n, 0, experts, EXPERTS)
+    if GROUPS > 1:
+        slots_1 = _slots_of(inverse_1, b, position, n, 0, experts, EXPERTS)
+    norm = tl.full((), 1.0, DTYPE)
+    if HAS_NORM or COSINE:
+        norm = tl.load(norms_ptr + token)
+    weights = tl.zeros((EXPERTS,), DTYPE)
+    if ROUTER:
+        place = (b * router_experts + lanes) * n + position
+        weights = tl.load(dlogits_ptr + place, mask=lanes < router_experts, other=0.0).to(DTYPE)
+
+    count = tl.sum((slots_0 >= 0).to(tl.int32)) + tl.sum((slots_1 >= 0).to(tl.int32))
+    for first in range(EXPERTS, experts, EXPERTS):
+        if GROUPS > 0:
+            count += tl.sum((_slots_of(inverse_0, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
+        if GROUPS > 1:
+            count += tl.sum((_slots_of(inverse_1, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
+    reads = count
+    if COSINE:
+        reads = shown
+    norm = tl.where(reads > 0, norm, 1.0)  # that of a token that nobody took may be NaN
+    inverse_norm = 1.0 / tl.maximum(norm, 1e-12)
+    x = tl.zeros((BLOCK_D,), DTYPE)
+    if HAS_NORM or COSINE:
+        x = tl.load(x_ptr + token * dim + channels, mask=tl.where(inside, reads, 0) > 0, other=0.0).to(DTYPE)
+
     total = tl.zeros((BLOCK_D,), DTYPE)
     dot = tl.full((), 0.0, DTYPE)
-    count = tl.full((), 0, tl.int32)
     if GROUPS > 0:
-        total, dot, count = _add_rows(
-            total, dot, count, g_0, inverse_0, gamma_0, dots_ptr, b, position, channels, n, k_0, dim, batch, experts,
-            channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
+        total, dot = _add_rows(
+            total, dot, slots_0, 0, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks, all_rows,
+            HAS_NORM, DTYPE, EXPERTS,
         )  # fmt: skip
+        for first in range(EXPERTS, experts, EXPERTS):
+            more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)
+            total, dot = _add_rows(
+                total, dot, more, first, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks,
+                all_rows, HAS_NORM, DTYPE, EXPERTS,
+            )  # fmt: skip
     if GROUPS > 1:
-        total, dot, count = _add_rows(
-            total, dot, count, g_1, inverse_1, gamma_1, dots_ptr + rows_0, b, position, channels, n, k_1, dim, batch,
-            experts, channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
+        total, dot = _add_rows(
+            total, dot, slots_1, 0, g_1, gamma_1, dots_ptr + rows_0, b, channels, k_1, dim, batch, channel_blocks,
+            all_rows, HAS_NORM, DTYPE, EXPERTS,
         )  # fmt: skip
+        for first in range(EXPERTS, experts, EXPERTS):
+            more = _slots_of(inverse_1, b, position, n, first, experts, EXPERTS)
+            total, dot = _add_rows(
+                total, dot, more, first, g_1, gamma_1, dots_ptr + rows_0, b, channels, k_1, dim, batch,
+                channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
+            )  # fmt: skip
     slope = tl.full((), 0.0, DTYPE)  # of the term in x
-    norm = tl.full((), 1.0, DTYPE)
-    reads = count > 0
-    if COSINE:
-        reads = shown > 0
-    if HAS_NORM or COSINE:
-        norm = tl.load(norms_ptr + token, mask=reads, other=1.0)
-    inverse_norm = 1.0 / tl.maximum(norm, 1e-12)
     if HAS_NORM:
         # root_dim = dim, as an integer: a Python float would arrive in float32.
         scale = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE) * inverse_norm
-        # A token that nobody took has no part in this, though its norm may be NaN.
-        total *= tl.where(count > 0, scale, 0.0)
+        total *= scale
         slope = tl.where((count > 0) & (norm > 1e-12), scale * ((dot * inverse_norm) * inverse_norm), 0.0)
     if ROUTER:
         moment = tl.full((), 0.0, DTYPE)
-        lanes = tl.arange(0, EXPERTS)
         r_ptr += b * item_stride
         # Not of a masked token: a routing token may be NaN, and 0 * NaN is NaN.
         for first in range(0, tl.where(shown > 0, router_experts, 0), EXPERTS):
-            known = first + lanes < router_experts
             place = b * router_experts + first + lanes
-            weights = tl.load(dlogits_ptr + place * n + position, mask=known, other=0.0).to(DTYPE)
+            known = first + lanes < router_experts
+            if first > 0:
+                weights = tl.load(dlogits_ptr + place * n + position, mask=known, other=0.0).to(DTYPE)
             if COSINE:
                 moment += tl.sum(weights * tl.load(logits_ptr + place * n + position, mask=known, other=0.0))
                 weights *= inverse_norm * tl.load(factors_ptr + place, mask=known, other=0.0)
-            for lane in range(0, tl.minimum(router_experts - first, EXPERTS), AT_ONCE):
-                for i in tl.static_range(AT_ONCE):
-                    weight = tl.sum(tl.where(lanes == lane + i, weights, 0.0))
-                    e = first + lane + i
-                    row = r_ptr + tl.cast(e, tl.int64) * dim
-                    r = tl.load(row + channels, mask=inside & (e < router_experts), other=0.0)
-                    total += weight * r.to(DTYPE)
+            for lane in range(tl.minimum(router_experts - first, EXPERTS)):
+                weight = tl.sum(tl.where(lanes == lane, weights, 0.0))
+                row = r_ptr + tl.cast(first + lane, tl.int64) * dim
+                total += weight * tl.load(row + channels, mask=inside, other=0.0).to(DTYPE)
         if COSINE:
             slope += tl.where(norm > 1e-12, moment * inverse_norm * inverse_norm, 0.0)
     if HAS_NORM or COSINE:
-        total -= tl.load(x_ptr + tile, mask=inside & reads, other=0.0).to(DTYPE) * slope
-    tl.store(dx_ptr + tile, total.to(dx_ptr.dtype.element_ty), mask=inside)
+        total -= x * slope
+    tl.store(dx_ptr + token * dim + channels, total.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def token_gradient(
@@ -189,6 +222,6 @@ def token_gradient(
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,
         COSINE=router is not None and router.factors.numel() > 0, HAS_MASK=mask is not None,
-        EXPERTS=EXPERTS, AT_ONCE=4, **constants,
+        EXPERTS=EXPERTS, **constants,
     )  # fmt: skip
     return dx
