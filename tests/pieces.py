@@ -12,16 +12,25 @@ interpreter cuts off what a GPU rounds.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
+import multiprocessing
 import os
+import pkgutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 if __name__ == "__main__":  # before Triton is first imported
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import compilation
 import torch
 from strategies import draw, generator
 from torch import Tensor
@@ -130,33 +139,33 @@ def rows(x: Numbers, n: int, steps: int = 20, batch: int = 2) -> Results:
 
 # --- channels --------------------------------------------------------------------------------------------------------
 
-BATCH, TOKENS, EXPERTS, KS = 2, 50, 3, (7, 11)
+BATCH, EXPERTS, KS, POSITIONS = 2, 3, (7, 11), 50
 
 
-def _routing(x: Numbers, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _routing(x: Numbers, n: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, slots and inverse map, of which some slots are masked."""
     from optimized import ops
 
     g = generator(seed)
-    indices = torch.rand(BATCH, EXPERTS, TOKENS, generator=g).argsort(-1)[..., :k].sort(-1).values
+    indices = torch.rand(BATCH, EXPERTS, n, generator=g).argsort(-1)[..., :k].sort(-1).values
     slots = torch.rand(BATCH, EXPERTS, k, generator=g) < 0.8
-    return tuple(t.to(x.device) for t in (indices, slots, ops.inverse_map(indices, slots, TOKENS)))
+    return tuple(t.to(x.device) for t in (indices, slots, ops.inverse_map(indices, slots, n)))
 
 
-def channels(x: Numbers, dim: int, experts: int = EXPERTS) -> Results:
+def channels(x: Numbers, dim: int, experts: int = EXPERTS, n: int = 50) -> Results:
     """Router, dispatch and combination: tokens of so many channels. experts: of the router."""
     from optimized.kernels import combine, gather_norm, router_logits
     from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
 
-    tokens, found = x.normal(BATCH, TOKENS, dim, seed=dim), {}
+    tokens, found = x.normal(BATCH, n, dim, seed=dim), {}
     wide, root = tokens.double(), dim**0.5
-    shown = torch.rand(BATCH, TOKENS, generator=generator(3)) < 0.8
+    shown = torch.rand(BATCH, n, generator=generator(3)) < 0.8
     mask = shown.to(x.device)
     norms = x.here(wide.cpu().norm(dim=-1), wide=True)
     made = gather_norm.token_norms(tokens)
     found["norms"] = x.result(made, made, dim)
 
-    routing = [_routing(x, k, 10 + k) for k in KS]
+    routing = [_routing(x, n, k, 10 + k) for k in KS]
     gammas = [x.normal(EXPERTS, dim, seed=4 + i) for i in range(2)]
     taken = tuple(gather_norm.Taken(*r[:2], gamma) for r, gamma in zip(routing, gammas))
     gradients = tuple(x.normal(EXPERTS, BATCH, k, dim, seed=6 + i) for i, k in enumerate(KS))
@@ -172,7 +181,7 @@ def channels(x: Numbers, dim: int, experts: int = EXPERTS) -> Results:
         found[f"dgamma {side}"] = x.result(d, size_of(tokens) * size_of(gradients[0]) * root / norms.min().item(), 60)
 
     r = x.normal(experts, dim, seed=8)
-    g = x.normal(BATCH, experts, TOKENS, seed=9, wide=True)
+    g = x.normal(BATCH, experts, n, seed=9, wide=True)
     absolute = torch.einsum("bnd,ed->ben", wide.abs(), r.double().abs())
     for name, scale in (("plain", None), ("cosine", 8.0)):
         made = router_logits.router_logits(tokens, r, mask, scale)
@@ -196,7 +205,7 @@ def channels(x: Numbers, dim: int, experts: int = EXPERTS) -> Results:
             terms = terms + (g.double() * saved.double()).abs().sum((0, 2))[:, None] * r.double().abs() / (
                 r.double().square().sum(-1, keepdim=True)
             )
-        one = x.result(dr, terms, BATCH * TOKENS)
+        one = x.result(dr, terms, BATCH * n)
         coarse = 2**-10 if x.rounded == torch.bfloat16 else 0.0  # TF32, which the interpreter knows nothing of
         found[f"{name} dr"] = Result(dr, one.slack + coarse * terms)
         for groups in (0, 2):
@@ -212,8 +221,8 @@ def channels(x: Numbers, dim: int, experts: int = EXPERTS) -> Results:
 
     indices, slots, inverse = routing[0]
     scores = x.normal(BATCH, EXPERTS, KS[0], seed=11, wide=True)
-    y, local, null = gradients[0], x.normal(BATCH, TOKENS, dim, seed=12), x.normal(dim, seed=13)
-    g = x.normal(BATCH, TOKENS, dim, seed=14)
+    y, local, null = gradients[0], x.normal(BATCH, n, dim, seed=12), x.normal(dim, seed=13)
+    g = x.normal(BATCH, n, dim, seed=14)
     for name, optional in (("local", (local, None, mask, True)), ("null", (None, null, None, False))):
         out = combine.combine(y, scores, inverse, *optional, x.dtype)
         found[f"combined {name}"] = x.result(out, size_of(out), EXPERTS)
@@ -223,7 +232,7 @@ def channels(x: Numbers, dim: int, experts: int = EXPERTS) -> Results:
         if dlocal is not None:
             found["dlocal"] = x.result(dlocal, dlocal.double().abs(), EXPERTS)
         if dnull is not None:
-            found["dnull"] = x.result(dnull, BATCH * TOKENS * size_of(g), BATCH * TOKENS)
+            found["dnull"] = x.result(dnull, BATCH * n * size_of(g), BATCH * n)
     return found
 
 
@@ -266,12 +275,12 @@ def heads(x: Numbers, count: int, dim: int, length: int = 40) -> Results:
     found["dnull"] = x.result(dnull, torch.stack(parts), batch * length + 2 * dim)
 
     if dim % 2 == 0:
-        cos, sin = rotary.tables(TOKENS, dim, x.device, x.wide)
+        cos, sin = rotary.tables(POSITIONS, dim, x.device, x.wide)
         for name, t in (("cos", cos), ("sin", sin)):
-            found[name] = Result(t, 2 * torch.finfo(x.wide).eps * t.double().abs() + 64 * TOKENS * 2.0**-52)
-        angles = 10 * draw((TOKENS, dim), "normal", 28)
+            found[name] = Result(t, 2 * torch.finfo(x.wide).eps * t.double().abs() + 64 * POSITIONS * 2.0**-52)
+        angles = 10 * draw((POSITIONS, dim), "normal", 28)
         cos, sin = (x.here(t, wide=True) for t in (angles.cos(), angles.sin()))
-        positions = torch.randint(TOKENS, shape[:2], generator=generator(29)).to(x.device)
+        positions = torch.randint(POSITIONS, shape[:2], generator=generator(29)).to(x.device)
         for transposed in (False, True):
             turned = rotary.rotate(q, cos, sin, positions, transposed)
             found[f"rotated {transposed}"] = x.result(turned, 2 * size_of(q), 0)
@@ -294,6 +303,99 @@ def heads(x: Numbers, count: int, dim: int, length: int = 40) -> Results:
     return found
 
 
+# --- every configuration ---------------------------------------------------------------------------------------------
+
+
+def modules() -> list[ModuleType]:
+    """Of the kernels."""
+    import optimized.kernels as package
+
+    return [
+        importlib.import_module(f"{package.__name__}.{entry.name}") for entry in pkgutil.iter_modules(package.__path__)
+    ]
+
+
+def name_of(kernel: Any) -> str:
+    return kernel.fn.__name__
+
+
+@contextmanager
+def launching_by(replacement: Callable[..., None]) -> Iterator[None]:
+    """The wrappers launch by another function."""
+    with ExitStack() as patches:
+        for module in modules():
+            if hasattr(module, "launch") and not hasattr(module, "launch_compiled"):
+                patches.enter_context(mock.patch.object(module, "launch", replacement))
+        yield
+
+
+def reached(call: Callable[[], None]) -> set[tuple[Any, ...]]:
+    """Kernel, and constants but for the sizes of blocks, of all that a call launches; nothing runs."""
+    found = set()
+
+    def record(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        named = {n: str(value) for n, value in constants.items() if n == "ONE_BLOCK" or "BLOCK" not in n}
+        found.add((name_of(kernel), *sorted(named.items())))
+
+    with launching_by(record):
+        call()
+    return found
+
+
+Call = Callable[[], None]
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def _row_calls() -> dict[int, Call]:
+    from optimized.kernels.launch import CHUNK, ROWS_IN_REGISTERS
+
+    most = max(ROWS_IN_REGISTERS // 4, CHUNK)
+    call, all_on = compilation.call_row_kernels, compilation.all_on
+    return {n: functools.partial(call, torch.float32, n, all_on) for n in [*_powers(most), most + 1]}
+
+
+def _channel_calls() -> dict[int, Call]:
+    from optimized.kernels.launch import MAX_BLOCK_D
+
+    call, all_on = compilation.call_channel_kernels, compilation.all_on
+    sizes = [*_powers(MAX_BLOCK_D), MAX_BLOCK_D + 1]
+    return {dim: functools.partial(call, torch.float32, torch.float32, dim, all_on) for dim in sizes}
+
+
+def _head_calls() -> dict[int, Call]:
+    call, all_on = compilation.call_head_kernels, compilation.all_on
+    return {dim: functools.partial(call, torch.float32, 3, dim, all_on) for dim in _powers(512)[1:]}
+
+
+class Axis(NamedTuple):
+    """calls: of the wrappers, by size; piece: of such a size."""
+
+    calls: Callable[[], dict[int, Call]]
+    piece: Callable[[Numbers, int], Results]
+
+
+AXES = {
+    "rows": Axis(_row_calls, lambda x, n: rows(x, n, 5, 1)),
+    "channels": Axis(_channel_calls, lambda x, dim: channels(x, dim, n=20)),
+    "heads": Axis(_head_calls, lambda x, dim: heads(x, 3, dim)),
+}
+
+
+def sizes_of(axis: str) -> list[int]:
+    """The smallest and the largest size at which a kernel has some number of warps, rows of a tile, or loop.
+
+    In float32: float64 is that of test_boundaries.py.
+    """
+    classes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for size, call in AXES[axis].calls().items():
+        for configuration in reached(call):
+            classes[configuration].append(size)
+    return sorted({size for found in classes.values() for size in (min(found), max(found))})
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -311,15 +413,22 @@ PIECES: dict[str, tuple[Piece, tuple[torch.dtype, ...]]] = {
 
 
 def every_piece(brief: bool = False) -> Iterator[tuple[str, torch.dtype]]:
-    """brief: float32 alone."""
+    """brief: float32 alone, at ordinary sizes."""
     for name, (_, dtypes) in PIECES.items():
         for dtype in dtypes:
             if not brief or dtype == torch.float32:
                 yield name, dtype
+    for axis in () if brief else AXES:
+        for size in sizes_of(axis):
+            yield f"{axis}: {size}", torch.float32
 
 
 def compute(name: str, dtype: torch.dtype, device: torch.device) -> Results:
-    return PIECES[name][0](Numbers(device, dtype))
+    x = Numbers(device, dtype)
+    if name in PIECES:
+        return PIECES[name][0](x)
+    axis, size = name.split(": ")
+    return AXES[axis].piece(x, int(size))
 
 
 def differences(actual: Results, expected: Results) -> list[str]:
@@ -348,20 +457,24 @@ def differences(actual: Results, expected: Results) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
-    parser.add_argument("--brief", action="store_true", help="float32 alone")
+    parser.add_argument("--brief", action="store_true", help="float32 alone, at ordinary sizes")
     given = parser.parse_args()
     from optimized.backends import Request, obstacle
 
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    why = obstacle("routing", "triton_interpreted", Request(cpu, torch.float32))
+    why = obstacle("routing", "triton_interpreted", Request(torch.device("cpu"), torch.float32))
     if why is not None:
         parser.exit(1, f"{why}\n")
-    made: dict[Any, Any] = {}
-    for name, dtype in every_piece(given.brief):
-        results = compute(name, dtype, cpu)
-        made[name, str(dtype)] = {key: tuple(result) for key, result in results.items()}
+    # Those of many channels take longest.
+    keys = sorted(every_piece(given.brief), key=lambda key: -int(key[0].partition("channels: ")[2] or 0))
+    with multiprocessing.get_context("fork").Pool() as pool:
+        made = dict(pool.imap_unordered(_interpret, keys, chunksize=1))
     torch.save(made, given.out)
+
+
+def _interpret(key: tuple[str, torch.dtype]) -> tuple[Any, dict[str, Tensor]]:
+    results = compute(*key, torch.device("cpu"))
+    return (key[0], str(key[1])), {name: result.value for name, result in results.items()}
 
 
 if __name__ == "__main__":
