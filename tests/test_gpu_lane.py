@@ -9,6 +9,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -33,6 +35,22 @@ from optimized.kernels import launch as launching
 
 ROOT = Path(__file__).parent.parent
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+
+
+@pytest.mark.cpu
+def test_the_memory_checker_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its calls of the wrappers alone; nothing runs."""
+    monkeypatch.setattr(sys, "argv", ["memcheck.py", "--device", "cpu"])
+    for name in ("PYTORCH_NO_CUDA_MEMORY_CACHING", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")  # which it sets, so that they are as they were after this
+    memcheck = importlib.import_module("memcheck")
+    seen: set[str] = set()
+    for name, function, arguments in memcheck.runs():
+        if function.__module__ == "compilation":
+            found = reached(functools.partial(function, *arguments))
+            assert found, name
+            seen |= {kernel for kernel, *_ in found}
+    assert seen == set(all_kernels())
 
 
 # --- other numbers of warps than ours ---------------------------------------------------------------------------------
