@@ -51,6 +51,8 @@ FILE_BUDGET_SECONDS = {
     "test_poison.py": 45,
     "test_boundaries.py": 10,
     "test_launch.py": 5,
+    "test_gpu_lane.py": 5,
+    "test_large.py": 5,
     "test_memory.py": 5,
     "test_local_attention.py": 15,
     "test_routed_attention.py": 20,

@@ -1,0 +1,432 @@
+"""What only a GPU shows: every configuration of a launch alone, other numbers of warps than ours, side streams and
+threads, a busy device, memory full of NaN, and Triton's interpreter against the GPU on the same inputs.
+
+CUDA graphs: test_cuda_graphs.py. More than 2^31 elements: test_large.py. Reads out of bounds and races: memcheck.py.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pieces
+import pytest
+import torch
+from harness import check_identical, stages_by
+from pieces import AXES, Result, differences, launching_by, name_of, reached, sizes_of
+from strategies import LayerCase, cotangent, generator
+from torch import Tensor
+
+import optimized
+from optimized.kernels import launch as launching
+
+ROOT = Path(__file__).parent.parent
+TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+
+
+@pytest.mark.cpu
+def test_the_memory_checker_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its calls of the wrappers alone; nothing runs."""
+    monkeypatch.setattr(sys, "argv", ["memcheck.py", "--device", "cpu"])
+    for name in ("PYTORCH_NO_CUDA_MEMORY_CACHING", "TRITON_INTERPRET"):
+        monkeypatch.setenv(name, "1")  # which it sets, so that they are as they were after this
+    memcheck = importlib.import_module("memcheck")
+    seen: set[str] = set()
+    for name, function, arguments in memcheck.runs():
+        if function.__module__ == "compilation":
+            found = reached(functools.partial(function, *arguments))
+            assert found, name
+            seen |= {kernel for kernel, *_ in found}
+    assert seen == set(all_kernels())
+
+
+# --- other numbers of warps than ours ---------------------------------------------------------------------------------
+
+# These write where they read: as their wrappers say, no number may be held by two warps.
+IN_PLACE = {"_value_score_kernel", "_value_score_backward_kernel", "_rotary_kernel"}
+FORCED = ((1, 1), (2, 4), (8, 2))  # warps and stages
+
+
+@contextmanager
+def forced(warps: int, stages: int) -> Iterator[set[str]]:
+    """Every kernel has so many warps and stages; yields the names of those launched."""
+    seen: set[str] = set()
+
+    def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        name = name_of(kernel)
+        seen.add(name)
+        most = warps
+        if name in IN_PLACE:
+            numbers = constants["BLOCK_H"] * constants.get("BLOCK_D", constants.get("BLOCK_HALF"))
+            most = max(min(warps, numbers // 32), 1)
+        launching.launch(kernel, grid, *arguments, **constants | {"num_warps": most, "num_stages": stages})
+
+    with launching_by(launch):
+        yield seen
+
+
+FORCED_PIECES = ("rows of 2500", "100 channels", "wide heads")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("warps", "stages"), FORCED)
+@pytest.mark.parametrize("name", FORCED_PIECES)
+def test_other_numbers_of_warps(name: str, warps: int, stages: int, device: torch.device) -> None:
+    """A kernel whose result hangs on them lacks a barrier, or reads what another warp is about to write."""
+    plain = pieces.compute(name, torch.float32, device)
+    with forced(warps, stages):
+        runs = [pieces.compute(name, torch.float32, device) for _ in range(3)]
+    assert not differences(runs[0], plain)
+    for run in runs[1:]:
+        for key, result in run.items():
+            check_identical(result.value, runs[0][key].value, key)
+
+
+@TRITON
+def test_forcing_reaches_every_kernel(kernels: str) -> None:
+    """The pieces above launch them all. Nothing runs: what is launched here has no effect."""
+    with mock.patch.object(launching, "launch"), forced(1, 1) as seen:
+        for calls, *_ in AXES.values():
+            calls()[64]()
+    assert seen == set(all_kernels())
+
+
+def all_kernels() -> list[str]:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    functions = (item for module in pieces.modules() for item in vars(module).items())
+    return sorted(
+        {n for n, f in functions if isinstance(f, (JITFunction, InterpretedFunction)) and n.endswith("_kernel")}
+    )
+
+
+SOFT = {"straight_through": False, "cosine_sim_routing": True, "eps": 0.3}
+CASE = LayerCase(batch=2, n=96, dim=64, experts=2, heads=2, dim_head=16, k_q=24, k_kv=40, mask="random", rotary=True)
+LAYERS = {
+    "soft": replace(CASE, options=SOFT, average=True),
+    "straight-through": replace(CASE, mask="none", seed=1),
+    "exact, local": replace(CASE, options={**SOFT, "solver": "exact"}, window=9, seed=2),
+    "cross": replace(CASE, rotary=False, context=80, seed=3),
+}
+
+
+class Work:
+    """A layer on an input of its own; a run gives the output and the gradients of x and of all parameters."""
+
+    def __init__(self, case: LayerCase, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.layer = optimized.MixtureOfAttention(**case.arguments(), device=device, dtype=dtype)
+        self.layer.load_state_dict({name: t.to(dtype) for name, t in case.state().items()})
+        self.given = {n: t.to(dtype if n in ("x", "context") else t.dtype).to(device) for n, t in case.inputs().items()}
+        self.x = self.given["x"].requires_grad_()
+        self.g = cotangent(tuple(self.x.shape), "dense", case.seed).to(dtype).to(device)
+
+    def run(self) -> list[Tensor]:
+        out = self.layer(**self.given)
+        found = torch.autograd.grad(out, [self.x, *self.layer.parameters()], self.g, allow_unused=True)
+        return [out.detach(), *(t for t in found if t is not None)]
+
+
+def check_runs(actual: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected)):
+        check_identical(a, e, f"result {i}")
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
+    """Our kernels, and attention that always adds up in the same order."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with optimized.use_backends(**stages_by("triton"), routed_attention="math", local_attention="banded_math"):
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(("warps", "stages"), [(1, 1), (8, 2)])
+def test_layer_with_other_numbers_of_warps(warps: int, stages: int, device: torch.device) -> None:
+    work = Work(LAYERS["soft"], device)
+    plain = work.run()
+    with forced(warps, stages) as seen:
+        runs = [work.run() for _ in range(2)]
+    assert len(seen) > 10
+    check_runs(*runs)
+    for a, e in zip(runs[0], plain):
+        # Logits differ in their last digit, and no two are that close; the soft scores make it a few.
+        assert (a - e).abs().max() <= 1e-4 * e.abs().max()
+
+
+# --- streams and threads ---------------------------------------------------------------------------------------------
+
+
+def late(work: Work, x: Tensor, producer: torch.cuda.Stream) -> torch.cuda.Event:
+    """x arrives late: whoever reads work.x too early finds NaN."""
+    with torch.no_grad():
+        work.x.fill_(torch.nan)
+        producer.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(producer):
+            torch.cuda._sleep(20_000_000)  # cycles: ten milliseconds
+            work.x.copy_(x)
+            return producer.record_event()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("name", LAYERS)
+def test_on_a_side_stream(name: str, device: torch.device) -> None:
+    """x comes from yet another stream; the backward runs on that of the forward."""
+    work = Work(LAYERS[name], device)
+    x, expected = work.x.detach().clone(), work.run()
+    producer, consumer = torch.cuda.Stream(), torch.cuda.Stream()
+    for _ in range(3):
+        consumer.wait_event(late(work, x, producer))
+        with torch.cuda.stream(consumer):
+            found = work.run()
+        torch.cuda.synchronize()
+        check_runs(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_library_attention_on_a_side_stream(kernels: str, device: torch.device) -> None:
+    """Whichever backends are taken in bfloat16; some add up gradients atomically, so of the output alone."""
+    work = Work(replace(LAYERS["straight-through"], window=9), device, torch.bfloat16)
+    x, expected = work.x.detach().clone(), work.run()
+    producer, consumer = torch.cuda.Stream(), torch.cuda.Stream()
+    for _ in range(3):
+        consumer.wait_event(late(work, x, producer))
+        with torch.cuda.stream(consumer):
+            found = work.run()
+        torch.cuda.synchronize()
+        check_identical(found[0], expected[0])
+        assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+def test_several_streams_at_once(device: torch.device) -> None:
+    works = [Work(case, device) for case in LAYERS.values()]
+    expected = [work.run() for work in works]
+    streams = [torch.cuda.Stream() for _ in works]
+    torch.cuda.synchronize()
+    found: list[list[list[Tensor]]] = [[] for _ in works]
+    for _ in range(25):
+        for work, stream, results in zip(works, streams, found):
+            with torch.cuda.stream(stream):
+                results.append(work.run())
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, expected):
+        for run in results:
+            check_runs(run, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+def test_launches_compiled_on_a_side_stream(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(LAYERS["soft"], device)
+    expected = work.run()
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_specialized", {})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        runs = [work.run() for _ in range(2)]
+    torch.cuda.synchronize()
+    for run in (*runs, work.run()):
+        check_runs(run, expected)
+
+
+def first_use(device: torch.device) -> None:
+    """Of everything, probes of attention libraries too, on a side stream."""
+    work = Work(replace(LAYERS["straight-through"], window=9), device, torch.bfloat16)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = work.run()
+    torch.cuda.synchronize()
+    check_identical(found[0], work.run()[0])
+    assert all(t.isfinite().all() for t in found)
+
+
+@pytest.mark.gpu
+def test_first_use_of_a_process_on_a_side_stream() -> None:
+    code = "import torch, test_gpu_lane; test_gpu_lane.first_use(torch.device('cuda'))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("own_streams", [False, True], ids=["one stream", "own streams"])
+def test_two_threads(own_streams: bool, device: torch.device) -> None:
+    works = [Work(LAYERS[name], device) for name in ("soft", "exact, local")]
+    expected = [work.run() for work in works]
+    torch.cuda.synchronize()
+    start = threading.Barrier(len(works))
+
+    def repeat(work: Work) -> list[list[Tensor]]:
+        with torch.cuda.stream(torch.cuda.Stream()) if own_streams else nullcontext():
+            start.wait()
+            return [work.run() for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
+        found = list(pool.map(repeat, works))
+    torch.cuda.synchronize()
+    for results, wanted in zip(found, expected):
+        for run in results:
+            check_runs(run, wanted)
+
+
+# --- a busy device, and its memory -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("name", ["soft", "straight-through"])
+def test_beside_a_busy_stream(name: str, device: torch.device) -> None:
+    """Programs of a kernel start late and in another order when others hold the multiprocessors."""
+    work = Work(LAYERS[name], device)
+    expected = work.run()
+    busy, a = torch.cuda.Stream(), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    product, done, beside = torch.empty_like(a), torch.cuda.Event(), 0
+    torch.cuda.synchronize()
+    for i in range(50):
+        if i == 0 or done.query():
+            with torch.cuda.stream(busy):
+                for _ in range(100):
+                    torch.mm(a, a, out=product)
+                done.record()
+        check_runs(work.run(), expected)
+        beside += not done.query()
+    torch.cuda.synchronize()
+    assert beside > 10, "the other stream was never busy"
+
+
+def leave_nan(device: torch.device) -> None:
+    """In memory that the allocator gives out next."""
+    blocks = [torch.full((size // 4,), torch.nan, device=device) for i in range(9, 25) for size in [1 << i] * 6]
+    del blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("name", LAYERS)
+def test_in_memory_full_of_nan(name: str, device: torch.device) -> None:
+    work = Work(LAYERS[name], device)
+    expected = work.run()
+    for i in range(50):
+        if i % 10 == 0:
+            torch.cuda.empty_cache()
+        leave_nan(device)
+        assert torch.empty(1000, device=device).isnan().all()
+        check_runs(work.run(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("exact")
+def test_in_little_memory(device: torch.device) -> None:
+    """Of this process: the allocator has to give back what it caches again and again."""
+    work = Work(LAYERS["soft"], device)
+    expected = work.run()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    piece = 4 << 20  # bytes
+    held: list[Tensor] = []
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * piece) / total)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            while len(held) < 1000:
+                held.append(torch.full((piece // 4,), torch.nan, device=device))
+        assert 16 < len(held) < 1000
+        del held[-16:]
+        for _ in range(50):
+            check_runs(work.run(), expected)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        held.clear()
+        torch.cuda.empty_cache()
+
+
+# --- the interpreter and the GPU -------------------------------------------------------------------------------------
+
+
+def interpret(out: Path, *options: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    command = [sys.executable, str(ROOT / "tests" / "pieces.py"), "--out", str(out), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
+    """All pieces by the interpreter, made once however many workers ask for them."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    out = folder / "interpreted.pt"
+    with (folder / "interpreted.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            interpret(out.with_suffix(".part"))
+            out.with_suffix(".part").rename(out)
+    return torch.load(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "dtype"), list(pieces.every_piece()), ids=str)
+def test_interpreter_agrees(name: str, dtype: torch.dtype, interpreted: dict[Any, Any], device: torch.device) -> None:
+    """On the same inputs: every kernel in every dtype, and every configuration that the wrappers choose."""
+    actual = pieces.compute(name, dtype, device)
+    expected = {key: Result(value, actual[key].slack) for key, value in interpreted[name, str(dtype)].items()}
+    assert not differences(actual, expected)
+
+
+@pytest.mark.cpu
+@TRITON
+def test_interpreter_agrees_with_itself(kernels: str, device: torch.device, tmp_path: Path) -> None:
+    """In brief: that the inputs are the same in another process."""
+    interpret(tmp_path / "interpreted.pt", "--brief")
+    there = torch.load(tmp_path / "interpreted.pt")
+    assert there.keys() == {(name, str(dtype)) for name, dtype in pieces.every_piece(brief=True)}
+    for name, dtype in pieces.every_piece(brief=True):
+        expected = {key: Result(value) for key, value in there[name, str(dtype)].items()}
+        assert not differences(pieces.compute(name, dtype, device), expected)
+
+
+def test_configurations_are_those_of_the_wrappers() -> None:
+    """All numbers of warps, rows in one block and in many."""
+    found = set().union(*(reached(call) for call in AXES["rows"].calls().values()))
+    selections = [dict(key[1:]) for key in found if key[0] == "_select_kernel"]
+    assert {key["num_warps"] for key in selections} == {"2", "4", "8", "16"}
+    assert {key["ONE_BLOCK"] for key in selections} == {"True", "False"}
+    assert {1, launching.ROWS_IN_REGISTERS // 4, launching.ROWS_IN_REGISTERS // 4 + 1} <= set(sizes_of("rows"))
+    assert {1, launching.MAX_BLOCK_D, launching.MAX_BLOCK_D + 1} <= set(sizes_of("channels"))
+
+
+def test_a_difference_is_seen() -> None:
+    """In an integer, beyond its slack, a NaN; not within."""
+    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    for actual, expected, words in (
+        (Result(one.int()), Result(2 * one.int()), "2 of 2 elements"),
+        (Result(one), Result(one + 1e-3, 1e-4), "2 of 2 elements"),
+        (Result(one), Result(nan, 1.0), "NaN in other places"),
+    ):
+        (found,) = differences({"it": actual}, {"it": expected})
+        assert words in found
+    assert not differences({"it": Result(one)}, {"it": Result(one + 1e-5, 1e-4)})
+    assert not differences({"it": Result(nan)}, {"it": Result(nan)})
+    x = torch.randn(5, generator=generator(0))
+    assert not differences({"it": Result(x)}, {"it": Result(x.clone())})
