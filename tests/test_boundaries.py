@@ -33,7 +33,7 @@ def constants() -> dict[str, int]:
         tree = ast.parse(Path(module.__file__).read_text())
         targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in _targets(node)]
         for name in (t.id for t in targets if isinstance(t, ast.Name)):
-            if type(getattr(module, name)) is int:
+            if name.isupper() and type(getattr(module, name)) is int:
                 found[f"{module.__name__.rsplit('.', 1)[1]}.{name}"] = getattr(module, name)
     return found
 
@@ -71,10 +71,10 @@ def by_both(call: Callable[[bool], Tensor], leaves: list[Tensor], terms: int) ->
         assert ((actual - expected).abs() <= budget).all(), f"result {i}"
 
 
-def routing(n: int, k: int, device: torch.device) -> optimized.Routes:
-    """Of one item and two experts; the last slot is masked."""
-    indices = torch.stack([torch.randperm(n, generator=generator(e))[:k].sort().values for e in range(2)])[None]
-    slots = torch.ones(1, 2, k, dtype=torch.bool)
+def routing(n: int, k: int, device: torch.device, experts: int = 2) -> optimized.Routes:
+    """Of one item; the last slot is masked."""
+    indices = torch.stack([torch.randperm(n, generator=generator(e))[:k].sort().values for e in range(experts)])[None]
+    slots = torch.ones(1, experts, k, dtype=torch.bool)
     slots[..., -1] = k == 1
     return optimized.Routes(indices.to(device), slots.to(device), slots.double().to(device), indices.to(device))
 
@@ -119,21 +119,21 @@ def channels(dim: int, device: torch.device) -> None:
     slots(2, device, dim, 3)
 
 
-def slots(k: int, device: torch.device, dim: int = 3, n: int | None = None) -> None:
+def slots(k: int, device: torch.device, dim: int = 3, n: int | None = None, experts: int = 2) -> None:
     """Gather with the norm, and combination, of k slots among n tokens."""
     n = n or k + 3
-    routes = routing(n, k, device)
+    routes = routing(n, k, device, experts)
     inverse = ops.inverse_map(routes.indices, routes.mask, n)
-    x, gamma = leaf(device, 1, n, dim), leaf(device, 2, dim, 1, seed=1)
-    by_both(lambda triton: gather(x, routes, inverse, gamma, triton), [x, gamma], k + dim)
-    y, null = leaf(device, 1, 2, k, dim, seed=2), leaf(device, dim, seed=3)
+    x, gamma = leaf(device, 1, n, dim), leaf(device, experts, dim, 1, seed=1)
+    by_both(lambda triton: gather(x, routes, inverse, gamma, triton), [x, gamma], k + dim + experts)
+    y, null = leaf(device, 1, experts, k, dim, seed=2), leaf(device, dim, seed=3)
 
     def call(triton: bool) -> Tensor:
         name = ("triton" if device.type == "cuda" else "triton_interpreted") if triton else "torch"
         with optimized.use_backends(mixture=name):
             return optimized.combine(y, routes, n, null_routed_token=null, average_routed=True)
 
-    by_both(call, [y, null], n)
+    by_both(call, [y, null], n + experts)
 
 
 def tokens(n: int, device: torch.device) -> None:
@@ -174,6 +174,11 @@ def heads(count: int, device: torch.device) -> None:
     queries(2, device, count)
 
 
+def experts(count: int, device: torch.device) -> None:
+    router(7, device, experts=count)
+    slots(3, device, experts=count)
+
+
 # Of each: the largest size for the interpreter, and for a GPU, beyond which nothing is left to cross.
 AXES: dict[str, tuple[Callable[[int, torch.device], None], int, int]] = {
     "rows": (rows, 17000, 33000),
@@ -185,6 +190,7 @@ AXES: dict[str, tuple[Callable[[int, torch.device], None], int, int]] = {
     "queries": (queries, 70, 8200),
     "head_channels": (head_channels, 4100, 4100),
     "heads": (heads, 20, 600),
+    "experts": (experts, 70, 70),
 }
 CROSSED = {  # constant: the axis along which something of ours changes there
     "combine.CHUNK": "tokens",
@@ -195,12 +201,15 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "gather_norm.NORM_TOKENS": "tokens",
     "gather_norm.CHUNK": "slots",
     "gather_norm.MOST_ROWS": "slots",
+    "gather_norm.TILE": "channels",
     "launch.CHUNK": "rows",
     "launch.MAX_BLOCK_D": "channels",
     "launch.ROWS_IN_REGISTERS": "rows",
     "null_slot.ROWS": "queries",
     "null_slot.TILE": "head_channels",
     "router_logits.CHUNK_N": "router",
+    "token_gradient.EXPERTS": "experts",
+    "token_gradient.MOST_CHANNELS": "channels",
 }
 WINDOWS = ("local_attention.MIN_BLOCK", "local_attention.MAX_BLOCK")
 

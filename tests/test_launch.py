@@ -101,7 +101,7 @@ def test_what_is_specialised_is_compiled_apart(change: dict[str, Any]) -> None:
 
 
 def test_lengths_that_never_repeat_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MOST_LAUNCHES", 8)
+    monkeypatch.setattr(launch, "_most_launches", 8)
     monkeypatch.setattr(launch, "_exactly", {})
     kernel = Kernel()
     for n in range(100):
