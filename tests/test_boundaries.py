@@ -210,6 +210,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "router_logits.CHUNK_N": "router",
     "token_gradient.EXPERTS": "experts",
     "token_gradient.MOST_CHANNELS": "channels",
+    "value_score.SLOTS": "queries",
 }
 WINDOWS = ("local_attention.MIN_BLOCK", "local_attention.MAX_BLOCK")
 

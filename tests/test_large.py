@@ -203,7 +203,7 @@ def test_value_score(kernels: str, sizes: Sizes, kernel_names: set[str], device:
         check_identical(v[-1:, -TAIL:], out[-1:, -TAIL:])
         runs.append([t[-1:, -TAIL:].clone() for t in (out, dv)] + [dscores[-1:, :, -TAIL:].clone()])
     check_ends(*runs)
-    assert kernel_names == {"_value_score_kernel", "_value_score_backward_kernel"}
+    assert kernel_names == {"_value_score_kernel", "_value_score_in_place_kernel", "_value_score_backward_kernel"}
 
 
 EPSILONS = (0.3, 4.0, 0.7)

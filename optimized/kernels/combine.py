@@ -181,7 +181,8 @@ def combine_backward(
     g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()
     constants = channel_constants(dim, y.dtype)
     mask = as_bytes(mask)
-    dy, dscores = torch.empty_like(y), torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    make = torch.empty_like if y.numel() else torch.zeros_like  # without channels no program writes
+    dy, dscores = torch.empty_like(y), make(scores, memory_format=torch.contiguous_format)
     if y.numel():
         launch(
             _slots_kernel, (experts * batch * k,),

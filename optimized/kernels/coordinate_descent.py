@@ -235,8 +235,8 @@ def coordinate_descent(
     size = logits.element_size()
     s, mask, constants = row_arguments(logits, mask, block_of_row(n, size))
     scores = torch.empty_like(s)
-    a = s.new_zeros(n_iters, batch, experts)
-    counts = torch.zeros_like(a)
+    make = s.new_empty if s.numel() else s.new_zeros  # without tokens no program writes
+    a, counts = (make(n_iters, batch, experts) for _ in range(2))
     if s.numel():
         rows, bits = batch * experts, map(double_bits, (eps, eps_init, eps_decay))
         launch(

@@ -34,17 +34,23 @@ ROWS = 64  # queries of a program, fewer for wide heads
 TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
 
 
-@triton.jit(do_not_specialize=["length", "rows_per_null", "heads"])
+@triton.jit
+def _place(heads, chunks):
+    """Row, chunk of queries and head of a program. Heads of a query lie side by side, so neighbours read what does."""
+    program = tl.program_id(0)
+    return (program // heads // chunks).to(tl.int64), program // heads % chunks, program % heads
+
+
+@triton.jit(do_not_specialize=["length", "rows_per_null", "heads", "chunks"])
 def _merge_kernel(
     q_ptr, null_k_ptr, null_v_ptr, out_ptr, lse_ptr, keep_ptr, lengths_ptr, merged_ptr, merged_lse_ptr,
-    length, rows_per_null, heads, dim,
+    length, rows_per_null, heads, dim, chunks,
     HAS_LENGTHS: tl.constexpr, HAS_KEEP: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(0).to(tl.int64)  # (r, h)
-    h = item % heads
-    row = item // heads
+    row, chunk, h = _place(heads, chunks)
+    item = row * heads + h
     null = (row // rows_per_null * heads + h) * dim
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    rows = chunk * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_D)
     tile = ((row * length + rows[:, None]) * heads + h) * dim + channels[None, :]
     inside = (rows[:, None] < length) & (channels[None, :] < dim)
@@ -78,10 +84,8 @@ def _merge_backward_kernel(
     HAS_KEEP: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq in place; dk, dv: partial sums (R, chunks, H, d)."""
-    item = tl.program_id(0).to(tl.int64)  # (r, h)
-    chunk = tl.program_id(1)
-    h = item % heads
-    row = item // heads
+    row, chunk, h = _place(heads, chunks)
+    item = row * heads + h
     null = (row // rows_per_null * heads + h) * dim
     rows = chunk * ROWS + tl.arange(0, ROWS)
     channels = tl.arange(0, BLOCK_D)
@@ -129,10 +133,11 @@ def merge(
     rows, length, heads, dim = q.shape
     merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
     if q.numel():
+        chunks = cdiv(length, _rows(dim))
         launch(
-            _merge_kernel, (rows * heads, cdiv(length, _rows(dim))),
+            _merge_kernel, (rows * heads * chunks,),
             *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
-            length, rows // null_k.shape[0], heads, dim, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
+            length, rows // null_k.shape[0], heads, dim, chunks, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
         )  # fmt: skip
     return merged, merged_lse
 
@@ -153,7 +158,7 @@ def merge_backward(
     partial = torch.empty(2, rows, chunks, heads, dim, dtype=wide(q.dtype), device=q.device)
     if q.numel():
         launch(
-            _merge_backward_kernel, (rows * heads, chunks),
+            _merge_backward_kernel, (rows * heads * chunks,),
             *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
             length, rows // groups, heads, dim, chunks, **_constants(q, keep) | {"num_warps": 1},
         )  # fmt: skip

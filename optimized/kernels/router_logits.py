@@ -42,9 +42,9 @@ from optimized.kernels.launch import (
 CHUNK_N = 512  # tokens of one program of dr
 
 
-@triton.jit(do_not_specialize=["n", "experts", "item_stride", "scale_bits"])
+@triton.jit(do_not_specialize=["n", "experts", "item_rows", "scale_bits"])
 def _logits_kernel(
-    x_ptr, r_ptr, mask_ptr, logits_ptr, norms_ptr, factors_ptr, n, dim, experts, item_stride, scale_bits,
+    x_ptr, r_ptr, mask_ptr, logits_ptr, norms_ptr, factors_ptr, n, dim, experts, item_rows, scale_bits,
     HAS_MASK: tl.constexpr, COSINE: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def _logits_kernel(
         shown = tl.load(mask_ptr + b * n + rows, mask=shown, other=0) != 0
     x_ptr += (b * n + rows[:, None].to(tl.int64)) * dim
     here = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    r_ptr += b * item_stride + here[None, :].to(tl.int64) * dim
+    r_ptr += (b * item_rows + here[None, :]) * dim
     channels = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_N, BLOCK_E), DTYPE)
     # Squares are added up across threads once, at the end.
@@ -125,9 +125,12 @@ def _dr_kernel(
     tl.store(partial_ptr, total, mask=(here < experts)[:, None] & inside[None, :])
 
 
-def item_stride(r: Tensor) -> int:
-    """Of the batch dimension, 0 where all items share r (contiguous)."""
-    return r.stride(0) if r.ndim == 3 else 0
+def item_rows(r: Tensor) -> int:
+    """Rows of r (contiguous) from an item to the next, 0 where all share it.
+
+    Not a stride: the compiler knows that a row starts at a multiple of `dim`, and so reads several numbers at once.
+    """
+    return r.shape[1] if r.ndim == 3 else 0
 
 
 def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +153,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
         launch(
             _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),
             x.contiguous(), r, as_bytes(mask), logits, norms, factors,
-            n, dim, experts, item_stride(r), double_bits(0.0 if scale is None else scale),
+            n, dim, experts, item_rows(r), double_bits(0.0 if scale is None else scale),
             HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
             BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4,
         )  # fmt: skip

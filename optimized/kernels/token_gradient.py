@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.kernels.launch import as_bytes, cdiv, channel_constants, contiguous, launch
-from optimized.kernels.router_logits import item_stride
+from optimized.kernels.router_logits import item_rows
 
 EXPERTS = 32  # whose inverse maps are read at once: one for each thread of a warp
 MOST_CHANNELS = 1024  # of a program
@@ -84,14 +84,14 @@ def _add_rows(
 
 @triton.jit(
     do_not_specialize=[
-        *("n", "k_0", "k_1", "batch", "experts", "router_experts", "item_stride", "root_dim"),
+        *("n", "k_0", "k_1", "batch", "experts", "router_experts", "item_rows", "root_dim"),
         *("channel_blocks", "all_rows", "rows_0"),
     ]
 )
 def _tokens_gradient_kernel(
     x_ptr, mask_ptr, norms_ptr, g_0, inverse_0, gamma_0, g_1, inverse_1, gamma_1, dots_ptr,
     dlogits_ptr, logits_ptr, r_ptr, factors_ptr, dx_ptr,
-    n, k_0, k_1, dim, batch, experts, router_experts, item_stride, root_dim, channel_blocks, all_rows, rows_0,
+    n, k_0, k_1, dim, batch, experts, router_experts, item_rows, root_dim, channel_blocks, all_rows, rows_0,
     GROUPS: tl.constexpr, HAS_NORM: tl.constexpr, ROUTER: tl.constexpr, COSINE: tl.constexpr, HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +168,6 @@ def _tokens_gradient_kernel(
         slope = tl.where((count > 0) & (norm > 1e-12), scale * ((dot * inverse_norm) * inverse_norm), 0.0)
     if ROUTER:
         moment = tl.full((), 0.0, DTYPE)
-        r_ptr += b * item_stride
         # Not of a masked token: a routing token may be NaN, and 0 * NaN is NaN.
         for first in range(0, tl.where(shown > 0, router_experts, 0), EXPERTS):
             place = b * router_experts + first + lanes
@@ -180,7 +179,7 @@ def _tokens_gradient_kernel(
                 weights *= inverse_norm * tl.load(factors_ptr + place, mask=known, other=0.0)
             for lane in range(tl.minimum(router_experts - first, EXPERTS)):
                 weight = tl.sum(tl.where(lanes == lane, weights, 0.0))
-                row = r_ptr + tl.cast(first + lane, tl.int64) * dim
+                row = r_ptr + (b * item_rows + first + lane) * dim
                 total += weight * tl.load(row + channels, mask=inside, other=0.0).to(DTYPE)
         if COSINE:
             slope += tl.where(norm > 1e-12, moment * inverse_norm * inverse_norm, 0.0)
@@ -218,7 +217,7 @@ def token_gradient(
     launch(
         _tokens_gradient_kernel, (batch * n, cdiv(dim, constants["BLOCK_D"])),
         x, as_bytes(mask), norms, *(contiguous(part) for part in groups), dots, *(contiguous(p) for p in parts), dx,
-        n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_stride(tokens),
+        n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_rows(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,
         COSINE=router is not None and router.factors.numel() > 0, HAS_MASK=mask is not None,

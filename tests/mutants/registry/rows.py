@@ -27,7 +27,7 @@ MUTANTS = (
     Mutant(
         "logits-routing-tokens-of-item-0",
         LOGITS,
-        "r_ptr += b * item_stride + here[None, :]",
+        "r_ptr += (b * item_rows + here[None, :])",
         "r_ptr += here[None, :]",
         "batch mix-up",
         "fla-org/flash-linear-attention#1115: missing batch offset",
