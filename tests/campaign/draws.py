@@ -6,7 +6,7 @@ Philox is a function of (key, counter): the key is (seed and kind, index), so th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,19 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DTYPES = ("float64", "float32")
 LENGTHS = ("1", "2 - 8", "9 - 64", "65 - 256", "257 - 1024", "1025 - 4096", "beyond 4096")
 _LAST = (1, 8, 64, 256, 1024, 4096)  # of each of LENGTHS
-_SHARES = np.cumsum((0.02, 0.14, 0.46, 0.33, 0.042, 0.0075))  # and its share of the cases; 5 in 10000 lie beyond
+_SHARES = np.cumsum((0.01, 0.13, 0.47, 0.34, 0.042, 0.0075))  # and its share of the cases; 5 in 10000 lie beyond
 # Beyond what a kernel keeps in registers (32768 float32, 16384 float64), and a whole number of its chunks.
 LONG = (4097, 8192, 16384, 16385, 24576, 32768, 32769, 33000)
 ROWS = ("1", "2 - 3", "4 and more")
-MASKS = ("none", "all", "random", "suffix", "all but one", "only one", "an item without any")
+MASKS = {
+    "none": 5,
+    "all": 2,
+    "random": 5,
+    "suffix": 4,
+    "all but one": 2,
+    "only one": 1,
+    "an item without any": 1,
+}  # shares
 LAYOUTS = ("contiguous", "unaligned", "transposed", "sliced", "expanded")
 TINIEST = 12  # elements: only below does chance draw the same data twice
 
@@ -37,6 +45,16 @@ def generator(seed: int, kind: str, index: int) -> np.random.Generator:
 def pick(u: float, of: Sequence[Any]) -> Any:
     """By a uniform number."""
     return of[int(u * len(of))]
+
+
+def weigh(u: float, shares: Mapping[str, float]) -> str:
+    """By a uniform number, each as often as its share says."""
+    u *= sum(shares.values())
+    for name, share in shares.items():
+        u -= share
+        if u < 0:
+            return name
+    return name
 
 
 def draw_length(rng: np.random.Generator) -> int:

@@ -26,7 +26,10 @@ class Setting:
 
     def snippet(self, kind: str, which: str) -> str:
         """A command that runs the case, or the cases "A-B", again."""
-        words = ["python -m tests.campaign --kind", kind, "--case", which, "--seed", str(self.seed)]
+        return f"{self.command(kind)} --case {which} --seed {self.seed}"
+
+    def command(self, kind: str) -> str:
+        words = ["python -m tests.campaign --kind", kind]
         words += ["--device", self.device.type] if self.device.type != "cpu" else []
         words += ["--kernels", self.kernels] if self.kernels != default_kernels(self.device.type) else []
         return " ".join(words)

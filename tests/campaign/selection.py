@@ -27,6 +27,7 @@ from .draws import (
     level_of_rows,
     padded,
     pick,
+    weigh,
 )
 from .kind import Setting, broke_the_device, digest_of
 from .tally import Failure, Tally
@@ -41,7 +42,7 @@ LEVELS = {
     "rows": ROWS,
     "slots": SLOTS,
     "values": VALUES,
-    "mask": MASKS,
+    "mask": tuple(MASKS),
     "layout": LAYOUTS,
 }
 ATOMS = np.array([0.0, -0.0, 1.0, 1.0, -1.0, 2.5, np.inf, -np.inf, np.nan])
@@ -96,7 +97,7 @@ def draw(seed: int, index: int) -> Case:
     if n > 4096:
         batch, experts = 1, min(experts, 2)
     c = Configuration(
-        batch, experts, n, k, pick(u[4], DTYPES), pick(u[5], VALUES), pick(u[6], MASKS), pick(u[7], LAYOUTS)
+        batch, experts, n, k, pick(u[4], DTYPES), pick(u[5], VALUES), weigh(u[6], MASKS), pick(u[7], LAYOUTS)
     )
     logits = draw_values(rng, (batch, experts, n), c.values).astype(c.dtype)
     if c.layout == "expanded":
