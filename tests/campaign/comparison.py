@@ -1,6 +1,6 @@
 """`reference.testing.assert_matches` for many cases at a time: the same two rules, by element and by row.
 
-`tests/test_campaign.py` holds the fractions of both against each other. Cases consist of whole rows, one after the other.
+`tests/test_campaign.py` holds the fractions of both against each other. Cases are whole rows, one after the other.
 """
 
 from __future__ import annotations

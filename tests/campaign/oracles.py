@@ -1,7 +1,7 @@
 """Oracles of selection and of both solvers for many rows at a time, in NumPy, each from its definition.
 
 Rows are padded to a common length; every row has parameters of its own. Their dtype is that of the logits: float64 for
-an oracle, float32 for a baseline. `tests/test_campaign.py` compares them with `reference.oracle` and PyTorch's autograd.
+an oracle, float32 for a baseline. `tests/test_campaign.py` holds them against `reference.oracle` and autograd.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from .tally import EDGES, Band, Tally
 
 BLUE, RED = "#3465a4", "#cc0000"
 # Of the bins: exact, below 1e-6, then up to each edge, and beyond the budget.
-CENTRES = np.concatenate(([-7.2, -6.5], np.log10(EDGES[1:-1]) + 0.125, [0.4]))
+CENTRES = np.concatenate(([-7.2, -6.35], np.log10(EDGES[1:-1]) + 0.125, [0.4]))
 
 
 def inline(figure: Figure) -> str:

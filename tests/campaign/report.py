@@ -17,7 +17,8 @@ Run = tuple[dict[str, Any], dict[str, Part]]
 KINDS = ("selection", "solver", "layer")
 STYLE = """
 body { font: 14px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 0.7em 0 } td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left }
+table { border-collapse: collapse; margin: 0.7em 0 }
+td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left }
 td.n { text-align: right; font-variant-numeric: tabular-nums } code { font-size: 11px; word-break: break-all }
 img { max-width: 100% } .bad { color: #c00 } details { margin: 0.5em 0 }
 """
