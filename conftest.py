@@ -43,6 +43,7 @@ FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
     "test_meta.py": 5,
     "test_bands.py": 15,
+    "test_campaign.py": 60,
     "test_interpreter.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,

@@ -6,9 +6,17 @@ import argparse
 import math
 import os
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .kind import Setting, default_kernels
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .tally import Failure
 
 KINDS = ("selection", "solver", "layer")
 ROOT = Path(__file__).parent.parent.parent
@@ -56,29 +64,43 @@ def main(given: list[str] | None = None) -> int:
     console = Console(soft_wrap=True)
     if asked.case or asked.example:
         return _again(asked, setting, console)
-
-    from . import runner
-    from .progress import Reporter
-    from .state import State
-
-    path = asked.state or default_state(setting)
-    state = State(path, runner.header(setting, asked.commit))
-    with Reporter(console, asked.kind, asked.cases, state) as reporter:
-        failures = runner.run(
-            asked.kind, asked.cases, setting, state, jobs=asked.jobs, seconds=asked.seconds, told=reporter.told
-        )
-    for kind in asked.kind:
-        tally = state.parts[kind].tally
-        console.print(
-            f"{kind}: {sum(tally.distinct().values()):,} cases, {len(tally.failures)} failures", highlight=False
-        )
+    path, failures = campaign(
+        asked.kind, asked.cases, setting, console, asked.jobs, asked.seconds, asked.state, asked.commit
+    )
     if asked.report or asked.picture:
         _report([path], asked)
     return int(bool(failures))
 
 
-def default_state(setting: Setting) -> Path:
-    return ROOT / ".campaign" / f"{setting.device.type}-{setting.kernels}-{setting.seed}.jsonl"
+def campaign(
+    kinds: Sequence[str],
+    cases: int,
+    setting: Setting,
+    console: Console,
+    jobs: int,
+    seconds: float = math.inf,
+    path: Path | None = None,
+    commit: str | None = None,
+) -> tuple[Path, list[Failure]]:
+    """With progress on the console; from where an earlier run of the same sources stopped, by default."""
+    from . import runner
+    from .progress import Reporter
+    from .state import State
+
+    header = runner.header(setting, commit)
+    if path is None:
+        sources = zlib.crc32(repr(header["hashes"]).encode())
+        name = f"{setting.device.type}-{setting.kernels}-seed-{setting.seed}-{sources:08x}.jsonl"
+        path = ROOT / ".campaign" / name
+    state = State(path, header)
+    with Reporter(console, kinds, cases, state) as reporter:
+        failures = runner.run(kinds, cases, setting, state, jobs=jobs, seconds=seconds, told=reporter.told)
+    for kind in kinds:
+        tally = state.parts[kind].tally
+        count = sum(tally.distinct().values())
+        console.print(f"{kind}: {count:,} distinct cases, {len(tally.failures)} failures", highlight=False)
+    console.print(f"kept in {path}", highlight=False)
+    return path, failures
 
 
 def _report(states: list[Path], asked: argparse.Namespace) -> int:
@@ -94,7 +116,7 @@ def _report(states: list[Path], asked: argparse.Namespace) -> int:
     return int(any(part.tally.failures for _, parts in runs for part in parts.values()))
 
 
-def _again(asked: argparse.Namespace, setting: Setting, console: "Console") -> int:
+def _again(asked: argparse.Namespace, setting: Setting, console: Console) -> int:
     import torch
 
     from .worker import kind_of

@@ -76,7 +76,8 @@ def compare(
     cancels = np.where(vanishing, top <= 1e-12 * scale, top == 0)
     few = np.where(vanishing, 64 * eps * scale, 0)
     lost = cases.largest(error)
-    by_element = np.where(cancels, np.where(lost <= few, 0.0, lost / np.maximum(few, TINY)), lost / budget)
+    with np.errstate(over="ignore"):
+        by_element = np.where(cancels, np.where(lost <= few, 0.0, lost / np.maximum(few, TINY)), lost / budget)
 
     largest = np.maximum(top, TINY)[own]
     error_norm, base_norm, norm = (np.linalg.norm(t / largest[:, None], axis=-1) for t in (error, base, o))

@@ -10,7 +10,6 @@ from typing import Any
 from . import plots
 from .state import Part, as_ranges
 from .tally import Band, Tally
-from .worker import kind_of
 
 Run = tuple[dict[str, Any], dict[str, Part]]
 
@@ -42,17 +41,21 @@ def merged(runs: Sequence[Run], kind: str) -> Tally:
 
 
 def distinct(runs: Sequence[Run], kind: str) -> int:
-    """Over all runs. The same seed draws the same cases on every device: there they count once."""
-    by_seed: dict[int, set[int]] = {}
-    alone: dict[int, int] = {}
+    """Over all runs. The same seed draws the same cases on every device: there they count once.
+
+    Runs of one seed have no chunk in common, or all of those of the shorter one; otherwise this is a lower bound.
+    """
+    digests: set[tuple[str, str]] = set()
+    by_seed: dict[int, list[Part]] = {}
     for header, part in of_kind(runs, kind):
-        by_seed.setdefault(header["seed"], set()).update(part.done)
-        alone[header["seed"]] = max(alone.get(header["seed"], 0), sum(part.tally.distinct().values()))
-    if kind == "layer":
-        return sum(merged(runs, kind).distinct().values())
-    repeated = sum(sum(part.tally.cases.values()) for _, part in of_kind(runs, kind))
-    repeated -= sum(sum(part.tally.distinct().values()) for _, part in of_kind(runs, kind))
-    return sum(len(chunks) for chunks in by_seed.values()) * kind_of(kind).CHUNK - repeated
+        digests.update((dtype, digest) for dtype, found in part.tally.small.items() for digest in found)
+        by_seed.setdefault(header["seed"], []).append(part)
+    total = len(digests)
+    for parts in by_seed.values():
+        large = [sum(p.tally.cases.values()) - sum(p.tally.small_cases.values()) for p in parts]
+        apart = sum(len(p.done) for p in parts) == len(set().union(*(p.done for p in parts)))
+        total += sum(large) if apart else max(large)
+    return total
 
 
 def bands(runs: Sequence[Run], kinds: Iterable[str] = KINDS) -> list[tuple[str, Band]]:
@@ -75,18 +78,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
+class Html(str):
+    """Text that is no plain text any more."""
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f'<td class="n">{value:,}</td>'
-    return f"<td>{value if str(value).startswith('<') else escape(value)}</td>"
+    return f"<td>{value if isinstance(value, Html) else escape(value)}</td>"
 
 
 def escape(text: Any) -> str:
     return escaping.escape(str(text))
 
 
-def code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
+def code(text: str) -> Html:
+    return Html(f"<code>{escape(text)}</code>")
 
 
 def counts_table(runs: Sequence[Run]) -> str:
@@ -130,7 +137,7 @@ def failures(runs: Sequence[Run]) -> str:
     found = [(kind, place(h), f) for kind in KINDS for h, part in of_kind(runs, kind) for f in part.tally.failures]
     if not found:
         return "<p>None.</p>"
-    return table(("kind", "where", "what", "again"), [(k, w, escape(f.message), code(f.snippet)) for k, w, f in found])
+    return table(("kind", "where", "what", "again"), [(k, w, f.message, code(f.snippet)) for k, w, f in found])
 
 
 def worst(runs: Sequence[Run], kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import selectors
@@ -38,14 +39,17 @@ class Job:
     chunk: int | None
 
 
-def jobs_of(kinds: Sequence[str], cases: int, state: State) -> list[Job]:
+def jobs_of(kinds: Sequence[str], cases: int, state: State) -> Iterator[Job]:
     """What is not done yet, all kinds in step, as `cases` of each kind in whole chunks."""
-    todo = []
-    for kind in kinds:
+
+    def of(kind: str) -> Iterator[tuple[float, str, int]]:
         chunks = -(-cases // kind_of(kind).CHUNK)
-        todo += [((i + 0.5) / chunks, Job(kind, i)) for i in range(chunks) if i not in state.done(kind)]
-    kept = [Job(kind, None) for kind in kinds if hasattr(kind_of(kind), "run_kept")]
-    return kept + [job for _, job in sorted(todo, key=lambda pair: pair[0])]
+        return (((i + 0.5) / chunks, kind, i) for i in range(chunks))
+
+    yield from (Job(kind, None) for kind in kinds if hasattr(kind_of(kind), "run_kept"))
+    for _, kind, chunk in heapq.merge(*map(of, kinds)):
+        if chunk not in state.done(kind):
+            yield Job(kind, chunk)
 
 
 def run(
@@ -74,9 +78,9 @@ def run(
     todo = jobs_of(kinds, cases, state)
 
     def next_job() -> Job | None:
-        if not todo or time.monotonic() - start > seconds or len(failures()) >= ENOUGH:
+        if time.monotonic() - start > seconds or len(failures()) >= ENOUGH:
             return None
-        return todo.pop(0)
+        return next(todo, None)
 
     results = _here(next_job, setting) if jobs == 0 else _by_processes(next_job, setting, jobs, command)
     for job, tally in results:

@@ -146,7 +146,7 @@ def run(first: int, count: int, setting: Setting) -> Tally:
         for dtype in DTYPES:
             of = [i for i in group if cases[i].configuration.dtype == dtype]
             off = np.array([np.inf if wrong[group.index(i)] else 0.0 for i in of])
-            tally.band("selection", dtype).enter(off, [setting.snippet(NAME, str(i)) for i in of])
+            tally.enter("selection", dtype, off, [setting.snippet(NAME, str(i)) for i in of])
     return tally
 
 

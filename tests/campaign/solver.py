@@ -282,7 +282,7 @@ def _judge(group: list[int], cases: list[Case], found: list[Found], setting: Set
         for dtype in DTYPES:
             of = np.flatnonzero(many.dtype == dtype)
             snippets = [setting.snippet(NAME, str(group[i])) for i in of]
-            tally.band(f"{solver} {quantity}", dtype).enter(compared.fraction[of], snippets)
+            tally.enter(f"{solver} {quantity}", dtype, compared.fraction[of], snippets)
         seen = actual if quantity == "scores" else gradient
         for i in np.flatnonzero(~(compared.fraction <= 1)):
             row, token = compared.row[i], compared.token[i]

@@ -86,6 +86,10 @@ class Tally:
     def band(self, quantity: str, dtype: str) -> Band:
         return self.bands.setdefault((quantity, dtype), Band())
 
+    def enter(self, quantity: str, dtype: str, fractions: Array, snippets: Sequence[str]) -> None:
+        if len(snippets):
+            self.band(quantity, dtype).enter(fractions, snippets)
+
     def note(self, what: str, n: int) -> None:
         if n:
             self.notes[what] = self.notes.get(what, 0) + n
