@@ -1,10 +1,9 @@
-"""The campaign: `pytest -m nightly --max-examples N` runs N cases of each kind; the rest tests the campaign itself."""
+"""The campaign itself: what it draws, counts, finds, keeps and reports. The long run is `campaign/test_nightly.py`."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -13,19 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 from campaign import __main__ as command
 from campaign import draws, layer, oracles, report, runner, selection, solver
 from campaign.comparison import Cases, compare
-from campaign.kind import Setting, default_kernels
+from campaign.kind import Setting, warm_up
 from campaign.oracles import Kinks, Rows
 from campaign.state import Part, State, as_ranges, read
 from campaign.tally import Band, Failure, Tally
 from harness import check, check_identical, expectation
-from rich.console import Console
 
 import optimized
 import reference
@@ -36,20 +33,6 @@ from reference.testing import assert_matches
 SETTING = Setting(torch.device("cpu"), "torch")
 BATCHED = (selection, solver)
 pytestmark = pytest.mark.cpu
-
-
-@pytest.mark.nightly
-def test_campaign(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    """--max-examples of each kind in whole chunks. Goes on where the last run of the same sources was stopped."""
-    setting = Setting(device, default_kernels(device.type))
-    cases = hypothesis.settings.default.max_examples
-    with capsys.disabled():
-        console = Console(soft_wrap=True)
-        path, failures = command.campaign(command.KINDS, cases, setting, console, jobs=os.cpu_count() or 1)
-        page = path.with_suffix(".html")
-        page.write_text(report.html([read(path)]))
-        console.print(f"report: {page}")
-    assert not failures, "\n".join(f"{f.message}\n    {f.snippet}" for f in failures)
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
@@ -68,6 +51,17 @@ def test_a_case_is_a_function_of_seed_kind_and_index(kind: ModuleType) -> None:
     assert [data_of(kind.draw(0, i)) for i in reversed(indices)] == first[::-1]
     others = [data_of(kind.draw(seed, i)) for seed in (1, 2, 2**31) for i in indices]
     assert len({repr(data) for data in first + others}) == 4 * len(indices)
+
+
+@pytest.mark.parametrize("kind", BATCHED, ids=lambda kind: kind.NAME)
+def test_kernels_are_compiled_once_over_all_processes(kind: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process runs one case of its share of the variants."""
+    ran: list[int] = []
+    monkeypatch.setattr(kind, "run", lambda first, count, setting: ran.append(first))
+    for share in range(3):
+        warm_up(kind, share, 3, SETTING)
+    variants = [kind.compiled_for(kind.draw(0, index).configuration) for index in ran]
+    assert len(variants) == len(set(variants)) > 50
 
 
 def test_kinds_draw_apart() -> None:

@@ -72,6 +72,12 @@ def draw_length(rng: np.random.Generator) -> int:
     return min(max(n, first), last)
 
 
+def draw_layout(u: float, n: int) -> str:
+    """Triton compiles again for pointers that are not aligned: they are left to the ordinary lengths."""
+    layout = pick(u, LAYOUTS)
+    return layout if layout != "unaligned" or 8 < n <= 256 else "contiguous"
+
+
 def level_of_length(n: int) -> str:
     return LENGTHS[int(np.searchsorted(_LAST, n))]
 

@@ -43,7 +43,7 @@ class Kind(Protocol):
     """One module per kind: `selection`, `solver`, `layer`."""
 
     NAME: str
-    CHUNK: int
+    CHUNK: int  # cases
 
     def run(self, first: int, count: int, setting: Setting) -> Tally:
         """Cases first .. first + count - 1."""
@@ -60,6 +60,18 @@ def digest_of(configuration: tuple[Any, ...], *data: Array | None) -> str | None
     for t in data:
         told.update(b"-" if t is None else t.tobytes())
     return told.hexdigest()
+
+
+def warm_up(kind: Any, share: int, of: int, setting: Setting) -> None:
+    """Has Triton compile what `share` of `of` processes owes the others, by a case of every variant.
+
+    Else all of them would compile the same kernels at once; the rare ones of long rows are left to whoever meets them.
+    """
+    variants: dict[Any, int] = {}
+    for index in range(4000):
+        variants.setdefault(kind.compiled_for(kind.draw(setting.seed, index).configuration), index)
+    for index in list(variants.values())[share::of]:
+        kind.run(index, 1, setting)
 
 
 def broke_the_device(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import selectors
@@ -82,7 +83,11 @@ def run(
             return None
         return next(todo, None)
 
-    results = _here(next_job, setting) if jobs == 0 else _by_processes(next_job, setting, jobs, command)
+    compiled = [kind for kind in kinds if setting.device.type == "cuda" and hasattr(kind_of(kind), "compiled_for")]
+    if jobs == 0:
+        results = _here(next_job, setting)
+    else:
+        results = _by_processes(next_job, setting, jobs, compiled if setting.triton else [], command)
     for job, tally in results:
         if job.chunk is None:
             kept += tally.failures
@@ -138,11 +143,17 @@ class Worker:
 
 
 def _by_processes(
-    next_job: Callable[[], Job | None], setting: Setting, jobs: int, command: Sequence[str] | None
+    next_job: Callable[[], Job | None],
+    setting: Setting,
+    jobs: int,
+    compiled: Sequence[str],
+    command: Sequence[str] | None,
 ) -> Results:
+    """compiled: kinds whose kernels are compiled first."""
     words = ("--device", setting.device.type, "--kernels", setting.kernels, "--seed", str(setting.seed))
     command = [*(command or (sys.executable, "-m", "tests.campaign.worker")), *words]
     environment = environment_of(setting)
+    shares = itertools.count()
     selector = selectors.DefaultSelector()
     workers: set[Worker] = set()
 
@@ -154,7 +165,10 @@ def _by_processes(
                 dismiss(worker)
             return
         if worker is None:
-            worker = Worker(command, environment)
+            share = next(shares)
+            # A process that takes the place of another finds everything compiled.
+            warm = ("--warm", *compiled, "--share", str(share), "--of", str(jobs)) if share < jobs and compiled else ()
+            worker = Worker([*command, *warm], environment)
             workers.add(worker)
             selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
         worker.start(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from .draws import (
     ROWS,
     Array,
     Storage,
+    draw_layout,
     draw_length,
     draw_mask,
     flat,
@@ -87,6 +89,11 @@ class Case:
         return digest_of(astuple(self.configuration), self.logits, self.mask)
 
 
+def compiled_for(c: Configuration) -> tuple[Any, ...]:
+    """What Triton compiles the kernels anew for."""
+    return c.dtype, (c.n - 1).bit_length(), c.mask == "none", c.layout == "unaligned"
+
+
 def draw(seed: int, index: int) -> Case:
     """The case of an index."""
     rng = generator(seed, NAME, index)
@@ -97,7 +104,7 @@ def draw(seed: int, index: int) -> Case:
     if n > 4096:
         batch, experts = 1, min(experts, 2)
     c = Configuration(
-        batch, experts, n, k, pick(u[4], DTYPES), pick(u[5], VALUES), weigh(u[6], MASKS), pick(u[7], LAYOUTS)
+        batch, experts, n, k, pick(u[4], DTYPES), pick(u[5], VALUES), weigh(u[6], MASKS), draw_layout(u[7], n)
     )
     logits = draw_values(rng, (batch, experts, n), c.values).astype(c.dtype)
     if c.layout == "expanded":

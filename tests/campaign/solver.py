@@ -6,7 +6,7 @@ Finite logits and NaN: what an infinite logit scores is not defined (see `refere
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .draws import (
     ROWS,
     Array,
     Storage,
+    draw_layout,
     draw_length,
     draw_mask,
     flat,
@@ -126,6 +127,11 @@ class Case:
         return digest_of(astuple(self.configuration), self.logits, self.mask, self.g)
 
 
+def compiled_for(c: Configuration) -> tuple[Any, ...]:
+    """What Triton compiles the kernels anew for."""
+    return c.solver, c.dtype, (c.n - 1).bit_length(), c.mask == "none", c.layout == "unaligned"
+
+
 def draw(seed: int, index: int) -> Case:
     """The case of an index."""
     rng = generator(seed, NAME, index)
@@ -149,7 +155,7 @@ def draw(seed: int, index: int) -> Case:
         dtype=pick(u[13], DTYPES),
         values=weigh(u[14], VALUES),
         mask=weigh(u[15], MASKS),
-        layout=pick(u[16], LAYOUTS),
+        layout=draw_layout(u[16], n),
         cotangent=weigh(u[17], COTANGENTS),
     )
     logits = draw_values(rng, (batch, experts, n), c.values).astype(c.dtype)

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from .kind import Setting
+from .kind import Setting, warm_up
 from .tally import Tally
 
 
@@ -40,11 +40,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kernels", default="torch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm", nargs="*", default=[], help="kinds whose kernels are compiled at once")
+    parser.add_argument("--share", type=int, default=0, help="of --of that this process compiles")
+    parser.add_argument("--of", type=int, default=1)
     given = parser.parse_args()
     setting = Setting(torch.device(given.device), given.kernels, given.seed)
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
+    for name in given.warm:
+        warm_up(kind_of(name), given.share, given.of, setting)
     for line in sys.stdin:
         request = json.loads(line)
         tally = run_chunk(request["kind"], request["chunk"], setting)
