@@ -197,7 +197,7 @@ def test_solver_gradients_are_those_of_autograd() -> None:
         else:
             with np.errstate(divide="ignore"):
                 exact, free = oracles.cap(rows)
-            if oracles.about_to_saturate(rows, exact).any():
+            if oracles.about_to_saturate(rows, exact, np.full(len(exact), 1e-9)).any():
                 continue
             scores = reference.capped_simplex(leaf, c.mass, mask, eps=c.eps)
             found = oracles.cap_gradient(rows, exact, free, g.numpy())
@@ -489,8 +489,13 @@ def test_processes_find_what_one_finds_and_the_report_stands_alone(tmp_path: Pat
     tally = solver.run(0, 60, SETTING)
     tally.failures.append(Failure("<wrong> & bad", 'python -m tests.campaign --example "LayerCase(n=1)"'))
     other.add("solver", 0, tally)
+    table = tmp_path / "page.md"
+    table.write_text("before\n<!-- campaign:begin -->\nold\n<!-- campaign:end -->\nafter\n")
     words = ["--of", str(state), str(other.path), "--report", str(page), "--picture", str(image)]
-    assert command.main(words) == 1
+    assert command.main([*words, "--table", str(table)]) == 1
+    lines = table.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert "| selection | cpu, torch | 500 | 0 | exact |" in lines
     text = page.read_text()
     assert "http" not in text
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))

@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     report = out.add_argument_group("the report")
     report.add_argument("--report", type=Path, metavar="FILE", help="HTML, of this run or of --of")
     report.add_argument("--picture", type=Path, metavar="FILE", help="PNG, of the same")
+    report.add_argument("--table", type=Path, metavar="FILE", help="a page: writes the table between its markers")
     report.add_argument("--of", type=Path, nargs="+", metavar="STATE", help="run nothing: report on these states")
     return out
 
@@ -67,7 +68,7 @@ def main(given: list[str] | None = None) -> int:
     path, failures = campaign(
         asked.kind, asked.cases, setting, console, asked.jobs, asked.seconds, asked.state, asked.commit
     )
-    if asked.report or asked.picture:
+    if asked.report or asked.picture or asked.table:
         _report([path], asked)
     return int(bool(failures))
 
@@ -113,6 +114,11 @@ def _report(states: list[Path], asked: argparse.Namespace) -> int:
         asked.report.write_text(report.html(runs))
     if asked.picture:
         report.picture(runs, asked.picture)
+    if asked.table:
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        from markers import write_between
+
+        write_between(asked.table, "campaign", report.markdown(runs))
     return int(any(part.tally.failures for _, parts in runs for part in parts.values()))
 
 

@@ -54,16 +54,24 @@ class Compared:
 
 
 def compare(
-    cases: Cases, actual: Array, oracle: Array, baseline: Array, *, stage: str, scale: Array, vanishing: bool = False
+    cases: Cases,
+    actual: Array,
+    oracle: Array,
+    baseline: Array,
+    *,
+    stage: str,
+    scale: Array,
+    vanishing: bool = False,
+    slope: Array | float = 1.0,
 ) -> Compared:
     """actual, oracle (R, L) in float64; baseline in float32; scale (C,): see `assert_matches`.
 
     vanishing: where all of a case's oracle is below 1e-12 * scale, a few ulps of scale are its budget (a gradient that
     cancels). A case whose oracle is zero must be zero otherwise. NaN must stand where the oracle has them. What lies
-    below the smallest normal number of the dtype may be lost.
+    below the smallest normal number of the dtype may be lost, `slope` (C,) times.
     """
     c, floor, small_row, _ = STAGES[stage]
-    own, eps, tiny = cases.of_row(), cases.limit("eps"), cases.limit("tiny")
+    own, eps, tiny = cases.of_row(), cases.limit("eps"), cases.limit("tiny") * slope
     misplaced = cases.inside & ((np.isnan(actual) != np.isnan(oracle)) | np.isinf(actual))
     known = np.isfinite(oracle) & ~misplaced & cases.inside
     o = np.where(known, oracle, 0)
@@ -74,7 +82,7 @@ def compare(
     top = cases.largest(np.abs(o))
     budget = np.maximum(c * cases.largest(base) + floor * eps * np.maximum(top, scale) + tiny, TINY)
     cancels = np.where(vanishing, top <= 1e-12 * scale, top == 0)
-    few = np.where(vanishing, 64 * eps * scale, 0)
+    few = np.where(vanishing, 64 * eps * scale + tiny, 0)
     lost = cases.largest(error)
     with np.errstate(over="ignore"):
         by_element = np.where(cancels, np.where(lost <= few, 0.0, lost / np.maximum(few, TINY)), lost / budget)

@@ -182,9 +182,9 @@ def cap_gradient(rows: Rows, scores: Array, free: Array, g: Array) -> Array:
     return np.where(valid & poisoned, np.nan, ds).astype(w.dtype)
 
 
-def about_to_saturate(rows: Rows, scores: Array, tolerance: float = 1e-9) -> Array:
-    """(R,): rows where a token may count as saturated or not, up to rounding: there the gradient jumps."""
-    full = (scores >= 1 - tolerance) & rows.valid
+def about_to_saturate(rows: Rows, scores: Array, tolerance: Array) -> Array:
+    """(R,): rows where a token may count as saturated or not, its score being that close to 1: the gradient jumps."""
+    full = (scores >= 1 - tolerance[:, None]) & rows.valid
     count = rows.valid.sum(-1)
     every = (full.sum(-1) == count) & (count <= rows.mass)
     touching = ((scores < 1) & full).any(-1) | (np.abs(full.sum(-1) - rows.mass) <= tolerance * scores.shape[1])

@@ -187,6 +187,21 @@ def html(runs: Sequence[Run]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def markdown(runs: Sequence[Run]) -> str:
+    """A table for a page: counts, and the worst of every quantity and dtype."""
+    lines = ["| kind | where | distinct cases | failures | worst error, of its budget |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        places = dict.fromkeys(place(header) for header, _ in of_kind(runs, kind))
+        for where in places:
+            here = [(header, parts) for header, parts in runs if place(header) == where]
+            worst_of = {name: max((f for f, _ in band.worst), default=0.0) for name, band in bands(here, [kind])}
+            told = "; ".join(f"{name.replace(', ' + where, '')}: {f:.2f}" for name, f in worst_of.items())
+            told = "exact" if kind == "selection" and not any(worst_of.values()) else told
+            count, failed = distinct(here, kind), len(merged(here, kind).failures)
+            lines.append(f"| {kind} | {where} | {count:,} | {failed} | {told} |")
+    return "\n".join(lines)
+
+
 def picture(runs: Sequence[Run], path: Path) -> None:
     """The same in one PNG."""
     tallies = {kind: merged(runs, kind) for kind in KINDS if of_kind(runs, kind)}

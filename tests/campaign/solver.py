@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimized import ops
+from reference.testing import STAGES
 
 from . import oracles
 from .comparison import Cases, Compared, compare
@@ -368,7 +369,7 @@ def _judge_iterative(
     scale = many.largest(np.abs(g)) * many.largest(np.abs(np.nan_to_num(own_scores))) / eps * growth
     # What a row gets whose scores are NaN is not defined; that it spoils no other row is.
     parts = [np.where(poisoned, 0, t) for t in (gradient, ds, baseline)]
-    return messages, scores, compare(many, *parts, stage="solver_gradient", scale=scale, vanishing=True)
+    return messages, scores, _compare_gradients(many, parts, scale, g, eps)
 
 
 def _iterates(found: Found, case: Case, steps: int) -> Array:
@@ -392,17 +393,25 @@ def _judge_exact(
 
     ds = oracles.cap_gradient(rows, exact, free, g)
     baseline = oracles.cap_gradient(single, rough, rough_free, g.astype(np.float32))
-    degenerate = oracles.about_to_saturate(rows, exact)
+    # As close as the budget of the scores lets them be.
+    close = np.maximum(STAGES["scores"].floor * many.limit("eps") * condition, 1e-9)
+    degenerate = oracles.about_to_saturate(rows, exact, close[many.of_row()])
     tally.note("rows about to saturate, whose gradient jumps", int(degenerate.sum()))
     ignored = degenerate[:, None] | (np.isnan(rows.s) & rows.valid).any(-1, keepdims=True)
     scale = many.largest(np.abs(g)) / eps * condition
     parts = [np.where(ignored, 0, t) for t in (gradient, ds, baseline)]
-    return [""] * len(cases), scores, compare(many, *parts, stage="solver_gradient", scale=scale, vanishing=True)
+    return [""] * len(cases), scores, _compare_gradients(many, parts, scale, g, eps)
+
+
+def _compare_gradients(many: Cases, parts: list[Array], scale: Array, g: Array, eps: Array) -> Compared:
+    """What a score loses by underflow, its gradient loses times g / eps."""
+    slope = np.maximum(many.largest(np.abs(g)) / eps, 1)
+    return compare(many, *parts, stage="solver_gradient", scale=scale, vanishing=True, slope=slope)
 
 
 def _loose(many: Cases, scale: Array, scores: Array) -> int:
     top = many.largest(np.abs(np.nan_to_num(scores)))
-    return int((8 * many.limit("eps") * scale > 0.01 * top).sum())
+    return int((STAGES["scores"].floor * many.limit("eps") * scale > 0.01 * top).sum())
 
 
 def describe(index: int, setting: Setting) -> str:
