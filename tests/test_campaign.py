@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from campaign import __main__ as command
-from campaign import draws, layer, oracles, report, runner, selection, solver
+from campaign import draws, layer, oracles, report, runner, selection, solver, state
 from campaign.comparison import Cases, compare
 from campaign.kind import Setting, warm_up
 from campaign.oracles import Kinks, Rows
@@ -33,6 +33,12 @@ from reference.testing import assert_matches
 SETTING = Setting(torch.device("cpu"), "torch")
 BATCHED = (selection, solver)
 pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, size in ((selection, 60), (solver, 60), (layer, 15)):
+        monkeypatch.setattr(kind, "CHUNK", size)
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
@@ -236,6 +242,11 @@ def test_fractions_are_those_of_the_comparator() -> None:
         found = compare(cases, wrong, exact, baseline, **options)
         assert (found.fraction > 1).tolist() == [i == of for i in range(3)]
         assert (found.row[of], found.token[of]) == (cases.starts[of], 3)
+    poisoned = exact.copy()
+    poisoned[2, 1] = np.nan
+    assert (compare(cases, actual, poisoned, baseline, **options).fraction > 1).tolist() == [False, True, False]
+    both = np.where(np.isnan(poisoned), np.nan, actual)
+    assert (compare(cases, both, poisoned, baseline, **options).fraction <= 1).all()
     lost = actual.copy()
     lost[3] = 0  # one row of three
     assert (compare(cases, lost, exact, baseline, **options).fraction > 1).tolist() == [False, False, True]
@@ -262,12 +273,33 @@ def half_the_gradient(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
     return scores / 2 + scores.detach() / 2, a, counts
 
 
+def iterates_off(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    """Right scores, and the tokens of another step said to be saturated."""
+    scores, a, counts = DESCEND(logits, mask, k, *rest)
+    return scores, a + 0.3, counts
+
+
+def masked_tokens_score(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    """Next to nothing: within every budget, but not 0."""
+    scores, threshold = CAP(logits, mask, k, *rest)
+    return scores if mask is None else scores.masked_fill(~mask[:, None], 1e-30), threshold
+
+
+def slot_of_a_masked_token(logits: Any, mask: Any, k: int, triton: bool) -> Any:
+    """In the inverse map."""
+    indices, slots, _ = SELECT(logits, mask, k, triton)
+    return indices, slots, ops.inverse_map(indices, torch.ones_like(slots), logits.shape[-1])
+
+
 SELECT, DESCEND, CAP = ops.select, ops.descend, ops.cap
 FAULTS = [
-    (selection, "select", later_of_equals),
-    (solver, "descend", a_step_more),
-    (solver, "descend", half_the_gradient),
-    (solver, "cap", one_percent_more),
+    (selection, "select", later_of_equals, "indices: "),
+    (selection, "select", slot_of_a_masked_token, "inverse map: "),
+    (solver, "descend", a_step_more, "scores: "),
+    (solver, "descend", half_the_gradient, "gradient: "),
+    (solver, "descend", iterates_off, "changed sides"),
+    (solver, "cap", one_percent_more, "scores: "),
+    (solver, "cap", masked_tokens_score, "not 0 where masked"),
 ]
 
 
@@ -278,15 +310,22 @@ def command_of(failure: Failure) -> list[str]:
     return words[3:]
 
 
-@pytest.mark.parametrize(("kind", "name", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("kind", "name", "fault", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_found_and_its_snippet_shows_it(
-    kind: ModuleType, name: str, fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: ModuleType,
+    name: str,
+    fault: Any,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert kind.run(0, 100, SETTING).failures == []
+    setting = Setting(SETTING.device, SETTING.kernels, seed=4)
+    assert kind.run(0, 100, setting).failures == []
     with monkeypatch.context() as patch:
         patch.setattr(ops, name, fault)
-        failures = kind.run(0, 100, SETTING).failures
+        failures = kind.run(0, 100, setting).failures
         assert len(failures) > 2
+        assert any(words in failure.message for failure in failures)
         assert command.main(command_of(failures[-1])) == 1
         assert "Configuration(" in capsys.readouterr().out
     assert command.main(command_of(failures[-1])) == 0
@@ -319,12 +358,14 @@ def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
 ) -> None:
     monkeypatch.setattr(layer, "KEPT", tmp_path)
     assert layer.run_kept(SETTING).failures == []
+    sound = layer.run(0, 50, SETTING)
     with monkeypatch.context() as patch:
         patch.setattr(optimized, "MixtureOfAttention", WithoutGamma)
         tally = layer.run(0, 50, SETTING)
         (failure,) = tally.failures
         assert "prenorm=True" in failure.message
         assert "gamma" in failure.message
+        assert tally.small.get("float64", set()) <= sound.small["float64"], "what shrinking tried is no case"
         assert command.main(command_of(failure)) == 1
         assert [f.snippet for f in layer.run_kept(SETTING).failures] == [failure.snippet]
     assert command.main(command_of(failure)) == 0
@@ -332,11 +373,12 @@ def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_the_layer_draws_by_its_seed_and_chunk() -> None:
-    first, again, other = layer.run(0, 50, SETTING), layer.run(0, 50, SETTING), layer.run(250, 50, SETTING)
+    first, again, other = layer.run(0, 15, SETTING), layer.run(0, 15, SETTING), layer.run(75, 15, SETTING)
     assert first.failures == other.failures == []
     assert first.small == again.small
-    assert len(first.small["float64"] - other.small["float64"]) > 25
+    assert len(first.small["float64"] - other.small["float64"]) > 5
     assert "injected routes, float64: LayerCase(" in layer.describe(7, SETTING)
     assert {key for key, _ in first.bands} == {"mixture", "mixture_gradient"}
 
@@ -344,6 +386,7 @@ def test_the_layer_draws_by_its_seed_and_chunk() -> None:
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_what_is_drawn_twice_counts_once() -> None:
     """In a tally, when tallies are merged, and over runs of one seed on two devices."""
     case = next(case for case in (selection.draw(0, i) for i in range(1000)) if case.logits.size == 1)
@@ -358,7 +401,7 @@ def test_what_is_drawn_twice_counts_once() -> None:
     tally.merge(more)
     assert tally.distinct() == {"float32": 4, "float64": 1}
 
-    chunk = layer.run(0, 50, SETTING)
+    chunk = layer.run(0, 15, SETTING)
     twice = Tally.of(chunk.json())
     twice.merge(chunk)
     assert twice.distinct() == chunk.distinct()
@@ -391,9 +434,10 @@ def without_time(tally: Tally) -> dict[str, Any]:
     return tally.json() | {"seconds": 0}
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_a_torn_run_goes_on_and_counts_the_same(tmp_path: Path) -> None:
     """Killed in the middle of a line; and after lines were merged."""
-    kinds, cases = ["selection", "solver"], 1500
+    kinds, cases = ["selection", "solver"], 180
     whole, torn = State(tmp_path / "whole", HEADER), State(tmp_path / "torn", HEADER)
     assert runner.run(kinds, cases, SETTING, whole, jobs=0, seconds=math.inf) == []
 
@@ -422,6 +466,18 @@ def test_a_torn_run_goes_on_and_counts_the_same(tmp_path: Path) -> None:
         State(torn.path, HEADER | {"seed": 1})
     with pytest.raises(ValueError, match="done already"):
         again.add("solver", 1, Tally())
+
+
+def test_a_state_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are merged while it runs; a state of a million cases is a matter of one tally and its digests."""
+    monkeypatch.setattr(state, "MANY", 3)
+    kept = State(tmp_path / "state", HEADER)
+    tally = selection.run(0, 50, SETTING)
+    for chunk in range(10):
+        kept.add("selection", chunk, tally)
+        assert len(kept.path.read_text().splitlines()) <= 5
+        assert read(kept.path)[1]["selection"].done == set(range(chunk + 1))
+    assert sum(read(kept.path)[1]["selection"].tally.cases.values()) == 500
 
 
 def test_time_and_failures_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +511,22 @@ def test_a_process_that_dies_is_a_failure_of_its_chunk(tmp_path: Path) -> None:
     assert state.parts["selection"].tally.cases == {"float32": 2000}
 
 
+NOISY = """
+from tests.campaign import selection, worker
+run = selection.run
+selection.run = lambda *given: (print("noise"), run(*given))[1]
+worker.main()
+"""
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_what_a_process_prints_is_no_answer(tmp_path: Path) -> None:
+    state = State(tmp_path / "state", HEADER)
+    worker = [sys.executable, "-c", NOISY]
+    assert runner.run(["selection"], 60, SETTING, state, jobs=1, seconds=60, command=worker) == []
+    assert sum(state.parts["selection"].tally.cases.values()) == 500, "its chunks are not short"
+
+
 def test_tallies_survive_json() -> None:
     tally = solver.run(0, 50, SETTING)
     tally.failures.append(Failure("what", "again"))
@@ -462,6 +534,7 @@ def test_tallies_survive_json() -> None:
     there = json.loads(json.dumps(tally.json()))
     assert Tally.of(there).json() == tally.json()
     assert as_ranges({1, 2, 3, 7, 9, 10}) == [[1, 3], [7, 7], [9, 10]]
+    assert (Tally.of(there).pairs == tally.pairs).all()
     assert (tally.pairs == tally.pairs.T).all()
 
 

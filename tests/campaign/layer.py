@@ -1,7 +1,7 @@
 """Cases of the whole layer: the properties of `test_mixture`, run by hypothesis in chunks, each with a seed of its own.
 
 A failing example is shrunk, and kept in `.hypothesis/campaign`, as by pytest; the next run tries it first. What was
-drawn before counts once.
+drawn before counts once. An index finds its case with the same version of hypothesis; its repr, --example, with any.
 """
 
 from __future__ import annotations
