@@ -46,8 +46,8 @@ def draw_bands(ax: Axes, bands: Sequence[tuple[str, Band]]) -> None:
                 shade = float(np.clip(0.12 + 0.88 * share**0.4, 0, 1))
                 ax.barh(
                     y,
-                    0.24 if x > -6.4 else 0.7,
-                    left=x - (0.12 if x > -6.4 else 0.35),
+                    0.24 if x > -6.2 else 0.7,
+                    left=x - (0.12 if x > -6.2 else 0.35),
                     height=0.8,
                     color=BLUE,
                     alpha=shade,

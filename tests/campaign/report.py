@@ -208,5 +208,5 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     counts = ", ".join(f"{kind} {distinct(runs, kind):,}" for kind in tallies)
     failed = sum(len(tally.failures) for tally in tallies.values())
     where = " and ".join(dict.fromkeys(place(header) for header, _ in runs))
-    title = f"Distinct cases: {counts}; {failed} failures. On {where}."
+    title = f"Distinct cases: {counts}; failed: {failed}. On {where}."
     plots.summary(bands(runs, ("solver", "layer")), tallies, title, path)
