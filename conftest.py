@@ -43,6 +43,7 @@ FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
     "test_meta.py": 5,
     "test_bands.py": 15,
+    "test_campaign.py": 40,
     "test_interpreter.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,
@@ -80,7 +81,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--interpreted", action="store_true", help="on the CPU: properties of our kernels too, in Triton's interpreter"
     )
-    group.addoption("--max-examples", type=int, help="hypothesis examples per property (default: 100; nightly: 1000)")
+    group.addoption(
+        "--max-examples",
+        type=int,
+        help="hypothesis examples per property, cases of each kind of the campaign (default: 100; nightly: 1000)",
+    )
     group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
     group.addoption("--only", metavar="WORD", help="with --mutants: those whose name, class or file contains it")
     group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")

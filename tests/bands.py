@@ -50,6 +50,7 @@ import test_mixture  # noqa: E402
 import test_routed_attention  # noqa: E402
 import test_routing  # noqa: E402
 from benchmarks.environment import hardware, tree_hash, versions  # noqa: E402
+from markers import write_between  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 import optimized  # noqa: E402
@@ -589,14 +590,6 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_table(path: Path, report: dict[str, Any]) -> None:
-    text = path.read_text()
-    begin, end = "<!-- bands:begin -->\n", "<!-- bands:end -->"
-    if begin not in text:
-        raise SystemExit(f"{path}: no {begin.strip()} in it")
-    path.write_text(f"{text.split(begin)[0]}{begin}{render(report)}\n{end}{text.split(end)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=10000, help="of each property and dtype (default: 10000)")
@@ -609,7 +602,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         report = json.loads(given.out.read_text())
-        write_table(given.table, report | {"bands": bands(report["chunks"])})
+        write_between(given.table, "bands", render(report | {"bands": bands(report["chunks"])}))
     else:
         measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
 

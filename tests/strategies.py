@@ -256,7 +256,7 @@ def router_cases(draw_: Any, *, blocks: bool = True, values: tuple[str, ...] = V
 def layer_cases(draw_: Any, *, local: bool | None = None, values: tuple[str, ...] = VALUES) -> LayerCase:
     """local: with, without, or either."""
     n, k_q = draw_(lengths_and_slots())
-    k_kv = draw_(st.sampled_from(sorted({1, 2, max(1, n // 3), n + 1})))
+    k_kv = draw_(st.sampled_from(sorted({1, 2, max(1, n // 3), max(1, n - 1), n + 1})))
     with_local = draw_(st.booleans()) if local is None else local
     cross = not with_local and draw_(st.booleans())
     case = LayerCase(

@@ -220,7 +220,8 @@ def capped_simplex_backward(
     if mask is not None:
         grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN
     mean = (w * grad).sum(-1, keepdim=True) / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
-    return w * (grad.contiguous() - mean) / eps
+    ds = w * (grad.contiguous() - mean) / eps
+    return ds if mask is None else ds.masked_fill_(~mask[:, None], 0)  # of a row with a NaN the mean is one, too
 
 
 @capped_simplex_backward.register_fake

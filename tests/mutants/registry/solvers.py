@@ -321,8 +321,8 @@ MUTANTS = (
     Mutant(
         "capped-gradient-without-mean",
         OPERATOR,
-        "return w * (grad.contiguous() - mean) / eps",
-        "return w * grad.contiguous() / eps",
+        "ds = w * (grad.contiguous() - mean) / eps",
+        "ds = w * grad.contiguous() / eps",
         "missing gradient",
         "tenstorrent/tt-metal#53204: a mean subtracted wrongly",
     ),

@@ -1,0 +1,582 @@
+"""The campaign itself: what it draws, counts, finds, keeps and reports. The long run is `campaign/test_nightly.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from campaign import __main__ as command
+from campaign import draws, layer, oracles, report, runner, selection, solver, state
+from campaign.comparison import Cases, compare
+from campaign.kind import Setting, warm_up
+from campaign.oracles import Kinks, Rows
+from campaign.state import Part, State, as_ranges, read
+from campaign.tally import Band, Failure, Tally
+from harness import check, check_identical, expectation
+
+import optimized
+import reference
+from optimized import ops
+from reference import oracle
+from reference.testing import assert_matches
+
+SETTING = Setting(torch.device("cpu"), "torch")
+BATCHED = (selection, solver)
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, size in ((selection, 60), (solver, 60), (layer, 15)):
+        monkeypatch.setattr(kind, "CHUNK", size)
+
+
+# --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def data_of(case: Any) -> tuple[Any, ...]:
+    """Comparable, NaN too."""
+    arrays = [case.logits, case.mask, *([case.g] if hasattr(case, "g") else [])]
+    return case.configuration, *(None if t is None else t.tobytes() for t in arrays)
+
+
+@pytest.mark.parametrize("kind", BATCHED, ids=lambda kind: kind.NAME)
+def test_a_case_is_a_function_of_seed_kind_and_index(kind: ModuleType) -> None:
+    indices = [0, 1, 2, 77, 10**6, 2**40]
+    first = [data_of(kind.draw(0, i)) for i in indices]
+    assert [data_of(kind.draw(0, i)) for i in reversed(indices)] == first[::-1]
+    others = [data_of(kind.draw(seed, i)) for seed in (1, 2, 2**31) for i in indices]
+    assert len({repr(data) for data in first + others}) == 4 * len(indices)
+
+
+@pytest.mark.parametrize("kind", BATCHED, ids=lambda kind: kind.NAME)
+def test_kernels_are_compiled_once_over_all_processes(kind: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process runs one case of its share of the variants."""
+    ran: list[int] = []
+    monkeypatch.setattr(kind, "run", lambda first, count, setting: ran.append(first))
+    for share in range(3):
+        warm_up(kind, share, 3, SETTING)
+    variants = [kind.compiled_for(kind.draw(0, index).configuration) for index in ran]
+    assert len(variants) == len(set(variants)) > 50
+
+
+def test_kinds_draw_apart() -> None:
+    ours = [draws.generator(0, kind.NAME, 5).random() for kind in BATCHED]
+    assert ours[0] != ours[1]
+
+
+@pytest.mark.parametrize("kind", BATCHED, ids=lambda kind: kind.NAME)
+def test_every_level_is_drawn(kind: ModuleType) -> None:
+    tally = Tally()
+    tally.cover(kind.LEVELS, [kind.draw(0, i).configuration.levels() for i in range(4000)])
+    absent = [level for level, n in zip(tally.levels, tally.pairs.diagonal()) if not n]
+    assert absent == []
+    assert tally.pairs.diagonal().sum() == 4000 * len(kind.LEVELS)
+
+
+@pytest.mark.parametrize("layout", draws.LAYOUTS)
+def test_layouts_hold_the_same_values(layout: str) -> None:
+    """In a buffer with others, as strided views; unaligned ones are not at a multiple of 16 bytes."""
+    t = np.random.default_rng(0).standard_normal((2, 3, 5))
+    if layout == "expanded":
+        t = np.broadcast_to(t[:1], t.shape)
+    storage = draws.Storage("float64")
+    places = [storage.add(t, layout) for _ in range(2)]
+    buffer = storage.to(torch.device("cpu"))
+    views = [buffer.as_strided(t.shape, at.strides, at.offset) for at in places]
+    for view in views:
+        check_identical(view, torch.from_numpy(t.copy()))
+        assert view.is_contiguous() == (layout in ("contiguous", "unaligned"))
+    assert (views[0].data_ptr() % 16 == 0) == (layout not in ("unaligned", "sliced"))
+
+
+# --- oracles and the comparator --------------------------------------------------------------------------------------
+
+
+def problem(case: solver.Case) -> tuple[Rows, torch.Tensor, torch.Tensor | None]:
+    """As rows of the batched oracle, and as arguments of the reference."""
+    c = case.configuration
+    s, valid = selection.rows_of([case], c.n)
+    names = ("mass", "n_iters", "eps", "eps_init", "eps_decay")
+    rows = Rows(s, valid, *(np.full(len(s), getattr(c, name)) for name in names))
+    mask = None if case.mask is None else torch.from_numpy(case.mask)
+    return rows, torch.from_numpy(case.logits.astype(np.float64)), mask
+
+
+def small(kind: ModuleType, count: int, wanted: Callable[[Any], bool] = lambda c: True) -> list[Any]:
+    """The first cases that are quick for an oracle with loops."""
+    out, i = [], 0
+    while len(out) < count:
+        case = kind.draw(3, i)
+        c = case.configuration
+        if c.n * c.batch * c.experts < 200 and wanted(c):
+            out.append(case)
+        i += 1
+    return out
+
+
+def test_selection_oracle_is_the_definition() -> None:
+    for case in small(selection, 60):
+        s, valid = selection.rows_of([case], case.configuration.n)
+        n, k = np.full(len(s), s.shape[1]), np.full(len(s), case.configuration.k)
+        indices, slots, inverse = oracles.select(s, valid, n, k)
+        expected = [oracle.select(row, case.configuration.k, mask) for row, mask in zip(s, valid)]
+        assert indices.tolist() == np.concatenate([e[0] for e in expected]).tolist()
+        assert slots.tolist() == np.concatenate([e[1] for e in expected]).tolist()
+        table = ops.inverse_map(
+            *(torch.from_numpy(np.stack([e[i] for e in expected]))[None] for i in (0, 1)), s.shape[1]
+        )
+        assert inverse.tolist() == table[0].tolist()
+
+
+def tame(c: solver.Configuration) -> bool:
+    """Without NaN, whose gradient is not defined, and where budgets are tight."""
+    return c.values not in ("NaN", "huge", "large", "outlier", "shifted")
+
+
+def test_solver_oracles_are_the_definition() -> None:
+    """Rows of one case at a time against loops; then many cases padded to one length, against each alone."""
+    for case in small(solver, 60, tame):
+        c = case.configuration
+        rows, _, _ = problem(case)
+        if c.solver == "iterative":
+            options = {name: getattr(c, name) for name in ("n_iters", "eps", "eps_init", "eps_decay")}
+            exact = [oracle.coordinate_descent(s, c.mass, v, **options) for s, v in zip(rows.s, rows.valid)]
+            found = oracles.descend(rows).scores
+        else:
+            exact = [oracle.capped_simplex(s, c.mass, v, eps=c.eps) for s, v in zip(rows.s, rows.valid)]
+            with np.errstate(divide="ignore"):
+                found = oracles.cap(rows)[0]
+        exact = torch.from_numpy(np.stack(exact))
+        scale = (c.n + np.abs(rows.s).max() / c.coldest) * exact.abs().max().item()
+        scale = 0.0 if expectation(exact) == "zeros" else scale
+        check(
+            torch.from_numpy(found), exact, exact.float(), stage="scores", scale=scale, expect=expectation(exact)
+        )  # fmt: skip
+
+
+def test_rows_of_many_cases_are_solved_as_if_alone() -> None:
+    """Padded, and with numbers of steps of their own."""
+    cases = small(solver, 40, lambda c: c.solver == "iterative")
+    cases.sort(key=lambda case: -case.configuration.n_iters)
+    found = [solver.Found(case.logits.ravel(), case.logits.ravel(), case.logits.ravel()) for case in cases]
+    _, rows, many, _, _, g = solver._padded(cases, found)
+    together = oracles.descend(rows)
+    kinks = Kinks(np.nan_to_num(rows.s), together.a)
+    gradients = oracles.descend_gradient(rows, kinks, g)[0]
+    ends = np.append(many.starts[1:], len(rows.s))
+    for case, first, last in zip(cases, many.starts, ends):
+        own, n = problem(case)[0], case.configuration.n
+        alone = oracles.descend(own)
+        cotangent = np.where(own.valid, case.g.reshape(-1, n), 0)
+        gradient = oracles.descend_gradient(own, Kinks(np.nan_to_num(own.s), alone.a), cotangent)[0]
+        np.testing.assert_allclose(together.scores[first:last, :n], alone.scores, rtol=1e-12, atol=1e-300)
+        np.testing.assert_allclose(gradients[first:last, :n], gradient, rtol=1e-9, atol=1e-9)
+        assert not together.scores[first:last, n:].any()
+        assert not gradients[first:last, n:].any()
+
+
+def test_solver_gradients_are_those_of_autograd() -> None:
+    """Through the reference, with the same saturated sets."""
+    tested = 0
+    for case in small(solver, 60, tame):
+        c = case.configuration
+        rows, logits, mask = problem(case)
+        leaf = logits.requires_grad_()
+        g = torch.where(torch.from_numpy(rows.valid), torch.from_numpy(case.g).double().reshape(rows.s.shape), 0)
+        if c.solver == "iterative":
+            a = oracles.descend(rows).a
+            sets = torch.from_numpy(np.stack([~(rows.s < -step[:, None]) for step in a])).view(c.n_iters, *logits.shape)
+            options = {name: getattr(c, name) for name in ("n_iters", "eps", "eps_init", "eps_decay")}
+            scores = reference.coordinate_descent(leaf, c.mass, mask, saturated=sets, **options)
+            found = oracles.descend_gradient(rows, Kinks(rows.s, a), g.numpy())[0]
+        else:
+            with np.errstate(divide="ignore"):
+                exact, free = oracles.cap(rows)
+            if oracles.about_to_saturate(rows, exact, np.full(len(exact), 1e-9)).any():
+                continue
+            scores = reference.capped_simplex(leaf, c.mass, mask, eps=c.eps)
+            found = oracles.cap_gradient(rows, exact, free, g.numpy())
+        (expected,) = torch.autograd.grad(scores, leaf, g.view(logits.shape))
+        scale = (g.abs().max() * scores.max() / c.coldest).item() * 40 * (c.n + np.abs(rows.s).max() / c.coldest)
+        np.testing.assert_allclose(found, expected.reshape(found.shape).numpy(), rtol=1e-9, atol=1e-15 * scale)
+        tested += bool(expected.any())
+    assert tested > 20
+
+
+def test_fractions_are_those_of_the_comparator() -> None:
+    """Of cases of several lengths and both dtypes at once."""
+    rng = np.random.default_rng(0)
+    shapes = [(2, 7), (1, 5), (3, 12)]
+    dtypes = ["float32", "float64", "float32"]
+    parts, fractions = [], []
+    for shape, dtype in zip(shapes, dtypes):
+        exact = rng.standard_normal(shape)
+        baseline = (exact + 1e-7 * rng.standard_normal(shape)).astype(np.float32)
+        actual = (exact + np.finfo(dtype).eps * 10 ** rng.uniform(-1, 1) * rng.standard_normal(shape)).astype(dtype)
+        parts.append((actual.astype(np.float64), exact, baseline))
+        tensors = [torch.from_numpy(t) for t in (actual, exact, baseline)]
+        fractions.append(assert_matches(*tensors, stage="scores", scale=0.3).fraction)
+    width = max(shape[1] for shape in shapes)
+    actual, exact, baseline = (draws.padded([p[i] for p in parts], width, 0.0, np.float64) for i in range(3))
+    n = np.array([shape[1] for shape in shapes])
+    inside = np.arange(width) < np.repeat(n, [shape[0] for shape in shapes])[:, None]
+    cases = Cases(np.array([0, 2, 3]), n, np.array(dtypes), inside)
+    options = {"stage": "scores", "scale": np.full(3, 0.3)}
+    compared = compare(cases, actual, exact, baseline, **options)
+    assert compared.fraction.tolist() == pytest.approx(fractions)
+
+    for spoilt, of in ((np.nan, 0), (np.inf, 1), (7.0, 2)):
+        wrong = actual.copy()
+        wrong[cases.starts[of], 3] = spoilt
+        found = compare(cases, wrong, exact, baseline, **options)
+        assert (found.fraction > 1).tolist() == [i == of for i in range(3)]
+        assert (found.row[of], found.token[of]) == (cases.starts[of], 3)
+    poisoned = exact.copy()
+    poisoned[2, 1] = np.nan
+    assert (compare(cases, actual, poisoned, baseline, **options).fraction > 1).tolist() == [False, True, False]
+    both = np.where(np.isnan(poisoned), np.nan, actual)
+    assert (compare(cases, both, poisoned, baseline, **options).fraction <= 1).all()
+    lost = actual.copy()
+    lost[3] = 0  # one row of three
+    assert (compare(cases, lost, exact, baseline, **options).fraction > 1).tolist() == [False, False, True]
+
+
+# --- what a run finds ------------------------------------------------------------------------------------------------
+
+
+def later_of_equals(logits: Any, mask: Any, k: int, triton: bool) -> Any:
+    """Selection that breaks ties the wrong way."""
+    return SELECT(logits + 1e-7 * torch.arange(logits.shape[-1]), mask, k, triton)
+
+
+def a_step_more(logits: Any, mask: Any, k: float, n_iters: int, *rest: Any) -> Any:
+    return DESCEND(logits, mask, k, n_iters + 1, *rest)[0], *DESCEND(logits, mask, k, n_iters, *rest)[1:]
+
+
+def one_percent_more(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    return CAP(logits, mask, 1.01 * k, *rest)
+
+
+def half_the_gradient(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    scores, a, counts = DESCEND(logits, mask, k, *rest)
+    return scores / 2 + scores.detach() / 2, a, counts
+
+
+def iterates_off(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    """Right scores, and the tokens of another step said to be saturated."""
+    scores, a, counts = DESCEND(logits, mask, k, *rest)
+    return scores, a + 0.3, counts
+
+
+def masked_tokens_score(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
+    """Next to nothing: within every budget, but not 0."""
+    scores, threshold = CAP(logits, mask, k, *rest)
+    return scores if mask is None else scores.masked_fill(~mask[:, None], 1e-30), threshold
+
+
+def slot_of_a_masked_token(logits: Any, mask: Any, k: int, triton: bool) -> Any:
+    """In the inverse map."""
+    indices, slots, _ = SELECT(logits, mask, k, triton)
+    return indices, slots, ops.inverse_map(indices, torch.ones_like(slots), logits.shape[-1])
+
+
+SELECT, DESCEND, CAP = ops.select, ops.descend, ops.cap
+FAULTS = [
+    (selection, "select", later_of_equals, "indices: "),
+    (selection, "select", slot_of_a_masked_token, "inverse map: "),
+    (solver, "descend", a_step_more, "scores: "),
+    (solver, "descend", half_the_gradient, "gradient: "),
+    (solver, "descend", iterates_off, "changed sides"),
+    (solver, "cap", one_percent_more, "scores: "),
+    (solver, "cap", masked_tokens_score, "not 0 where masked"),
+]
+
+
+def command_of(failure: Failure) -> list[str]:
+    """Arguments of the snippet."""
+    words = shlex.split(failure.snippet)
+    assert words[:3] == ["python", "-m", "tests.campaign"]
+    return words[3:]
+
+
+@pytest.mark.parametrize(("kind", "name", "fault", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_is_found_and_its_snippet_shows_it(
+    kind: ModuleType,
+    name: str,
+    fault: Any,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    setting = Setting(SETTING.device, SETTING.kernels, seed=4)
+    assert kind.run(0, 100, setting).failures == []
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, name, fault)
+        failures = kind.run(0, 100, setting).failures
+        assert len(failures) > 2
+        assert any(words in failure.message for failure in failures)
+        assert command.main(command_of(failures[-1])) == 1
+        assert "Configuration(" in capsys.readouterr().out
+    assert command.main(command_of(failures[-1])) == 0
+
+
+def test_an_error_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sometimes(logits: Any, *rest: Any) -> Any:
+        if logits.shape[-1] == 32:
+            raise ValueError("32")
+        return SELECT(logits, *rest)
+
+    monkeypatch.setattr(ops, "select", sometimes)
+    tally = selection.run(0, 100, SETTING)
+    assert len(tally.failures) == sum(selection.draw(0, i).configuration.n == 32 for i in range(100)) > 0
+    assert all("ValueError('32')" in failure.message for failure in tally.failures)
+    assert sum(tally.cases.values()) == 100
+
+
+class WithoutGamma(optimized.MixtureOfAttention):
+    """No gradient of the queries' norm."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        if self.attn.norm is not None:
+            self.attn.norm.gamma.register_hook(torch.zeros_like)
+        return super().forward(*args, **options)
+
+
+def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(layer, "KEPT", tmp_path)
+    assert layer.run_kept(SETTING).failures == []
+    sound = layer.run(0, 50, SETTING)
+    with monkeypatch.context() as patch:
+        patch.setattr(optimized, "MixtureOfAttention", WithoutGamma)
+        tally = layer.run(0, 50, SETTING)
+        (failure,) = tally.failures
+        assert "prenorm=True" in failure.message
+        assert "gamma" in failure.message
+        assert tally.small.get("float64", set()) <= sound.small["float64"], "what shrinking tried is no case"
+        assert command.main(command_of(failure)) == 1
+        assert [f.snippet for f in layer.run_kept(SETTING).failures] == [failure.snippet]
+    assert command.main(command_of(failure)) == 0
+    assert layer.run_kept(SETTING).failures == []
+    capsys.readouterr()
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_the_layer_draws_by_its_seed_and_chunk() -> None:
+    first, again, other = layer.run(0, 15, SETTING), layer.run(0, 15, SETTING), layer.run(75, 15, SETTING)
+    assert first.failures == other.failures == []
+    assert first.small == again.small
+    assert len(first.small["float64"] - other.small["float64"]) > 5
+    assert "injected routes, float64: LayerCase(" in layer.describe(7, SETTING)
+    assert {key for key, _ in first.bands} == {"mixture", "mixture_gradient"}
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_what_is_drawn_twice_counts_once() -> None:
+    """In a tally, when tallies are merged, and over runs of one seed on two devices."""
+    case = next(case for case in (selection.draw(0, i) for i in range(1000)) if case.logits.size == 1)
+    assert case.digest() == case.digest() is not None
+    tally = Tally()
+    for digest in (case.digest(), case.digest(), "another", None, None):
+        tally.count("float32", digest)
+    assert (tally.cases, tally.distinct()) == ({"float32": 5}, {"float32": 4})
+    more = Tally()
+    more.count("float32", case.digest())
+    more.count("float64", case.digest())
+    tally.merge(more)
+    assert tally.distinct() == {"float32": 4, "float64": 1}
+
+    chunk = layer.run(0, 15, SETTING)
+    twice = Tally.of(chunk.json())
+    twice.merge(chunk)
+    assert twice.distinct() == chunk.distinct()
+
+
+HEADER = {"device": "cpu", "kernels": "torch", "seed": 0, "hashes": {"optimized": "0" * 64}}
+HEADER["environment"] = {"commit": None, "hardware": {"name": "a processor"}, "versions": {"python": "3"}}
+
+
+def part_of(kind: ModuleType, chunks: Sequence[int]) -> Part:
+    part = Part()
+    for chunk in chunks:
+        part.merge([chunk], kind.run(chunk * kind.CHUNK, kind.CHUNK, SETTING))
+    return part
+
+
+def test_runs_of_one_seed_share_their_cases() -> None:
+    part, later = part_of(selection, [0]), part_of(selection, [1])
+    own = sum(part.tally.distinct().values())
+    gpu, reseeded = HEADER | {"device": "cuda"}, HEADER | {"device": "cuda", "seed": 1}
+    cpu = (HEADER, {"selection": part})
+    assert report.distinct([cpu], "selection") == own
+    assert report.distinct([cpu, (gpu, {"selection": part})], "selection") == own
+    assert report.distinct([cpu, (gpu, {"selection": later})], "selection") > 1.9 * own
+    large = own - sum(map(len, part.tally.small.values()))
+    assert report.distinct([cpu, (reseeded, {"selection": part})], "selection") == own + large
+
+
+def without_time(tally: Tally) -> dict[str, Any]:
+    return tally.json() | {"seconds": 0}
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_torn_run_goes_on_and_counts_the_same(tmp_path: Path) -> None:
+    """Killed in the middle of a line; and after lines were merged."""
+    kinds, cases = ["selection", "solver"], 180
+    whole, torn = State(tmp_path / "whole", HEADER), State(tmp_path / "torn", HEADER)
+    assert runner.run(kinds, cases, SETTING, whole, jobs=0, seconds=math.inf) == []
+
+    def stop(kind: str, chunk: int | None, tally: Tally) -> None:
+        if len(torn.done("selection")) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(kinds, cases, SETTING, torn, jobs=0, seconds=math.inf, told=stop)
+    text = torn.path.read_text()
+    torn.path.write_text(text + text.splitlines()[-1][:-20])
+    again = State(torn.path, HEADER)
+    assert len(again.done("selection")) == 2
+    assert len(torn.path.read_text().splitlines()) == 3, "merged: a line for the header and for each kind"
+    told: list[tuple[str, int | None]] = []
+    runner.run(
+        kinds, cases, SETTING, again, jobs=0, seconds=math.inf, told=lambda kind, chunk, _: told.append((kind, chunk))
+    )
+    assert len(told) == 6 - len(torn.done("selection")) - len(torn.done("solver"))
+    for path in (again.path, whole.path):
+        found = read(path)[1]
+        for kind in kinds:
+            assert found[kind].done == {0, 1, 2}
+            assert without_time(found[kind].tally) == without_time(whole.parts[kind].tally)
+    with pytest.raises(SystemExit, match="another seed"):
+        State(torn.path, HEADER | {"seed": 1})
+    with pytest.raises(ValueError, match="done already"):
+        again.add("solver", 1, Tally())
+
+
+def test_a_state_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are merged while it runs; a state of a million cases is a matter of one tally and its digests."""
+    monkeypatch.setattr(state, "MANY", 3)
+    kept = State(tmp_path / "state", HEADER)
+    tally = selection.run(0, 50, SETTING)
+    for chunk in range(10):
+        kept.add("selection", chunk, tally)
+        assert len(kept.path.read_text().splitlines()) <= 5
+        assert read(kept.path)[1]["selection"].done == set(range(chunk + 1))
+    assert sum(read(kept.path)[1]["selection"].tally.cases.values()) == 500
+
+
+def test_time_and_failures_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(tmp_path / "state", HEADER)
+    assert runner.run(["selection"], 10**9, SETTING, state, jobs=0, seconds=0.3) == []
+    assert 0 < len(state.done("selection")) < 100
+    monkeypatch.setattr(ops, "select", later_of_equals)
+    failing = State(tmp_path / "failing", HEADER)
+    assert runner.ENOUGH <= len(runner.run(["selection"], 10**9, SETTING, failing, jobs=0, seconds=60)) < 500
+    assert len(failing.done("selection")) == 1
+
+
+DYING = """
+import json, os, signal, sys
+from tests.campaign.tally import Tally
+for line in sys.stdin:
+    if json.loads(line)["chunk"] == 1:
+        print("last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    print(json.dumps(Tally(cases={"float32": 500}).json()), flush=True)
+"""
+
+
+def test_a_process_that_dies_is_a_failure_of_its_chunk(tmp_path: Path) -> None:
+    state = State(tmp_path / "state", HEADER)
+    worker = [sys.executable, "-c", DYING]
+    (failure,) = runner.run(["selection"], 2500, SETTING, state, jobs=2, seconds=60, command=worker)
+    assert "ended with -11: last words" in failure.message
+    assert command_of(failure) == ["--kind", "selection", "--case", "500-999", "--seed", "0"]
+    assert state.done("selection") == {0, 1, 2, 3, 4}
+    assert state.parts["selection"].tally.cases == {"float32": 2000}
+
+
+NOISY = """
+from tests.campaign import selection, worker
+run = selection.run
+selection.run = lambda *given: (print("noise"), run(*given))[1]
+worker.main()
+"""
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_what_a_process_prints_is_no_answer(tmp_path: Path) -> None:
+    state = State(tmp_path / "state", HEADER)
+    worker = [sys.executable, "-c", NOISY]
+    assert runner.run(["selection"], 60, SETTING, state, jobs=1, seconds=60, command=worker) == []
+    assert sum(state.parts["selection"].tally.cases.values()) == 500, "its chunks are not short"
+
+
+def test_tallies_survive_json() -> None:
+    tally = solver.run(0, 50, SETTING)
+    tally.failures.append(Failure("what", "again"))
+    tally.band("scores", "float32").enter(np.array([0.5, np.inf]), ["half", "broken"])
+    there = json.loads(json.dumps(tally.json()))
+    assert Tally.of(there).json() == tally.json()
+    assert as_ranges({1, 2, 3, 7, 9, 10}) == [[1, 3], [7, 7], [9, 10]]
+    assert (Tally.of(there).pairs == tally.pairs).all()
+    assert (tally.pairs == tally.pairs.T).all()
+
+
+def test_bands_bin_by_fraction() -> None:
+    band = Band()
+    band.enter(np.array([0.0, 1e-7, 0.9, 1.0, 1.1, np.inf]), list("abcdef"))
+    assert band.counts[[0, 1, -2, -1]].tolist() == [1, 1, 2, 2]
+    assert [snippet for _, snippet in band.worst] == ["f", "e", "d", "c", "b"]
+
+
+# --- the command and its report --------------------------------------------------------------------------------------
+
+
+def test_processes_find_what_one_finds_and_the_report_stands_alone(tmp_path: Path) -> None:
+    """Two processes, then a report from their state and another's."""
+    state, page, image = tmp_path / "state.jsonl", tmp_path / "page.html", tmp_path / "page.png"
+    words = ["--kind", "selection", "layer", "--cases", "100", "--jobs", "2", "--state", str(state)]
+    assert command.main(words) == 0
+    header, parts = read(state)
+    assert {kind: sorted(part.done) for kind, part in parts.items()} == {"selection": [0], "layer": [0, 1]}
+    assert without_time(parts["selection"].tally) == without_time(selection.run(0, 500, SETTING))
+    assert sum(parts["layer"].tally.distinct().values()) > 80
+
+    other = State(tmp_path / "gpu.jsonl", HEADER | {"device": "cuda", "kernels": "triton"})
+    tally = solver.run(0, 60, SETTING)
+    tally.failures.append(Failure("<wrong> & bad", 'python -m tests.campaign --example "LayerCase(n=1)"'))
+    other.add("solver", 0, tally)
+    table = tmp_path / "page.md"
+    table.write_text("before\n<!-- campaign:begin -->\nold\n<!-- campaign:end -->\nafter\n")
+    words = ["--of", str(state), str(other.path), "--report", str(page), "--picture", str(image)]
+    assert command.main([*words, "--table", str(table)]) == 1
+    lines = table.read_text().splitlines()
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
+    assert "| selection | cpu, torch | 500 | 0 | exact |" in lines
+    text = page.read_text()
+    assert "http" not in text
+    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
+    assert len(re.findall("<img", text)) == len(re.findall(r'src="', text)) == 2 + 3 * 2
+    assert not re.search(r"<(script|link|iframe)|url\(|@import", text)
+    assert "&lt;wrong&gt; &amp; bad" in text
+    assert header["environment"]["versions"]["torch"] in text
+    assert header["hashes"]["optimized"][:12] in text
+    for words in ("cuda, triton", "cpu, torch", "selection 500", "--example &quot;LayerCase(n=1)&quot;"):
+        assert words in text
+    assert image.read_bytes().startswith(b"\x89PNG")
