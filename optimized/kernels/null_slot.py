@@ -160,7 +160,7 @@ def merge_backward(
         launch(
             _merge_backward_kernel, (rows * heads * chunks,),
             *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
-            length, rows // groups, heads, dim, chunks, **_constants(q, keep) | {"num_warps": 1},
+            length, rows // groups, heads, dim, chunks, **_constants(q, keep),
         )  # fmt: skip
     # Not unflatten(-1): it can't tell the sizes of an empty batch.
     return partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2).to(null_k.dtype)

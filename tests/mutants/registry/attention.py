@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "null-kernel-tail-of-queries",
         NULL,
-        "_merge_kernel, (rows * heads, cdiv(length, _rows(dim)))",
-        "_merge_kernel, (rows * heads, max(length // _rows(dim), 1))",
+        "        chunks = cdiv(length, _rows(dim))\n",
+        "        chunks = max(length // _rows(dim), 1)\n",
         "tail mask",
         "pytorch/pytorch#158212: the last block",
     ),
@@ -98,6 +98,21 @@ MUTANTS = (
         "return t",
         "stride and layout",
         "Dao-AILab/flash-attention#355: gradient that is not contiguous",
+    ),
+    Mutant(
+        "launch-lookup-ignores-alignment",
+        LAUNCH,
+        "(argument.dtype, argument.data_ptr() % 16) if",
+        "(argument.dtype,) if",
+        "stride and layout",
+    ),
+    Mutant(
+        "attention-lengths-of-the-first-rows",
+        OPERATOR,
+        "for lengths in setting.lengths.split(MOST_ROWS)]",
+        "for lengths in setting.lengths.flip(0).split(MOST_ROWS)]",
+        "batch mix-up",
+        "fla-org/flash-linear-attention#1115: missing batch offset",
     ),
     Mutant(
         "launch-partial-sums-in-the-models-dtype",

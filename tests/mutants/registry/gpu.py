@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "null-kernel-item-of-32-bits",
         "optimized/kernels/null_slot.py",
-        "item = tl.program_id(0).to(tl.int64)  # (r, h)\n    h = item % heads",
-        "item = tl.program_id(0)  # (r, h)\n    h = item % heads",
+        "(program // heads // chunks).to(tl.int64)",
+        "program // heads // chunks",
         "32-bit index",
         "sgl-project/sglang#20389: int32 offsets",
         "cuda",
@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "attention-scale-of-the-padded-dimension",
         "optimized/ops/attention.py",
-        "module.forward(*padded, Setting(dim**-0.5, lengths",
-        "module.forward(*padded, Setting(padded[0].shape[-1] ** -0.5, lengths",
+        "_forward(module, padded, Setting(dim**-0.5, lengths",
+        "_forward(module, padded, Setting(padded[0].shape[-1] ** -0.5, lengths",
         "log-sum-exp and scale",
         "intel/ipex-llm#12619: scale after head-dim padding",
         "cuda",
