@@ -182,6 +182,16 @@ def implementation(request: pytest.FixtureRequest) -> Generator[ModuleType, None
 
 
 @pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """PyTorch's deterministic algorithms, without NaN in new memory."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> Generator[str, None, None]:
     """The optimized package computes by this kind of kernels: see `harness.EVERY_KERNEL`."""
     with optimized.use_backends(**harness.stages_by(request.param)):

@@ -82,17 +82,6 @@ def new_memory_in_zones(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callab
         yield made
 
 
-@pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 def check_runs(actual: tuple[Tensor, dict[str, Any]], expected: tuple[Tensor, dict[str, Any]]) -> None:
     check_identical(actual[0], expected[0], "out")
     assert actual[1].keys() == expected[1].keys()

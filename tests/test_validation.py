@@ -367,6 +367,7 @@ def test_forward(implementation: ModuleType, device: torch.device, case: Bad) ->
 
 
 @BOTH
+@pytest.mark.usefixtures("deterministic")
 def test_refusal_leaves_no_trace(implementation: ModuleType, device: torch.device) -> None:
     layer = implementation.MixtureOfAttention(**LAYER, device=device).eval()
     x = X.to(device)
@@ -880,22 +881,14 @@ def test_numbers_of_options_are_pythons(integer: type) -> None:
 
 @BOTH
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
-def test_numpy_integers_are_legal(
-    implementation: ModuleType,
-    device: torch.device,
-    integer: type,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+@pytest.mark.usefixtures("deterministic")  # the reference adds by atomics on a GPU
+def test_numpy_integers_are_legal(implementation: ModuleType, device: torch.device, integer: type) -> None:
     numbers = {"n_iters": 3, "route_block_size": 4, **LOCAL, "local_attn": True}
     plain = {**LAYER, **numbers, "device": device}
     twin = {k: integer(v) if type(v) is int else v for k, v in plain.items()}
     layers = [implementation.MixtureOfAttention(**arguments).eval() for arguments in (plain, twin)]
     layers[1].load_state_dict(layers[0].state_dict())
     x = X.to(device)
-    torch.use_deterministic_algorithms(True)  # the reference adds by atomics on a GPU
-    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     outs = [layer(x, num_routed_queries=k) for layer, k in zip(layers, (5, integer(5)))]
     check_identical(*outs)
     assert repr(layers[0].attn) == repr(layers[1].attn)

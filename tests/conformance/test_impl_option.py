@@ -53,6 +53,7 @@ def test_bad_values(options: dict[str, object], message: str) -> None:
         plugin.pytest_configure(SimpleNamespace(option=given))
 
 
+@pytest.mark.cpu  # whatever the device, the child runs on the CPU; what it shrinks to is that of a Hypothesis
 def test_a_run_on_a_defective_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across processes too. The snippets of the report raise what they say, without pytest."""
     (tmp_path / "theirs.py").write_text(
