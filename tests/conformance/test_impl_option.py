@@ -61,7 +61,6 @@ def test_a_run_on_a_defective_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the child's own device decides
     options = ["--impl", "theirs:Layer", "--impl-report", str(written), "-k", "experts or batch", "--max-examples", "5"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", *options],
