@@ -108,7 +108,7 @@ TOLERANCES: dict[str, str] = {
     "test_campaign.py::test_rows_of_many_cases_are_solved_as_if_alone": IDENTITY,
     "test_campaign.py::test_solver_gradients_are_those_of_autograd": IDENTITY,
     "test_campaign.py::test_fractions_are_those_of_the_comparator": NO_TENSOR,
-    "test_cuda_graphs.py::assert_replays_equal_eager": GPU_ATOMICS,
+    "test_cuda_graphs.py::assert_equal_eager": GPU_ATOMICS,
     "test_benchmarks.py::test_counts_of_the_specification": NO_TENSOR,
     "test_benchmarks.py::test_pairs_of_a_window": NO_TENSOR,
     "test_benchmarks.py::test_profile_of_three_calls": NO_TENSOR,
