@@ -101,12 +101,12 @@ def test_graphed_callables(name: str, device: torch.device) -> None:
     sample = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
     graphed = torch.cuda.make_graphed_callables(graphed, (sample,), allow_unused_input=True)
     for seed in (11, 12, 13):
-        x = torch.randn(shape, generator=generator(seed)).to(device, torch.bfloat16)
+        x, cotangent = torch.randn(2, *shape, generator=generator(seed)).to(device, torch.bfloat16)
         found = []
         for layer in (graphed, eager):
             leaf = x.clone().requires_grad_()
             out = layer(leaf)
-            out.sum().backward()
+            out.backward(cotangent)
             grads = (torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in layer.parameters())
             found.append([out.detach().clone(), leaf.grad.clone(), *grads])
             layer.zero_grad()
