@@ -42,7 +42,8 @@ CAPPED = Profile(
 )
 ROWS = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (rows or solver or gradient) and not (select or 45)) or (descent and masked and opcheck)",
+    "(triton and (rows or solver or gradient) and not (select or 45 or whole_stages)) "
+    "or (descent and masked and opcheck)",
     interpreted=True,
     examples=60,
 )
@@ -64,8 +65,8 @@ ROTARY = Profile(
     examples=40,
 )
 LAUNCH = Profile(
-    ("test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
-    "(triton and (picked and 9- or gradcheck or test_dropout or hidden or rounds_once or (injected and float64))) "
+    ("test_launch.py", "test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
+    "test_launch or (triton and (picked and 9- or gradcheck or test_dropout or hidden or rounds_once or (injected and float64))) "
     "or layout_changes",
     interpreted=True,
 )
@@ -75,13 +76,13 @@ LOGITS = Profile(
     interpreted=True,
 )
 GATHER = Profile(
-    ("test_operators.py", "test_mixture.py"),
-    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing",
+    ("test_operators.py", "test_mixture.py", "test_boundaries.py"),
+    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing or experts-65",
     interpreted=True,
 )
 EXPERTS = Profile(
-    ("test_operators.py", "test_mixture.py", "test_routed_attention.py"),
-    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null",
+    ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
+    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null or masked_lanes",
     interpreted=True,
 )
 WINDOW = Profile(
