@@ -463,7 +463,7 @@ def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
     """Where and on what our kernels ran, what was found, and what went wrong with the run itself."""
     if obstacle("routing", "triton", Request(setup.device, torch.float64)) is None:
         return f"compiled, all {setup.x.shape[1]} tokens", compare_kernels(setup, "triton"), None
-    excerpt = min(MIN_TOKENS, max(1024 // setup.arguments["num_experts"], 64))
+    excerpt = min(MIN_TOKENS, max(640 // setup.arguments["num_experts"], 64))
     slots = dict.fromkeys(("num_routed_queries", "num_routed_key_values"), excerpt // 8)
     x, cotangent = setup.x[:, :excerpt], setup.cotangent[:, :excerpt]
     small = replace(setup, arguments=setup.arguments | slots, x=x, cotangent=cotangent, device=torch.device("cpu"))
