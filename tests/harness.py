@@ -115,6 +115,9 @@ def counted(test: Callable[..., None]) -> Callable[..., None]:
         current.examples += 1
         try:
             test(*args, **kwargs)
+        except hypothesis.errors.UnsatisfiedAssumption:  # neither an example nor a failure
+            current.examples -= 1
+            raise
         except Exception:
             current.failed = True
             raise

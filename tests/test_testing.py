@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import harness
+import hypothesis
 import pytest
 import torch
 from harness import DTYPES
@@ -227,3 +229,22 @@ def test_cases_can_be_pasted_back(case: object) -> None:
     from strategies import LayerCase
 
     assert eval(repr(case), {"LayerCase": LayerCase}) == case
+
+
+def test_of_interpreted_kernels_a_share_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `assume` rejects is no failure, after which all would be run: that took a suite of ten minutes to hours."""
+    monkeypatch.setattr(harness, "interpreted", lambda: True)
+    monkeypatch.setattr(harness, "current", harness.Ledger("triton"))
+    runs = []
+
+    @hypothesis.settings(max_examples=100, database=None)
+    @hypothesis.given(hypothesis.strategies.integers())
+    @harness.counted
+    def check(_: int) -> None:
+        runs.append(1)
+        hypothesis.assume(len(runs) % 3)
+
+    check()
+    enough = max(hypothesis.settings.default.max_examples // harness.INTERPRETED_SHARE, 1)
+    assert harness.current.examples == enough
+    assert len(runs) <= 2 * enough
