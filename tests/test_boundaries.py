@@ -23,6 +23,7 @@ from optimized.routed_attention import gather, rotate
 # --- constants -------------------------------------------------------------------------------------------------------
 
 MODULES = [importlib.import_module(f"optimized.kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+NO_SIZE = {"launch.MOST_LAUNCHES"}  # entries of a table
 BYTES = {"launch.ROWS_IN_REGISTERS": 8}  # constants that count bytes: of a float64
 
 
@@ -33,8 +34,9 @@ def constants() -> dict[str, int]:
         tree = ast.parse(Path(module.__file__).read_text())
         targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in _targets(node)]
         for name in (t.id for t in targets if isinstance(t, ast.Name)):
-            if name.isupper() and type(getattr(module, name)) is int:
-                found[f"{module.__name__.rsplit('.', 1)[1]}.{name}"] = getattr(module, name)
+            key = f"{module.__name__.rsplit('.', 1)[1]}.{name}"
+            if type(getattr(module, name)) is int and key not in NO_SIZE:
+                found[key] = getattr(module, name)
     return found
 
 

@@ -146,6 +146,13 @@ def check_runs(actual: list[Tensor], expected: list[Tensor]) -> None:
         check_identical(a, e, f"result {i}")
 
 
+def check_every_run(found: list[list[list[Tensor]]], expected: list[list[Tensor]]) -> None:
+    """By work, then by round."""
+    for results, wanted in zip(found, expected, strict=True):
+        for run in results:
+            check_runs(run, wanted)
+
+
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Our kernels, and attention that always adds up in the same order."""
@@ -229,9 +236,7 @@ def test_several_streams_at_once(device: torch.device) -> None:
             with torch.cuda.stream(stream):
                 results.append(work.run())
     torch.cuda.synchronize()
-    for results, wanted in zip(found, expected):
-        for run in results:
-            check_runs(run, wanted)
+    check_every_run(found, expected)
 
 
 @pytest.mark.gpu
@@ -239,8 +244,10 @@ def test_several_streams_at_once(device: torch.device) -> None:
 def test_launches_compiled_on_a_side_stream(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(LAYERS["soft"], device)
     expected = work.run()
-    monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_specialized", {})
+    tables = [n for n, value in vars(launching).items() if isinstance(value, dict) and not n.startswith("__")]
+    assert {"_compiled", "_exactly"} <= set(tables)
+    for table in tables:  # whichever would remember an earlier launch
+        monkeypatch.setattr(launching, table, {})
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -248,6 +255,14 @@ def test_launches_compiled_on_a_side_stream(device: torch.device, monkeypatch: p
     torch.cuda.synchronize()
     for run in (*runs, work.run()):
         check_runs(run, expected)
+
+
+def run_child(*words: str) -> None:
+    """By this Python, with the packages that it sees: flash-attn may lie on PYTHONPATH."""
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def first_use(device: torch.device) -> None:
@@ -264,9 +279,7 @@ def first_use(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_first_use_of_a_process_on_a_side_stream() -> None:
     code = "import torch, test_gpu_lane; test_gpu_lane.first_use(torch.device('cuda'))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_child("-c", code)
 
 
 @pytest.mark.gpu
@@ -286,9 +299,7 @@ def test_two_threads(own_streams: bool, device: torch.device) -> None:
     with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
         found = list(pool.map(repeat, works))
     torch.cuda.synchronize()
-    for results, wanted in zip(found, expected):
-        for run in results:
-            check_runs(run, wanted)
+    check_every_run(found, expected)
 
 
 # --- a busy device, and its memory -----------------------------------------------------------------------------------
@@ -365,10 +376,7 @@ def test_in_little_memory(device: torch.device) -> None:
 
 
 def interpret(out: Path, *options: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    command = [sys.executable, str(ROOT / "tests" / "pieces.py"), "--out", str(out), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_child(str(ROOT / "tests" / "pieces.py"), "--out", str(out), *options)
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ class Kernel:
     def __init__(self) -> None:
         self.compiled: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
+        self.served: list[int] = []  # which of the compiled ones, counted from 1
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_and_run(*arguments: Any, **constants: Any) -> Any:
             self.compiled.append((*arguments, constants))
-            return Compiled((*grid, 1, 1)[:3], self.launched)
+            return Compiled((*grid, 1, 1)[:3], self.launched, self.served, len(self.compiled))
 
         return compile_and_run
 
@@ -35,14 +36,17 @@ class Compiled:
 
     function, packed_metadata = "function", "metadata"
 
-    def __init__(self, grid: tuple[int, ...], launched: list[tuple[Any, ...]]) -> None:
-        self.grid, self.launched = grid, launched
+    def __init__(
+        self, grid: tuple[int, ...], launched: list[tuple[Any, ...]], served: list[int], number: int
+    ) -> None:  # fmt: skip
+        self.grid, self.launched, self.served, self.number = grid, launched, served, number
 
     def run(self, *given: Any) -> None:
         assert given[:3] == self.grid
         assert given[3] in ("stream 7", "stream 8")
         assert given[4:9] == ("function", "metadata", None, None, None)
         self.launched.append(given[9:])
+        self.served.append(self.number)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         assert grid == self.grid
@@ -94,14 +98,15 @@ def test_what_is_specialised_is_compiled_apart(change: dict[str, Any]) -> None:
     start(kernel)
     start(kernel, **change)
     assert len(kernel.compiled) == 2
-    start(kernel)
-    start(kernel, **change)
+    for _ in range(2):  # looked up by what they have in common, then by their numbers
+        start(kernel)
+        start(kernel, **change)
     assert len(kernel.compiled) == 2
-    assert len(kernel.launched) == 2
+    assert kernel.served == [1, 2, 1, 2]
 
 
 def test_lengths_that_never_repeat_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_most_launches", 8)
+    monkeypatch.setattr(launch, "MOST_LAUNCHES", 8)
     monkeypatch.setattr(launch, "_exactly", {})
     kernel = Kernel()
     for n in range(100):

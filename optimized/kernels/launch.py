@@ -75,7 +75,7 @@ def channel_constants(dim: int, dtype: torch.dtype) -> dict[str, Any]:
 _compiled: dict[tuple[Any, ...], Any] = {}
 _exactly: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 _specialized: dict[int, tuple[Any, tuple[bool, ...]]] = {}
-_most_launches = 4096  # that `_exactly` holds: the lengths of sequences may never repeat
+MOST_LAUNCHES = 4096  # that `_exactly` holds: the lengths of sequences may never repeat
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -105,7 +105,7 @@ def launch_compiled(
         if compiled is None:
             _compiled[key] = kernel[grid](*arguments, **constants)
             return
-        if len(_exactly) == _most_launches:
+        if len(_exactly) == MOST_LAUNCHES:
             _exactly.clear()
         found = _exactly[exact] = compiled, kernel.arg_names[len(arguments) :]
     compiled, names = found

@@ -339,9 +339,7 @@ def _judge_iterative(
     exact = oracles.descend(rows)
     condition = _conditioning(rows, many, eps)
     scale = condition * many.largest(np.abs(np.nan_to_num(exact.scores)))
-    scores = compare(
-        many, actual, exact.scores, oracles.descend(single).scores, stage="scores", scale=scale
-    )  # fmt: skip
+    scores = compare(many, actual, exact.scores, oracles.descend(single).scores, stage="scores", scale=scale)
     tally.note("cases whose budget of scores exceeds 1% of the largest score", _loose(many, scale, exact.scores))
 
     steps = int(rows.n_iters[0])
