@@ -92,6 +92,39 @@ def cotangent(case: Case) -> Tensor:
     )
 
 
+def probabilities(s: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A softmax of logits, then with the factors of dropout; without a null slot a row may be empty."""
+    p = torch.where((s > -math.inf).any(-1, keepdim=True), s.softmax(-1), 0)
+    return p, p if factors is None else p * factors
+
+
+def attend_by_definition(s: Tensor, v: Tensor, factors: Tensor | None) -> Tensor:
+    return probabilities(s, factors)[1] @ v
+
+
+class FromRoundedOutput(torch.autograd.Function):
+    """The same with a gradient that takes sum_j p_j dp_j as the product of the output that was returned with its
+    gradient, as every flash attention does (Dao et al. 2022, algorithm 4).
+
+    The output is rounded, and where few keys cancel in a gradient this rounding is most of its error: one case in
+    some thousands in half precision. Autograd sums the probabilities instead, and would be no measure of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, v: Tensor, factors: Tensor | None) -> Tensor:
+        p, kept = probabilities(s, factors)
+        out = kept @ v
+        ctx.save_for_backward(p, kept, v, out)
+        ctx.factors = factors
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, kept, v, out = ctx.saved_tensors
+        dp = g @ v.mT if ctx.factors is None else g @ v.mT * ctx.factors
+        return p * (dp - (g * out).sum(-1, keepdim=True)), kept.mT @ g, None
+
+
 def definition(
     case: Case, dtype: torch.dtype, under_test: torch.dtype, device: torch.device, keep: Tensor | None = None
 ) -> Run:
@@ -109,11 +142,10 @@ def definition(
         k, v = (torch.cat((t[f"null_{n}"].repeat_interleave(case.per_group, 0)[:, None], t[n]), 1) for n in "kv")
         visible = F.pad(visible, (1, 0), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    p = (q @ k.mT * case.dim_head**-0.5).masked_fill(~visible[:, None], -math.inf).softmax(-1)
-    # Without a null slot a row may be empty.
-    p = torch.where(visible.any(-1)[:, None, :, None], p, 0)
-    p = p if keep is None else p * (keep if case.null else keep[..., 1:]).to(p.dtype)
-    out = (p @ v).transpose(1, 2)
+    s = (q @ k.mT * case.dim_head**-0.5).masked_fill(~visible[:, None], -math.inf)
+    factors = None if keep is None else (keep if case.null else keep[..., 1:]).to(dtype)
+    attend = attend_by_definition if dtype == torch.float64 else FromRoundedOutput.apply
+    out = attend(s, v, factors).transpose(1, 2)
     size = math.prod(x.detach().norm(dim=-1).max().item() if x.numel() else 0.0 for x in (q, k)) * case.dim_head**-0.5
     size += math.log(1 + case.keys)  # exp(s - lse) makes an absolute error of the lse a relative one
     g = cotangent(case).to(under_test).to(dtype).to(device)
@@ -203,6 +235,8 @@ def test_every_key(
 @given(case=cases(), lengths=st.sampled_from(LENGTHS))
 @example(case=Case(keys=0, lengths="full"), lengths="full")
 @example(case=Case(per_group=0), lengths="random")
+# Four keys of 17, of which a query's gradient cancels: by flash in float16 it was beyond a budget measured by autograd.
+@example(case=Case(groups=1, keys=1, heads=3, dim_head=1, seed=1048575), lengths="random")
 @counted
 def test_lengths(
     kernels: str, backend: str, case: Case, lengths: str, dtype: torch.dtype, device: torch.device

@@ -210,7 +210,9 @@ def test_the_probe_of_flash_attn_2_runs_both_directions(monkeypatch: pytest.Monk
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
+    # Where flash-attn is installed, the real adapter is there already: in the table of modules and in its package.
     monkeypatch.delitem(sys.modules, "optimized.attention.flash_attn_2", raising=False)
+    monkeypatch.delattr(sys.modules["optimized.attention"], "flash_attn_2", raising=False)
     probe = sys.modules["optimized.backends"]._flash_2_obstacle.__wrapped__
     monkeypatch.setattr(sys.modules["optimized.backends"], "_import_obstacle", lambda *_: None)
     try:
