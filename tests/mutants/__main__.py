@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from .registry import MUTANTS
 from .runner import ControlError, Result, Runner
 
 ROOT = Path(__file__).parent.parent.parent
+REPORTS = ROOT / "tests" / "reports"
 STATE = ROOT / ".mutants" / "results.json"
 
 
 def chosen(only: str | None, device: str) -> list[Mutant]:
-    """Those that the device can kill, and of these the ones whose name, class or file contains `only`."""
+    """Those that the device can kill, and of these the ones whose name, class, file or device contains `only`."""
     able = [m for m in MUTANTS if device == "cuda" or m.device == "cpu"]
-    return [m for m in able if not only or any(only in text for text in (m.name, m.bug, m.file))]
+    return [m for m in able if not only or any(only in text for text in (m.name, m.bug, m.file, m.device))]
 
 
 def run(mutants: list[Mutant], device: str, jobs: int, console: Console) -> dict[str, Result]:
@@ -45,10 +47,12 @@ def run(mutants: list[Mutant], device: str, jobs: int, console: Console) -> dict
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", metavar="WORD", help="names, classes or files that contain it")
+    parser.add_argument("--only", metavar="WORD", help="names, classes, files or devices that contain it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
-    parser.add_argument("--report", action="store_true", help="write tests/reports/mutants.json and docs/mutants.png")
+    parser.add_argument(
+        "--report", action="store_true", help="write tests/reports/mutants-DEVICE.json and docs/mutants.png"
+    )
     asked = parser.parse_args(given)
     console = Console()
     mutants = chosen(asked.only, asked.device)
@@ -78,9 +82,9 @@ def save(results: dict[str, Result], device: str) -> None:
         "versions": versions(),
         "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},
     }
-    found = matrix.report(MUTANTS, results, about)
-    matrix.write(ROOT / "tests" / "reports" / "mutants.json", found)
-    matrix.draw(found, ROOT / "docs" / "mutants.png")
+    matrix.write(REPORTS / f"mutants-{device}.json", matrix.report(MUTANTS, results, about))
+    found = [json.loads(path.read_text()) for path in sorted(REPORTS.glob("mutants-*.json"))]
+    matrix.draw(matrix.joined(found), ROOT / "docs" / "mutants.png")
 
 
 if __name__ == "__main__":

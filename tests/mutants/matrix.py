@@ -23,6 +23,8 @@ SHADES = {
     "not run": "#b9a3d6",
 }
 
+WITHOUT_RESULT = ("needs a GPU", "not run")
+
 
 def verdict(mutant: Mutant, result: Result | None) -> str:
     """The outcome; "equivalent" for a survivor of which it is known; of those without a result, why."""
@@ -91,6 +93,15 @@ def report(mutants: Sequence[Mutant], results: dict[str, Result], about: dict[st
         )
     counts = Counter(row["outcome"] for row in rows)
     return {"kind": "mutants", **about, "totals": dict(sorted(counts.items())), "mutants": rows}
+
+
+def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first report, and of each mutant that has no result there the first that has one: those that need a GPU."""
+    rows = []
+    for row in reports[0]["mutants"]:
+        others = [other for found in reports for other in found["mutants"] if other["name"] == row["name"]]
+        rows.append(next((other for other in others if other["outcome"] not in WITHOUT_RESULT), row))
+    return reports[0] | {"totals": dict(sorted(Counter(row["outcome"] for row in rows).items())), "mutants": rows}
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

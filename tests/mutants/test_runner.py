@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mutants.child import is_assertion
-from mutants.matrix import draw, report, unexpected, verdict
+from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
 from mutants.profiles import Profile
 from mutants.runner import ControlError, Result, Runner
@@ -119,6 +119,17 @@ def test_results_are_kept_while_they_hold(tree: Path, monkeypatch: pytest.Monkey
     assert ran(KILLED, SURVIVES) == ["control", "killed", "survives"]
     (tree / "toy" / "__init__.py").write_text(f"def twice(x):\n    {OLD}  # again\n")
     assert ran(KILLED, SURVIVES) == ["control", "killed", "survives"]
+
+
+def test_what_needs_a_gpu_comes_from_its_report() -> None:
+    """And only that: what the first report says of another stands."""
+    gpu = replace(KILLED, name="gpu", device="cuda")
+    cpu = report([KILLED, gpu], {"killed": Result("killed", "tests/test_toy.py::test_twice")}, {"device": "cpu"})
+    cuda = report([KILLED, gpu], {"gpu": Result("survived"), "killed": Result("raised")}, {"device": "cuda"})
+    assert [row["outcome"] for row in joined([cpu])["mutants"]] == ["killed", "needs a GPU"]
+    both = joined([cpu, cuda])
+    assert [row["outcome"] for row in both["mutants"]] == ["killed", "survived"]
+    assert (both["totals"], both["device"]) == ({"killed": 1, "survived": 1}, "cpu")
 
 
 def test_report_and_picture(tmp_path: Path) -> None:
