@@ -15,7 +15,7 @@ from . import matrix
 from .mutant import Mutant
 from .profiles import profile_of
 from .registry import MUTANTS
-from .runner import ControlError, Result, Runner
+from .runner import SECONDS, ControlError, Result, Runner
 
 ROOT = Path(__file__).parent.parent.parent
 REPORTS = ROOT / "tests" / "reports"
@@ -28,9 +28,9 @@ def chosen(only: str | None, device: str) -> list[Mutant]:
     return [m for m in able if not only or any(only in text for text in (m.name, m.bug, m.file, m.device))]
 
 
-def run(mutants: list[Mutant], device: str, jobs: int, console: Console) -> dict[str, Result]:
+def run(mutants: list[Mutant], device: str, jobs: int, console: Console, seconds: int = SECONDS) -> dict[str, Result]:
     """With a bar, and a line for each that ends."""
-    runner = Runner(ROOT, "optimized", profile_of, STATE, device=device, jobs=jobs)
+    runner = Runner(ROOT, "optimized", profile_of, STATE, device=device, jobs=jobs, seconds=seconds)
     controls = len({profile_of(m.file) for m in mutants})
     columns = (TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -57,7 +57,7 @@ def main(given: list[str] | None = None) -> int:
     console = Console()
     mutants = chosen(asked.only, asked.device)
     try:
-        results = run(mutants, asked.device, asked.jobs, console)
+        results = run(mutants, asked.device, asked.jobs, console, asked.seconds)
     except ControlError as error:
         console.print(f"the control is not green: {error}", style="red", markup=False)
         return 2
