@@ -337,7 +337,7 @@ def _judge_iterative(
     single = rows._replace(s=rows.s.astype(np.float32))
     eps = np.array([case.configuration.coldest for case in cases])
     exact = oracles.descend(rows)
-    condition = _conditioning(rows, many, eps)
+    condition = many.n + many.worst_row(np.nan_to_num(exact.drift, posinf=0)) / eps
     scale = condition * many.largest(np.abs(np.nan_to_num(exact.scores)))
     scores = compare(many, actual, exact.scores, oracles.descend(single).scores, stage="scores", scale=scale)
     tally.note("cases whose budget of scores exceeds 1% of the largest score", _loose(many, scale, exact.scores))

@@ -51,6 +51,9 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
     parser.add_argument(
+        "--seconds", type=int, default=SECONDS, help="of one core for each, at most (default: %(default)s)"
+    )
+    parser.add_argument(
         "--report", action="store_true", help="write tests/reports/mutants-DEVICE.json and docs/mutants.png"
     )
     asked = parser.parse_args(given)
