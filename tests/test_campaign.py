@@ -181,9 +181,26 @@ def test_rows_of_many_cases_are_solved_as_if_alone() -> None:
         cotangent = np.where(own.valid, case.g.reshape(-1, n), 0)
         gradient = oracles.descend_gradient(own, Kinks(np.nan_to_num(own.s), alone.a), cotangent)[0]
         np.testing.assert_allclose(together.scores[first:last, :n], alone.scores, rtol=1e-12, atol=1e-300)
+        np.testing.assert_allclose(together.drift[first:last], alone.drift, rtol=1e-9)
         np.testing.assert_allclose(gradients[first:last, :n], gradient, rtol=1e-9, atol=1e-9)
         assert not together.scores[first:last, n:].any()
         assert not gradients[first:last, n:].any()
+
+
+def test_drift_bounds_the_iterates() -> None:
+    """Of float32 against float64. A token that outweighs the others passes every rounding on: of 32 steps, not one."""
+    for case in small(solver, 60, lambda c: c.solver == "iterative" and tame(c)):
+        rows, _, _ = problem(case)
+        exact, single = oracles.descend(rows), oracles.descend(rows._replace(s=rows.s.astype(np.float32)))
+        known = rows.valid.any(-1)
+        error = np.abs(single.a[-1] - exact.a[-1])[known]
+        assert (error <= 4 * np.finfo(np.float32).eps * exact.drift[known]).all(), case.configuration
+    rows, _, _ = problem(solver.draw(0, 82427))
+    exact = oracles.descend(rows)
+    held = 7  # its largest logit is 16.3, at -a of every step
+    assert 0.8 < exact.drift[held] / (32 * 2 * 16.2) < 1.1
+    equal = oracles.descend(rows._replace(s=np.ones_like(rows.s)))  # none is ever held
+    np.testing.assert_allclose(equal.drift, np.abs(equal.a[-1]) + 1)
 
 
 def test_solver_gradients_are_those_of_autograd() -> None:
