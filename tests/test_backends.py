@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 import reference
+from optimized.explain import StageReport
 
 ROOT = Path(optimized.__file__).parent.parent
 ATTENTION = optimized.backends()["routed_attention"]
@@ -59,6 +60,11 @@ def inputs(case: LayerCase, device: torch.device, dtype: torch.dtype = torch.flo
 # --- choosing a backend ----------------------------------------------------------------------------------------------
 
 
+def serves(report: StageReport, name: str) -> bool:
+    """Whether a stage, as `explain` reports it, could be done by the backend: chosen, or only not preferred."""
+    return report.backend == name or report.reasons[name].endswith("is preferred")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["none", "random"])
 @pytest.mark.parametrize("window", [None, 6])
@@ -71,10 +77,8 @@ def test_every_backend_matches_or_refuses(
     layer = build(optimized, case, device, dtype)
     given = {"mask": case.inputs()["mask"].to(device)} if mask != "none" else {}
     report = optimized.explain(layer, inputs(case, device, dtype), **given).stages["routed_attention"]
-    refusal = None if report.backend == name else report.reasons[name]
     routes = oracle_layer(case, dtype, device).routes
-    able = refusal is None or refusal.endswith("is preferred")
-    if not able:
+    if not serves(report, name):
         refused = pytest.raises(ValueError, match="routed_attention: expected a backend that can run")
         with refused, optimized.use_backends(routed_attention=name):
             layer(inputs(case, device, dtype), **given)
@@ -82,9 +86,11 @@ def test_every_backend_matches_or_refuses(
     with optimized.use_backends(routed_attention=name):
         # Its own routes keep the layer on the path without a mask.
         own = layer(inputs(case, device, dtype), **given)
-        if mask == "none" and name in ("torch_flash", "torch_cudnn") and device.type == "cuda":
+        shown = torch.ones(case.batch, case.n, dtype=torch.bool, device=device)
+        masked = optimized.explain(layer, inputs(case, device, dtype), mask=shown).stages["routed_attention"]
+        if not serves(masked, name):
             assert own.isfinite().all()
-            return  # injected routes come with a mask, which these kernels don't take
+            return  # injected routes come with a mask
         actual = run_layer(optimized, case, dtype, device, routes=routes)
     exact = oracle_layer(case, dtype, device, routes=routes)
     baseline = baseline_layer(case, dtype, device, routes=routes)
@@ -96,8 +102,7 @@ def test_explain_tells_what_runs(name: str, device: torch.device) -> None:
     """The kernel that the profiler sees is the one that `explain` names."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layer, x = build(optimized, CASE, device, dtype), inputs(CASE, device, dtype)
-    reasons = optimized.explain(layer, x).stages["routed_attention"].reasons
-    if not reasons.get(name, "is preferred").endswith("is preferred"):
+    if not serves(optimized.explain(layer, x).stages["routed_attention"], name):
         return  # covered by test_every_backend_matches_or_refuses
     with optimized.use_backends(routed_attention=name):
         assert optimized.explain(layer, x).stages["routed_attention"].backend == name
