@@ -87,9 +87,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="hypothesis examples per property, cases of each kind of the campaign (default: 100; nightly: 1000)",
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
-    group.addoption(
-        "--only", metavar="WORD", help="with --mutants: those whose name, class, file or device contains it"
-    )
+    group.addoption("--only", metavar="WORD", help="with --mutants: those whose name, class or file contains it")
     group.addoption("--report", type=Path, metavar="FILE", help="write hardware, versions, hashes and results as JSON")
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,15 +24,16 @@ STATE = ROOT / ".mutants" / "results.json"
 
 
 def chosen(only: str | None, device: str) -> list[Mutant]:
-    """Those that the device can kill, and of these the ones whose name, class, file or device contains `only`."""
-    able = [m for m in MUTANTS if device == "cuda" or m.device == "cpu"]
-    return [m for m in able if not only or any(only in text for text in (m.name, m.bug, m.file, m.device))]
+    """Those of the device (a GPU's: what only it can show) whose name, class or file contains `only`."""
+    own = [m for m in MUTANTS if m.device == device]
+    return [m for m in own if not only or any(only in text for text in (m.name, m.bug, m.file))]
 
 
 def run(mutants: list[Mutant], device: str, jobs: int, console: Console, seconds: int = SECONDS) -> dict[str, Result]:
     """With a bar, and a line for each that ends."""
-    runner = Runner(ROOT, "optimized", profile_of, STATE, device=device, jobs=jobs, seconds=seconds)
-    controls = len({profile_of(m.file) for m in mutants})
+    faced = partial(profile_of, device=device)
+    runner = Runner(ROOT, "optimized", faced, STATE, device=device, jobs=jobs, seconds=seconds)
+    controls = len({faced(m.file) for m in mutants})
     columns = (TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(mutants) + controls)
@@ -47,7 +49,7 @@ def run(mutants: list[Mutant], device: str, jobs: int, console: Console, seconds
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", metavar="WORD", help="names, classes, files or devices that contain it")
+    parser.add_argument("--only", metavar="WORD", help="names, classes or files that contain it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
     parser.add_argument(

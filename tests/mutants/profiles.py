@@ -142,9 +142,41 @@ PROFILES = {
     "optimized/backends.py": BACKENDS,
     "optimized/validation.py": VALIDATION,
 }
-# Adapters that run on a GPU only.
-ON_GPU = Profile(("test_attention.py", "test_backends.py", "test_cuda_graphs.py", "test_local_attention.py"))
+# Of faults that take a GPU to show.
+LARGE = Profile(("test_large.py", "test_mixture.py"), "test_large or (combine and triton)")
+GRAPHS = Profile(("test_cuda_graphs.py", "test_attention.py"), "replay or draws_anew or (test_lengths and efficient)")
+ADAPTERS = "hidden_keys or bitwise or kernels_own_draw or test_lengths"
+PROFILES_ON_GPU = {
+    "optimized/kernels/selection.py": LARGE,
+    "optimized/kernels/coordinate_descent.py": LARGE,
+    "optimized/kernels/combine.py": LARGE,
+    "optimized/kernels/null_slot.py": LARGE,
+    "optimized/kernels/rotary.py": LARGE,
+    "optimized/validation.py": GRAPHS,
+    "optimized/attention/torch_efficient.py": GRAPHS,
+    "optimized/ops/attention.py": Profile(
+        ("test_attention.py",), "test_every_key and torch- and float16 and not flash_attn_4"
+    ),
+    "optimized/attention/__init__.py": Profile(("test_attention.py",), "test_windows or hidden_keys", examples=10),
+    "optimized/attention/lengths.py": Profile(
+        ("test_attention.py",), "test_lengths and torch- and (torch_flash or flash_attn_2)"
+    ),
+    "optimized/attention/flash_attn_4.py": Profile(("test_attention.py",), "hidden_keys and flash_attn_4"),
+    "optimized/attention/flash_attn_2.py": Profile(("test_attention.py",), f"({ADAPTERS}) and flash_attn_2"),
+    "optimized/attention/torch_flash.py": Profile(("test_attention.py",), f"({ADAPTERS}) and torch_flash"),
+    "optimized/attention/flex_window.py": Profile(
+        ("test_local_attention.py",), "test_optimized_matches and flex and torch", examples=20
+    ),
+    "optimized/local_attention.py": Profile(
+        ("test_local_attention.py",), "masked_tokens or padding or (test_optimized_matches and efficient)"
+    ),
+    "optimized/backends.py": Profile(
+        ("test_attention.py", "test_local_attention.py"),
+        "bitwise or (test_optimized_matches and not flex and not banded and torch)",
+        examples=20,
+    ),
+}
 
 
-def profile_of(file: str) -> Profile:
-    return PROFILES.get(file, ON_GPU)
+def profile_of(file: str, device: str = "cpu") -> Profile:
+    return (PROFILES if device == "cpu" else PROFILES_ON_GPU)[file]

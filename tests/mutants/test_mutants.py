@@ -16,7 +16,7 @@ def test_every_mutant_is_killed(pytestconfig: pytest.Config, capsys: pytest.Capt
     """By an assertion; and those that are argued to be equivalent survive."""
     device = pytestconfig.option.device
     mutants = command.chosen(pytestconfig.option.only, device)
-    assert mutants, f"no mutant has {pytestconfig.option.only!r} in its name, class, file or device"
+    assert mutants, f"no mutant has {pytestconfig.option.only!r} in its name, class or file"
     with capsys.disabled():
         console = Console(width=160)
         results = command.run(mutants, device, os.cpu_count() or 1, console)

@@ -10,7 +10,7 @@ import pytest
 
 import optimized
 from mutants.mutant import CLASSES, Mutant
-from mutants.profiles import ON_GPU, PROFILES, profile_of
+from mutants.profiles import PROFILES, PROFILES_ON_GPU, Profile
 from mutants.registry import MUTANTS
 
 ROOT = Path(optimized.__file__).parent.parent
@@ -41,12 +41,11 @@ def test_what_is_equivalent_is_argued() -> None:
     assert {m.device for m in MUTANTS} == {"cpu", "cuda"}
 
 
-def test_every_cpu_mutant_has_a_profile() -> None:
+@pytest.mark.parametrize(("device", "profiles"), [("cpu", PROFILES), ("cuda", PROFILES_ON_GPU)])
+def test_every_mutant_has_a_profile(device: str, profiles: dict[str, Profile]) -> None:
     """Of tests that are there; and no profile is left without a mutant."""
-    for m in MUTANTS:
-        assert (profile_of(m.file) is ON_GPU) <= (m.device == "cuda"), m.name
-    assert set(PROFILES) == {m.file for m in MUTANTS if m.device == "cpu"}
-    for profile in {ON_GPU, *PROFILES.values()}:
+    assert set(profiles) == {m.file for m in MUTANTS if m.device == device}
+    for profile in profiles.values():
         assert all((ROOT / "tests" / file).is_file() for file in profile.files)
 
 
