@@ -436,6 +436,17 @@ def test_rotation_rounds_once(kernels: str, device: torch.device) -> None:
     check_identical(rotate(t, *tables, None, kernels == "triton"), once)
 
 
+@EVERY_KERNEL
+def test_rotation_by_positions(kernels: str, device: torch.device) -> None:
+    """Each row by the angles of its own positions, in any order and more than once."""
+    t = draw((3, 5, 2, 8), "normal", 1).float().to(device)
+    angles = 10 * draw((9, 8), "normal", 2).to(device)
+    positions = torch.randint(9, (3, 5), generator=generator(3)).to(device)
+    together = rotate(t, angles.cos(), angles.sin(), positions, kernels == "triton")
+    for row, own, turned in zip(t, angles[positions], together):
+        check_identical(rotate(row[None], own.cos(), own.sin(), None, kernels == "triton")[0], turned)
+
+
 @BOTH
 def test_expert_sees_its_own_parameters_only(implementation: ModuleType, device: torch.device) -> None:
     t = CASE.inputs(device)
