@@ -104,8 +104,13 @@ def sample_collect(s: Sample) -> tuple[Any, ...]:
     return (s.floats(s.experts, s.batch, routing[0].shape[-1], 5), *routing)
 
 
+def routing_tokens(s: Sample, seed: int) -> Tensor:
+    """Of every item its own if masked."""
+    return s.floats(*((s.batch, s.experts) if s.masked else (s.experts,)), 5, seed=seed)
+
+
 def sample_logits(s: Sample) -> tuple[Any, ...]:
-    return s.floats(s.batch, s.n, 5), s.floats(s.experts, 5, seed=1), s.token_mask(), 8.0
+    return s.floats(s.batch, s.n, 5), routing_tokens(s, 1), s.token_mask(), 8.0
 
 
 def sample_logits_backward(s: Sample) -> tuple[Any, ...]:
@@ -137,8 +142,8 @@ def sample_rotary(s: Sample) -> tuple[Any, ...]:
 
 def sample_rows(s: Sample) -> tuple[Any, ...]:
     """By the exact solver, whose scores are handed on, if masked; by the iterative one, straight-through, if not."""
-    tokens, gammas = ((s.floats(s.experts, 5, seed=i), s.floats(s.experts, 5, seed=i + 2)) for i in (1, 2))
-    gammas = [gamma[..., None] for gamma in gammas]
+    tokens = (routing_tokens(s, i) for i in (1, 2))
+    gammas = (s.floats(s.experts, 5, seed=i)[..., None] for i in (3, 4))
     slots = min(4, s.n), min(3, s.n)
     epsilons = DESCENT[2:]
     return (
