@@ -74,8 +74,11 @@ def by_both(call: Callable[[bool], Tensor], leaves: list[Tensor], terms: int) ->
 
 
 def routing(n: int, k: int, device: torch.device, experts: int = 2) -> optimized.Routes:
-    """Of one item; the last slot is masked."""
-    indices = torch.stack([torch.randperm(n, generator=generator(e))[:k].sort().values for e in range(experts)])[None]
+    """Of one item; the last slot is masked. The last token is taken by the last expert alone, where k leaves a choice."""
+    few = n - 1 if k < n else n
+    rows = [torch.randperm(few, generator=generator(e))[:k].sort().values.roll(-1) for e in range(experts)]
+    rows[-1][max(k - 2, 0)] = n - 1
+    indices = torch.stack(rows)[None]
     slots = torch.ones(1, experts, k, dtype=torch.bool)
     slots[..., -1] = k == 1
     return optimized.Routes(indices.to(device), slots.to(device), slots.double().to(device), indices.to(device))

@@ -77,7 +77,7 @@ LOGITS = Profile(
 )
 GATHER = Profile(
     ("test_operators.py", "test_mixture.py", "test_boundaries.py"),
-    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing or experts-65",
+    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing or experts-65 or channels-4097",
     interpreted=True,
 )
 EXPERTS = Profile(

@@ -105,10 +105,10 @@ MUTANTS = (
         "trymirai/lalamo#310: padded tokens leak",
     ),
     Mutant(
-        "gather-second-group-with-the-first-k",
+        "gather-second-group-one-slot-short",
         GATHER,
         "        out_0 = out_1\n        if HAS_NORM:\n            gamma_0 = gamma_1\n        k_0 = k_1\n",
-        "        out_0 = out_1\n        if HAS_NORM:\n            gamma_0 = gamma_1\n",
+        "        out_0 = out_1\n        if HAS_NORM:\n            gamma_0 = gamma_1\n        k_0 = k_1 - 1\n",
         "stride and layout",
     ),
     Mutant(
