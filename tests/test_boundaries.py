@@ -74,7 +74,7 @@ def by_both(call: Callable[[bool], Tensor], leaves: list[Tensor], terms: int) ->
 
 
 def routing(n: int, k: int, device: torch.device, experts: int = 2) -> optimized.Routes:
-    """Of one item; the last slot is masked. The last token is taken by the last expert alone, where k leaves a choice."""
+    """Of one item; the last slot is masked. The last token is the last expert's alone, where k leaves a choice."""
     few = n - 1 if k < n else n
     rows = [torch.randperm(few, generator=generator(e))[:k].sort().values.roll(-1) for e in range(experts)]
     rows[-1][max(k - 2, 0)] = n - 1
