@@ -35,6 +35,7 @@ from torch import Tensor
 
 import optimized
 import reference
+from optimized.ops.expert_attention import _scale, _scale_backward
 from optimized.routed_attention import rotate
 from reference import oracle
 
@@ -424,6 +425,26 @@ def test_rotation_depends_on_differences(implementation: ModuleType, device: tor
     assert not torch.allclose(
         call(implementation, t | {"null_kv": null, "rotary_emb": position * 2 * frequency}), outs[0]
     )
+
+
+@EVERY_KERNEL
+def test_value_scores(kernels: str, device: torch.device) -> None:
+    """In place as beside, of more slots than a program looks at and more heads than a tile holds: 1, 0 and NaN too."""
+    v, g = (draw((4, 40, 40, 64), "normal", i).to(device) for i in (1, 2))
+    scores = draw((2, 2, 40), "normal", 3).to(device)
+    scores[..., ::3], scores[..., 1::7], scores[..., 2::7] = 1, 0, math.nan
+    by_row = scores.transpose(0, 1).reshape(4, 40, 1, 1)
+    for unit in (False, True):
+        scaled = _scale(v.clone(), scores, unit, kernels == "triton")
+        assert torch.equal(scaled.isnan(), by_row.isnan().expand_as(v))
+        check_identical(scaled.nan_to_num(), (v * by_row).nan_to_num())
+    scores, by_row = scores.nan_to_num(0.5), by_row.nan_to_num(0.5)
+    dv = g.clone()
+    dscores = _scale_backward(dv, v, scores, kernels == "triton")
+    check_identical(dv, g * by_row)
+    sums = ((g.to(dtype) * v.to(dtype)).sum((-1, -2)).view(2, 2, 40) for dtype in (torch.float64, torch.float32))
+    exact, single = (t.transpose(0, 1) for t in sums)
+    check(dscores, exact, single, stage="routed_attention_gradient", name="scores")
 
 
 @EVERY_KERNEL

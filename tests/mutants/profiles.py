@@ -82,7 +82,8 @@ GATHER = Profile(
 )
 EXPERTS = Profile(
     ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
-    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null or masked_lanes",
+    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null or masked_lanes "
+    "or value_scores",
     interpreted=True,
 )
 WINDOW = Profile(
