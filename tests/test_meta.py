@@ -106,6 +106,7 @@ TOLERANCES: dict[str, str] = {
     "test_benchmarks.py::test_flex_window_sees_the_window": THEIRS,
     "campaign/oracles.py::cap": BY_HAND,
     "test_campaign.py::test_drift_bounds_the_iterates": BOUND,
+    "test_mixture.py::test_both_routers_at_once": IDENTITY,
     "test_campaign.py::test_rows_of_many_cases_are_solved_as_if_alone": IDENTITY,
     "test_campaign.py::test_solver_gradients_are_those_of_autograd": IDENTITY,
     "test_campaign.py::test_fractions_are_those_of_the_comparator": NO_TENSOR,

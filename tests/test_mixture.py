@@ -495,6 +495,67 @@ def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) ->
 
 
 @EVERY_KERNEL
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_both_routers_at_once(kernels: str, straight_through: bool, device: torch.device) -> None:
+    """By one operator where x is its own context, as by two routers: routes and output of PyTorch's operations.
+
+    K of the queries is right below N, so that their mass is capped, in few steps; then another mask of the context,
+    which takes the operator out, and routes of the caller with scores that are not 1, and their gradient.
+    """
+    options = {"num_routed_queries": 9, "num_routed_key_values": 4, "num_experts": 2, "heads": 1, "dim_head": 4}
+    options |= {"straight_through": straight_through, "cosine_sim_routing": True, "cosine_sim_scale": 1.0, "eps": 1.0}
+    options |= {"n_iters": 2}
+    layer = optimized.MixtureOfAttention(8, **options, device=device, dtype=torch.float64).eval()
+    x = draw((2, 10, 8), "normal", 1).to(device)
+    mask, other = (torch.rand(2, 10, generator=generator(i)).to(device) < 0.8 for i in (2, 3))
+    _, routes = layer(x, mask=mask, return_routes=True)
+    halved = tuple(r._replace(scores=(r.scores.detach() / 2).requires_grad_()) for r in routes)
+    for arguments in (
+        {},
+        {"mask": mask},
+        {"mask": mask, "context": x, "context_mask": other},
+        {"mask": mask, "routes": halved},
+    ):
+        out, found = layer(x, **arguments, return_routes=True)
+        with optimized.use_backends(routing="torch", dispatch="torch", mixture="torch"):
+            expected, by_torch = layer(x, **arguments, return_routes=True)
+        assert torch.allclose(out, expected, rtol=0, atol=1e-12)
+        leaves = [r.scores for r in halved] if "routes" in arguments else [layer.attn.null_kv]
+        for a, b in zip(*(torch.autograd.grad(t.square().sum(), leaves) for t in (out, expected))):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
+        for ours, theirs in zip(found, by_torch):
+            assert torch.equal(ours.indices, theirs.indices)
+            assert torch.equal(ours.mask, theirs.mask)
+            assert torch.allclose(ours.logits, theirs.logits, rtol=0, atol=1e-12)
+            assert torch.allclose(ours.scores, theirs.scores, rtol=0, atol=1e-9)
+
+
+@EVERY_KERNEL
+def test_scores_of_the_callers_routes(kernels: str, device: torch.device) -> None:
+    """Are not taken for the ones of a router that hands its scores straight through: output and their gradient."""
+    options = {"num_routed_queries": 5, "num_routed_key_values": 4, "num_experts": 2, "heads": 1, "dim_head": 4}
+    layer, exact, single = (
+        package.MixtureOfAttention(8, **options, device=device, dtype=dtype).eval()
+        for package, dtype in (
+            (optimized, torch.float64),
+            (reference, torch.float64),
+            (reference, torch.float32),
+        )
+    )
+    x = draw((2, 10, 8), "normal", 1).to(device)
+    _, routes = layer(x, return_routes=True)
+    found = []
+    for other in (layer, exact, single):
+        other.load_state_dict(layer.state_dict())
+        dtype = next(other.parameters()).dtype
+        mine = tuple(r._replace(scores=(r.scores.detach() / 2).to(dtype).requires_grad_()) for r in routes)
+        out = other(x.to(dtype), routes=mine)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), [r.scores for r in mine])))
+    for name, actual, oracle_, baseline in zip(("out", "q_scores", "kv_scores"), *found):
+        check(actual, oracle_, baseline, stage="mixture_gradient" if "scores" in name else "mixture", name=name)
+
+
+@EVERY_KERNEL
 def test_a_nan_routing_token_reaches_no_masked_token(kernels: str, device: torch.device) -> None:
     """Its gradient is 0, not 0 times NaN."""
     case = LayerCase(n=20, k_q=5, k_kv=6, mask="long_suffix")

@@ -60,7 +60,7 @@ ATTENTION = Profile(
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
+    "rotation or rotary_tables or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
     interpreted=True,
     examples=40,
 )
@@ -72,7 +72,7 @@ LAUNCH = Profile(
 )
 LOGITS = Profile(
     ("test_operators.py", "test_mixture.py"),
-    "(whole_stages and (router_logits or routed_rows)) or own_context or nan_routing",
+    "(whole_stages and (router_logits or routed_rows)) or own_context or nan_routing or both_routers",
     interpreted=True,
 )
 GATHER = Profile(
@@ -91,9 +91,13 @@ WINDOW = Profile(
     "one_operator or (whole_stages and window) or (window_attention and opcheck and masked)",
     interpreted=True,
 )
-ROUTER = Profile(("test_routing.py", "test_operators.py", "test_backends.py"),
-    "test_routing or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
-    "or plain_call or threshold or autocast or (batching and (coordinate or capped) and plain)")  # fmt: skip
+ROUTER = Profile(
+    ("test_mixture.py", "test_routing.py", "test_operators.py", "test_backends.py"),
+    "both_routers or (not triton and not test_mixture and (test_routing "
+    "or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
+    "or plain_call or threshold or autocast or (batching and (coordinate or capped) and plain)))",
+    interpreted=True,
+)
 TOKENS = Profile(
     ("test_operators.py", "test_mixture.py"),
     "dispatch or collect or moves or transposed or test_mixture",
@@ -104,7 +108,9 @@ REGISTRATION = Profile(
 )
 LOCAL = Profile(("test_local_attention.py", "test_public_defects.py"))
 LAYER = Profile(
-    ("test_routed_attention.py", "test_mixture.py", "test_backends.py", "test_validation.py"), "not checkpoint"
+    ("test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
+    "both_routers or callers_routes or (not triton and not checkpoint)",
+    interpreted=True,
 )
 BACKENDS = Profile(("test_backends.py", "test_validation.py", "test_attention.py"))
 VALIDATION = Profile(("test_validation.py",))
