@@ -494,6 +494,30 @@ def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) ->
         assert (actual - exact).abs().max() <= 1e-9 * exact.abs().max() + 1e-12
 
 
+@EVERY_KERNEL
+def test_context_without_tokens(kernels: str, device: torch.device) -> None:
+    """Only the null slot is left to attend to: its weight is 1, whatever the queries are.
+
+    A log-sum-exp of no keys that is finite would leave the null slot a part of its weight.
+    """
+    case = LayerCase(n=20, k_q=5, k_kv=6)
+    layers = [
+        implementation.MixtureOfAttention(**case.arguments() | {"dropout": 0.0}, device=device, dtype=torch.float64)
+        for implementation in (reference, optimized)
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = case.inputs()["x"].to(device).requires_grad_()
+    found = []
+    for layer in layers:
+        out = layer(x, context=x[:, :0].detach())
+        leaves = [x, *layer.parameters()]
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves, materialize_grads=True)))
+    for exact, actual in zip(*found):
+        assert (actual - exact).abs().max() <= 1e-9 * exact.abs().max() + 1e-12
+    layers[1].attn.to_q.weight.data.neg_()
+    check_identical(layers[1](x, context=x[:, :0].detach()).detach(), found[1][0].detach())
+
+
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @pytest.mark.parametrize("straight_through", [True, False])
 def test_both_routers_at_once(kernels: str, straight_through: bool, device: torch.device) -> None:

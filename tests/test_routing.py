@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from runs import BASELINE_OF, router_tensors
 from strategies import MASKS, RouterCase, draw, draw_mask, generator, router_cases
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import optimized
 import reference
@@ -704,3 +705,15 @@ def test_straight_through_scores_need_a_solver_for_their_gradient_alone(
         without = optimized.route(x, tokens, case.k, hidden, **options)
     for a, b in zip(without, with_gradient):
         check_identical(a, b.detach())
+
+
+@pytest.mark.parametrize("moved", [0, 1], ids=["x", "tokens"])
+@EVERY_KERNEL
+def test_straight_through_scores_refuse_forward_mode(kernels: str, moved: int, device: torch.device) -> None:
+    """Their value is constant, their derivative is not: without requires_grad anywhere, a tangent must be named as
+    unsupported, not lost.
+    """
+    inputs = [t.to(device) for t in RouterCase(n=24).tensors()[:2]]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"^moa::\w+: forward-mode differentiation is not"):
+        inputs[moved] = forward_ad.make_dual(inputs[moved], torch.ones_like(inputs[moved]))
+        optimized.route(*inputs, 9, straight_through=True)
