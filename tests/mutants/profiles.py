@@ -53,8 +53,9 @@ COMBINE = Profile(
     interpreted=True,
 )
 ATTENTION = Profile(
-    ("test_attention.py", "test_operators.py", "test_routed_attention.py"),
-    "test_attention.py or (attention and opcheck) or (test_routed_attention.py and (dropout or null or order))",
+    ("test_mixture.py", "test_attention.py", "test_operators.py", "test_routed_attention.py"),
+    "without_tokens or test_attention.py or (attention and opcheck) "
+    "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
 )
