@@ -76,18 +76,19 @@ def test_every_backend_matches_or_refuses(
     case = replace(CASE, window=window, mask=mask, seed=3)
     layer = build(optimized, case, device, dtype)
     given = {"mask": case.inputs()["mask"].to(device)} if mask != "none" else {}
-    report = optimized.explain(layer, inputs(case, device, dtype), **given).stages["routed_attention"]
+    x = inputs(case, device, dtype)
+    shown = torch.ones(case.batch, case.n, dtype=torch.bool, device=device)
+    report = optimized.explain(layer, x, **given).stages["routed_attention"]
+    masked = optimized.explain(layer, x, mask=shown).stages["routed_attention"]
     routes = oracle_layer(case, dtype, device).routes
     if not serves(report, name):
         refused = pytest.raises(ValueError, match="routed_attention: expected a backend that can run")
         with refused, optimized.use_backends(routed_attention=name):
-            layer(inputs(case, device, dtype), **given)
+            layer(x, **given)
         return
     with optimized.use_backends(routed_attention=name):
         # Its own routes keep the layer on the path without a mask.
-        own = layer(inputs(case, device, dtype), **given)
-        shown = torch.ones(case.batch, case.n, dtype=torch.bool, device=device)
-        masked = optimized.explain(layer, inputs(case, device, dtype), mask=shown).stages["routed_attention"]
+        own = layer(x, **given)
         if not serves(masked, name):
             assert own.isfinite().all()
             return  # injected routes come with a mask
