@@ -61,6 +61,7 @@ def test_a_run_on_a_defective_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of this run, which --impl may refuse
     options = ["--impl", "theirs:Layer", "--impl-report", str(written), "-k", "experts or batch", "--max-examples", "5"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", *options],
