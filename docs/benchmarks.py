@@ -23,7 +23,7 @@ FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
 Report = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the kind of K by the line's style besides.
-BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#000000"
+BLUE, SKY, ORANGE, BLACK = "#0072B2", "#56B4E9", "#E69F00", "#000000"
 LINES = {  # device: (label, competitor, group, colour, style, marker)
     "cuda": [
         ("dense attention", "dense", "sweep K = N/8", BLACK, ":", "s"),
@@ -31,6 +31,8 @@ LINES = {  # device: (label, competitor, group, colour, style, marker)
         ("reference, K = 1024", "reference", "sweep K = 1024", ORANGE, "--", "v"),
         ("this layer, K = N/8", "optimized", "sweep K = N/8", BLUE, "-", "o"),
         ("this layer, K = 1024", "optimized", "sweep K = 1024", BLUE, "--", "D"),
+        ("as a CUDA graph, K = N/8", "optimized graph", "sweep K = N/8", SKY, "-", "o"),
+        ("as a CUDA graph, K = 1024", "optimized graph", "sweep K = 1024", SKY, "--", "D"),
     ],
     "cpu": [
         ("dense attention", "dense", "fixed K", BLACK, ":", "s"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,6 +252,33 @@ def test_queries_beyond_a_program(kernels: str, device: torch.device) -> None:
     """The last program of the merge has a few of its queries."""
     case = Case(per_group=1, queries=ROWS + 5, keys=3, heads=1)
     compare_with_the_definition(case, "math", kernels, torch.float64, device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "unaligned"])
+def test_a_backend_is_handed_rows_that_it_can_load(
+    layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 bytes at a time, as the flash kernels do; a row that starts elsewhere ends their process, or is read askew."""
+    backend, handed = importlib.import_module("optimized.attention.math"), []
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*given: Any) -> Any:
+            handed.append([t for t in given if isinstance(t, Tensor) and t.ndim == 4])
+            return call(*given)
+
+        return made
+
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(backend, direction, noted(getattr(backend, direction)))
+    case = Case(dim_head=8, null=False)
+    t = {n: lay_out(x.float().to(device), layout).requires_grad_() for n, x in case.leaves().items()}
+    out = ops.attend(*t.values(), None, None, None, 0.0, -1, False, "math", False)[0]
+    torch.autograd.grad(out, list(t.values()), lay_out(cotangent(case).float().to(device), layout))
+    assert [len(tensors) for tensors in handed] == [3, 7]  # q, k, v; dout, q, k, v, out, dk, dv
+    for tensor in (tensor for tensors in handed for tensor in tensors):
+        assert tensor.stride(-1) == 1
+        assert tensor.data_ptr() % 16 == 0
+        assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
 
 
 @EVERY_KERNEL

@@ -109,9 +109,10 @@ def _cuda() -> list[Case]:
     lengths = [1024 << i for i in range(8)]
     sweep = {"batch": 1, **large}
     for n in lengths:
-        by_length = {"group": "sweep K = N/8", "competitors": (*LAYERS, "dense")}
+        by_length = {"group": "sweep K = N/8", "competitors": (*LAYERS, "optimized graph", "dense")}
         out.append(Case(f"N {n} K N/8", n=n, slots=n // 8, **sweep, **by_length))
-    out += [Case(f"N {n} K 1024", n=n, slots=1024, **sweep, group="sweep K = 1024") for n in lengths]
+    fixed = {"slots": 1024, "group": "sweep K = 1024", "competitors": (*LAYERS, "optimized graph")}
+    out += [Case(f"N {n} K 1024", n=n, **sweep, **fixed) for n in lengths]
     for experts in (1, 2, 4, 8, 16):
         out.append(
             replace(k8, name=f"8k E {experts}", group="sweep E", experts=experts, detail=False, competitors=LAYERS)

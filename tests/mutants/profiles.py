@@ -151,17 +151,21 @@ PROFILES = {
     "optimized/validation.py": VALIDATION,
 }
 # Of faults that take a GPU to show.
-LARGE = Profile(("test_large.py", "test_mixture.py"), "test_large or (combine and triton)")
-GRAPHS = Profile(("test_cuda_graphs.py", "test_attention.py"), "replay or draws_anew or (test_lengths and efficient)")
+LARGE = Profile(("test_large.py",), "test_large")
 ADAPTERS = "hidden_keys or bitwise or kernels_own_draw or test_lengths"
 PROFILES_ON_GPU = {
     "optimized/kernels/selection.py": LARGE,
     "optimized/kernels/coordinate_descent.py": LARGE,
-    "optimized/kernels/combine.py": LARGE,
+    "optimized/kernels/combine.py": Profile(
+        ("test_large.py", "test_poison.py"), "(test_large.py or uninitialised) and combine"
+    ),
     "optimized/kernels/null_slot.py": LARGE,
     "optimized/kernels/rotary.py": LARGE,
-    "optimized/validation.py": GRAPHS,
-    "optimized/attention/torch_efficient.py": GRAPHS,
+    "optimized/validation.py": Profile(("test_cuda_graphs.py",), "every_input and routes"),
+    "optimized/attention/torch_efficient.py": Profile(
+        ("test_cuda_graphs.py", "test_attention.py"),
+        "(every_attention_backend or draws_anew or test_lengths) and efficient",
+    ),
     "optimized/ops/attention.py": Profile(
         ("test_attention.py",), "test_every_key and torch- and float16 and not flash_attn_4"
     ),

@@ -377,4 +377,12 @@ MUTANTS = (
         "return None",
         "dropout",
     ),
+    Mutant(
+        "attention-rows-unaligned",
+        "optimized/ops/attention.py",
+        "t if _aligned(t) else t.clone(memory_format=torch.contiguous_format)",
+        "t",
+        "stride and layout",
+        "ROCm/aiter#5067: unaligned views",
+    ),
 )
