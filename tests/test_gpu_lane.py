@@ -328,8 +328,20 @@ def test_beside_a_busy_stream(name: str, device: torch.device) -> None:
 
 
 def leave_nan(device: torch.device) -> None:
-    """In memory that the allocator gives out next."""
-    blocks = [torch.full((size // 4,), torch.nan, device=device) for i in range(9, 25) for size in [1 << i] * 6]
+    """In all memory that the allocator holds and can give out next, and at least six blocks of every size.
+
+    Blocks of each size alone don't reach the pieces that an earlier test left between them.
+    """
+    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for i in range(9, 25) for size in [1 << i] * 6]
+    del blocks
+    free = [
+        block["size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["stream"] == 0 and tuple(segment["segment_pool_id"]) == (0, 0)
+        for block in segment["blocks"]
+        if block["state"] == "inactive" and (segment["segment_type"] == "small" or block["size"] > 1 << 20)
+    ]
+    blocks = [torch.full((size // 4,), torch.nan, device=device) for size in free]  # of its size: each is given itself
     del blocks
 
 

@@ -150,10 +150,10 @@ MUTANTS = (
         "cuda",
     ),
     Mutant(
-        "efficient-lse-padding-zero",
+        "efficient-lse-padding-of-the-other-sign",
         "optimized/attention/torch_efficient.py",
         "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)",
-        "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), 0.0)",
+        "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), -math.inf)",
         "tail mask",
         "pytorch/pytorch#176793: gradients past the last query",
         "cuda",
@@ -174,7 +174,9 @@ MUTANTS = (
         "visible = valid[:, :, None] & band",
         "masked rows and sentinels",
         "pytorch/pytorch#103963: NaN of fully masked rows",
-        "cuda",  # PyTorch's CPU kernels return zeros for a row that sees nothing
+        "cuda",
+        equivalent="PyTorch's kernels return zeros for a row that sees nothing, and gradients of 0: seen with its "
+        "efficient and its plain attention in every dtype (torch 2.11, H200).",
     ),
     Mutant(
         "cudnn-in-deterministic-mode",
