@@ -232,6 +232,9 @@ def section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+OURS = ("this layer", "as a CUDA graph")
+
+
 def readme_table(reports: list[Report]) -> str:
     """What stands between the markers of README.md."""
     if not reports:
@@ -247,17 +250,16 @@ def readme_table(reports: list[Report]) -> str:
             for heading, name in columns.items()
             if any("p50" in find(report, case, name, d) for case in cases for d in DIRECTIONS)
         }
-        lines = [["ms", *shown, "x floor", "peak MiB: layer, dense"]]
+        lines = [["ms", *shown, *(f"x floor: {name}" for name in OURS if name in shown), "peak MiB: layer, dense"]]
         for case in cases:
-            layer = [find(report, case, "optimized", d) for d in DIRECTIONS]
-            cells = []
-            for name in shown.values():
-                rows = [find(report, case, name, d) for d in DIRECTIONS]
-                cells.append(both([milliseconds(r["p50"]) if "p50" in r else "-" for r in rows]))
-            dense = find(report, case, "dense", BOTH)
-            peaks = f"{number(layer[1], 'peak_mib', '.0f')}, {number(dense, 'peak_mib', '.0f')}"
+            rows_of = {
+                name: [find(report, case, competitor, d) for d in DIRECTIONS] for name, competitor in shown.items()
+            }
+            cells = [both([milliseconds(r["p50"]) if "p50" in r else "-" for r in rows]) for rows in rows_of.values()]
+            peaks = [number(find(report, case, name, BOTH), "peak_mib", ".0f") for name in ("optimized", "dense")]
             if set(cells) != {"-"}:
-                lines.append([case, *cells, pair(layer, "over_floor", ".2f"), peaks])
+                floors = [pair(rows_of[name], "over_floor", ".2f") for name in OURS if name in shown]
+                lines.append([case, *cells, *floors, ", ".join(peaks)])
         parts.append(aligned(lines))
         parts.append(
             f"*{report['hardware']['name']}, torch {report['versions']['torch']}: forward / forward+backward.*"
