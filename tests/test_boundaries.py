@@ -7,7 +7,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
     return [t for target in targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
 
 
-def sizes() -> list[int]:
-    """Below, at, above, and beyond twice each of them."""
-    units = {value // BYTES.get(name, 1) for name, value in constants().items()}
+def sizes(names: Iterable[str] | None = None) -> list[int]:
+    """Below, at, above, and beyond twice each of them, or each of these."""
+    found = constants()
+    units = {found[name] // BYTES.get(name, 1) for name in (found if names is None else names)}
     return sorted({size for c in units for size in (c - 1, c, c + 1, 2 * c + 1) if size > 0})
 
 
@@ -217,25 +218,28 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",
 }
+FEW = 20  # sizes up to here are interpreted along every axis
 WINDOWS = ("local_attention.MIN_BLOCK", "local_attention.MAX_BLOCK")
 
 
-def cases(above: bool) -> Iterator[Any]:
-    """Axis and size: those that the interpreter can take, or those above."""
-    for axis, (_, interpreted, compiled) in AXES.items():
+def cases(interpreted: bool) -> Iterator[Any]:
+    """Axis and size: those for the interpreter, or all others. It takes those of the axis' own constants, and few."""
+    for axis, (_, most_interpreted, most) in AXES.items():
+        own = sizes(name for name in CROSSED if CROSSED[name] == axis)
         for size in sizes():
-            if interpreted < size <= compiled if above else size <= interpreted:
+            taken = size <= most_interpreted and (size in own or size <= FEW)
+            if size <= most and taken == interpreted:
                 yield pytest.param("triton", axis, size, id=f"triton-{axis}-{size}")
 
 
-@pytest.mark.parametrize(("kernels", "axis", "size"), list(cases(False)), indirect=["kernels"])
+@pytest.mark.parametrize(("kernels", "axis", "size"), list(cases(interpreted=True)), indirect=["kernels"])
 def test_around_every_block(kernels: str, axis: str, size: int, device: torch.device) -> None:
     AXES[axis][0](size, device)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kernels", "axis", "size"), list(cases(True)), indirect=["kernels"])
-def test_around_every_large_block(kernels: str, axis: str, size: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("kernels", "axis", "size"), list(cases(interpreted=False)), indirect=["kernels"])
+def test_around_every_block_of_all(kernels: str, axis: str, size: int, device: torch.device) -> None:
     AXES[axis][0](size, device)
 
 
