@@ -32,13 +32,14 @@ def sized_for_half(case: LayerCase) -> LayerCase:
     hold.
 
     No constant values: with all keys equal the gradient of the queries cancels to what the null key leaves, and a flash
-    backward, which takes delta from an output already rounded, errs by eps of the terms that cancelled. No tiny values:
+    backward, which takes delta from an output already rounded, errs by eps of the terms that cancelled; with tied
+    values, where many keys are equal, so does one case in some ten thousands. No tiny values:
     the gradient through the norm of a token of size 1e-3 is beyond float16. No one-hot cotangent and no single valid
     token: the gradient of a single query is one such cancellation, and no statistic.
     """
     return replace(
         case,
-        values="normal" if case.values in ("constant", "tiny") else case.values,
+        values="normal" if case.values in ("constant", "ties", "tiny") else case.values,
         n=case.n + 16,
         context=None if case.context is None else case.context + 16,
         cotangent="dense" if case.cotangent == "one_hot" else case.cotangent,
