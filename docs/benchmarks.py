@@ -49,6 +49,7 @@ STAGES = {
     "dx": ("#999933", ""), "rotary": ("#CC6677", "///"), "norm": ("#DDCC77", "///"), "copies": ("#777777", ""),
     "other": ("#DDDDDD", ""),
 }  # fmt: skip
+OURS = ("this layer", "as a CUDA graph")  # columns of the README that stand beside a floor
 PART_STAGE = {"attention": "attention", "local attention": "attention", "copy": "copies"}  # of the floor; else GEMM
 
 
@@ -230,9 +231,6 @@ def section(report: Report) -> str:
         parts += ["### Parts of the floor", floor_table(report, found["standard"])]
     parts += ["### Backends", backends_table(report), "### Not measured", missing_table(report)]
     return "\n\n".join(parts)
-
-
-OURS = ("this layer", "as a CUDA graph")
 
 
 def readme_table(reports: list[Report]) -> str:

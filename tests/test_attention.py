@@ -32,7 +32,7 @@ from strategies import SEEDS, draw, generator, lay_out
 from torch import Tensor
 
 from optimized import ops
-from optimized.attention import module_name
+from optimized.attention import adapter, module_name
 from optimized.backends import Request, obstacle
 from optimized.kernels.null_slot import ROWS
 
@@ -259,7 +259,7 @@ def test_a_backend_is_handed_rows_that_it_can_load(
     layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """16 bytes at a time, as the flash kernels do; a row that starts elsewhere ends their process, or is read askew."""
-    backend, handed = importlib.import_module("optimized.attention.math"), []
+    backend, handed = adapter("math"), []
 
     def noted(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*given: Any) -> Any:

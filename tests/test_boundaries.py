@@ -239,7 +239,7 @@ def test_around_every_block(kernels: str, axis: str, size: int, device: torch.de
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernels", "axis", "size"), list(cases(interpreted=False)), indirect=["kernels"])
-def test_around_every_block_of_all(kernels: str, axis: str, size: int, device: torch.device) -> None:
+def test_around_every_other_block(kernels: str, axis: str, size: int, device: torch.device) -> None:
     AXES[axis][0](size, device)
 
 

@@ -365,13 +365,13 @@ def test_in_memory_full_of_nan(name: str, device: torch.device) -> None:
     expected = work.run()
     gc.collect()  # what it frees later would lie between what was filled
     full = 0
-    for i in range(50):
+    for i in range(60):  # a piece freed meanwhile may be given out a few times: fifty runs count
         if i % 10 == 0:
             torch.cuda.empty_cache()
         leave_nan(device)
         full += bool(torch.empty(1000, device=device).isnan().all())
         check_runs(work.run(), expected)
-    assert full > 40, f"memory given out was full of NaN in {full} of 50 runs"
+    assert full >= 50, f"memory given out was full of NaN in {full} of 60 runs"
 
 
 @pytest.mark.gpu
