@@ -1,4 +1,4 @@
-"""One declaration makes an operator: schema, fake, gradient, batching rule, FLOP count, and its way past the dispatcher.
+"""One declaration makes an operator: schema, fake, gradient, batching rule, FLOPs, and its way past the dispatcher.
 
 An operator is a class of plain functions. They take the arguments as one namespace, by the names of the schema:
 
@@ -11,7 +11,7 @@ An operator is a class of plain functions. They take the arguments as one namesp
     class project:
         def forward(a): ...             # the results, in the order of the schema
         def fake(a): ...                # the same of empty tensors; sizes may be SymInt
-        def backward(a, g, needs): ...  # {"x": dx, "w": dw}; a: saved tensors and constants; g: gradients by result, or None
+        def backward(a, g, needs): ...  # {"x": dx, "w": dw}; a: what was saved; g: gradients of results, or None
         def flops(a, out): ...          # of matrix products; optional, as is backward_flops(a, out)
 
 `needs.x` says whether anybody asks for the gradient of x: what nobody asks for is not computed. The result is called as
