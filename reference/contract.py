@@ -1,0 +1,424 @@
+"""What both packages share: the checks of arguments, and the types that carry what was checked.
+
+No arithmetic. Every refusal is made before any work and reads `argument: expected ..., got ...`. Sizes and other
+integers may be symbolic (torch.SymInt), tensors fake, on the meta device, traced or batched: only `routes` looks at
+values, and only where there are any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Routes(NamedTuple):
+    """What a router decided. Within a row, indices are distinct: valid tokens ascending, then masked ones."""
+
+    indices: Int64[Tensor, "B E K"]
+    mask: Bool[Tensor, "B E K"]  # False: the slot holds a masked token and takes part in nothing
+    scores: Float[Tensor, "B E K"]
+    logits: Float[Tensor, "B E N"]
+
+    @property
+    def load(self) -> Int64[Tensor, "B E"]:
+        """Number of valid tokens that each expert received."""
+        return self.mask.sum(dim=-1)
+
+
+# Refusals
+
+
+def reject(argument: str, expected: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise `argument: expected ..., got ...`; a string stands as it is, other values are described."""
+    raise error(f"{argument}: expected {expected}, got {value if isinstance(value, str) else describe(value)}")
+
+
+def describe(value: object) -> str:
+    """Tensors by dtype, shape and device; other values by their repr, shortened."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
+
+
+def integer(argument: str, value: Any, least: int) -> int:
+    """A Python int, or the symbolic integer that was given, which stays symbolic."""
+    if isinstance(value, torch.SymInt):
+        torch._check(value >= least, lambda: f"{argument}: expected an integer >= {least}, got {value}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        reject(argument, f"an integer >= {least}", describe(value), TypeError)
+    if value < least:
+        reject(argument, f"an integer >= {least}", value)
+    return int(value)
+
+
+def positive_int(argument: str, value: Any) -> int:
+    return integer(argument, value, least=1)
+
+
+def number(argument: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        torch._check(holds(value), lambda: f"{argument}: expected {expected}, got {value}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        reject(argument, expected, describe(value), TypeError)
+    if not math.isfinite(value) or not holds(float(value)):
+        reject(argument, expected, value)
+    return float(value)
+
+
+def probability(argument: str, value: Any) -> float:
+    return number(argument, value, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def flag(argument: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        reject(argument, "True or False", describe(value), TypeError)
+    return value
+
+
+def floating_dtype(argument: str, value: Any) -> None:
+    """None, or a dtype that parameters may have."""
+    if value is not None and value not in FLOATING:
+        reject(argument, "float64, float32, float16 or bfloat16", value, TypeError)
+
+
+def tensor(
+    argument: str,
+    value: Any,
+    *shape: int | str,
+    dtypes: tuple[torch.dtype, ...] = FLOATING,
+    beside: Tensor | None = None,
+    dtype_of: tuple[str, Tensor] | None = None,
+) -> None:
+    """Type, dtype, rank and sizes (a letter stands for a free size), device of `beside`, dtype of `dtype_of`.
+
+    Under autocast `dtype_of` is not asked for: the operations convert.
+    """
+    if not isinstance(value, Tensor):
+        reject(argument, f"a tensor of shape ({', '.join(map(str, shape))})", describe(value), TypeError)
+    _not_distributed(argument, value)
+    if value.dtype not in dtypes:
+        reject(argument, f"dtype {' or '.join(map(str, dtypes))}", value, TypeError)
+    if value.ndim != len(shape) or any(
+        not isinstance(size, str) and size != actual for size, actual in zip(shape, value.shape)
+    ):
+        reject(argument, f"shape ({', '.join(map(str, shape))})", value)
+    if beside is not None and value.device != beside.device:
+        reject(argument, f"device {beside.device}", value)
+    if dtype_of is not None:
+        name, other = dtype_of
+        # Autocast leaves float64 alone, so it reconciles the other three only.
+        converts = torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, other.dtype)
+        if value.dtype != other.dtype and not converts:
+            reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
+
+
+def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, what: str) -> None:
+    """Device and dtype of a tensor beside a parameter (None: nothing to compare with) of the module that asks.
+
+    To be called in the forward of the module that owns the parameter, and nowhere above: FSDP casts a module's inputs
+    and gathers its parameters right before that.
+    """
+    if parameter is not None:
+        _not_distributed(what, parameter)
+        tensor(argument, value, *value.shape, beside=parameter, dtype_of=(what, parameter))
+
+
+def _not_distributed(argument: str, value: Tensor) -> None:
+    if type(value) is Tensor or type(value) is nn.Parameter or not torch.distributed.is_available():
+        return
+    from torch.distributed.tensor import DTensor  # costs a second, and ordinary tensors never come here
+
+    if isinstance(value, DTensor):
+        reject(argument, "an ordinary tensor (`.to_local()` or `.full_tensor()` gives one)", "a DTensor", TypeError)
+
+
+def token_mask(argument: str, mask: Any, x: Tensor, dim: int = 1) -> None:
+    """None, or (B, N) bool, where N is x's size in `dim`."""
+    if mask is not None:
+        tensor(argument, mask, x.shape[0], x.shape[dim], dtypes=(torch.bool,), beside=x)
+
+
+def routing_tokens(argument: str, tokens: Any, x: Tensor, experts: int | str, dim: int) -> None:
+    """(E, D), or (B, E, D) with one set for each batch item."""
+    batched = isinstance(tokens, Tensor) and tokens.ndim == 3
+    shape = (x.shape[0], experts, dim) if batched else (experts, dim)
+    tensor(argument, tokens, *shape, beside=x, dtype_of=("x", x))
+    if tokens.shape[-2] == 0:
+        reject(argument, "at least one expert", tokens)
+
+
+def held_or_given_tokens(argument: str, tokens: Any, x: Tensor, experts: int, dim: int, *, given: bool) -> None:
+    """Routing tokens of a call: none where the router holds its own, else (E, D) or (B, E, D).
+
+    given: learned_routing_tokens=True, the router holds none.
+    """
+    if not given:
+        if tokens is not None:
+            reject(argument, "None, since learned_routing_tokens=False", tokens)
+    elif tokens is None:
+        reject(argument, "a tensor, since learned_routing_tokens=True", None)
+    else:
+        routing_tokens(argument, tokens, x, experts, dim)
+
+
+def randomness(x: Tensor, random_route: Any, generator: Any) -> None:
+    """`random_route` is a flag, and `generator` belongs to it and to x's kind of device."""
+    flag("random_route", random_route)
+    if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
+        reject("generator", "a torch.Generator, with random_route=True only", describe(generator))
+    if generator is not None and generator.device.type != x.device.type:
+        reject("generator", f"a generator on {x.device}", f"one on {generator.device}")
+
+
+def routes(argument: str, value: Any, batch: int, experts: int, n: int, beside: Tensor) -> None:
+    """Shapes and dtypes, and that indices lie in [0, n) and are distinct within a row.
+
+    The last two read the indices; where these hold no data that can be read (`_holds_data`), they are the caller's
+    promise.
+    """
+    if not (isinstance(value, tuple) and len(value) == 4 and hasattr(type(value), "load")):
+        reject(argument, "Routes(indices, mask, scores, logits)", describe(value), TypeError)
+    indices, mask, scores, _ = value
+    tensor(f"{argument}.indices", indices, batch, experts, "K", dtypes=(torch.int64,), beside=beside)
+    tensor(f"{argument}.mask", mask, *indices.shape, dtypes=(torch.bool,), beside=beside)
+    tensor(f"{argument}.scores", scores, *indices.shape, beside=beside)
+    if _holds_data(indices) and indices.numel():
+        low, high = (int(v) for v in indices.aminmax())
+        if low < 0 or high >= n:
+            reject(f"{argument}.indices", f"token positions in [0, {n})", f"values from {low} to {high}")
+        if (indices.sort(dim=-1).values.diff(dim=-1) == 0).any():
+            reject(f"{argument}.indices", "distinct positions within each (batch, expert)", "a repeated position")
+
+
+def _holds_data(t: Tensor) -> bool:
+    """False on the meta device, for fake tensors, under torch.compile, make_fx and functorch, and in a CUDA graph."""
+    if torch.compiler.is_compiling() or t.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return False
+    if type(t) is not Tensor or torch._C._len_torch_dispatch_stack():
+        from torch._guards import detect_fake_mode
+        from torch._subclasses.functional_tensor import FunctionalTensor
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if detect_fake_mode((t,)) is not None or get_proxy_mode() is not None or isinstance(t, FunctionalTensor):
+            return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def rotary(rotary_emb: Any, x: Tensor, dim_head: int) -> None:
+    """None, or angles (N, d) of any floating dtype, without gradient."""
+    if rotary_emb is None:
+        return
+    tensor("rotary_emb", rotary_emb, x.shape[1], dim_head, beside=x)
+    if rotary_emb.requires_grad:
+        reject("rotary_emb", "angles that need no gradient", "requires_grad=True")
+    if dim_head % 2:
+        reject("dim_head", "an even number with rotary embeddings", dim_head)
+
+
+# What a layer is told when it is made
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What a router can be told.
+
+    straight_through: scores are exactly 1 and pass their gradient to the soft scores; else the soft scores themselves.
+    solver: "iterative", n_iters steps of coordinate descent at temperatures max(eps_init * eps_decay**t, eps), or
+        "exact", its limit at eps. Their mass is min(K * fetch_k_ratio, N).
+    cosine_sim_routing, cosine_sim_scale: logits are scaled cosines in place of dot products.
+    learned_routing_tokens: the module holds no routing tokens, the caller passes them at forward.
+    route_block_size: pick evenly from blocks of so many tokens.
+
+    Raises TypeError or ValueError naming the option.
+    """
+
+    straight_through: bool = True
+    n_iters: int = 20
+    fetch_k_ratio: float = 9 / 8
+    eps: float = 0.03
+    eps_init: float = 4.0
+    eps_decay: float = 0.7
+    solver: str = "iterative"
+    cosine_sim_routing: bool = False
+    cosine_sim_scale: float = 8.0
+    learned_routing_tokens: bool = False
+    route_block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        flag("straight_through", self.straight_through)
+        flag("cosine_sim_routing", self.cosine_sim_routing)
+        flag("learned_routing_tokens", self.learned_routing_tokens)
+        # Numbers of NumPy and the like become Python's: Triton takes no others.
+        numbers = {
+            "n_iters": positive_int("n_iters", self.n_iters),
+            "fetch_k_ratio": number("fetch_k_ratio", self.fetch_k_ratio, "a finite number >= 1", lambda v: v >= 1),
+            "eps": number("eps", self.eps, "a finite number > 0", lambda v: v > 0),
+            "eps_init": number("eps_init", self.eps_init, "a finite number > 0", lambda v: v > 0),
+            "eps_decay": number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1),
+            "cosine_sim_scale": number(
+                "cosine_sim_scale", self.cosine_sim_scale, "a finite number > 0", lambda v: v > 0
+            ),
+        }
+        if self.solver not in ("iterative", "exact"):
+            reject("solver", "'iterative' or 'exact'", describe(self.solver))
+        if self.route_block_size is not None:
+            numbers["route_block_size"] = positive_int("route_block_size", self.route_block_size)
+        for name, value in numbers.items():
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def of_module(options: dict[str, Any]) -> RouterOptions:
+        return _router_options(options, tuple(f.name for f in fields(RouterOptions)))
+
+    @staticmethod
+    def of_stage(options: dict[str, Any]) -> RouterOptions:
+        """For `route`, to which routing tokens are always passed."""
+        names = tuple(f.name for f in fields(RouterOptions) if f.name != "learned_routing_tokens")
+        return _router_options(options, names)
+
+
+def _router_options(options: dict[str, Any], names: tuple[str, ...]) -> RouterOptions:
+    for unknown in options.keys() - set(names):
+        reject("router_options", f"names among {', '.join(names)}", describe(unknown), TypeError)
+    return RouterOptions(**options)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The constructor's arguments of a layer, checked; numbers are Python's. To be made by `Config.of`."""
+
+    dim: int
+    num_routed_queries: int
+    num_routed_key_values: int
+    num_experts: int
+    dim_context: int
+    local_attn_window_size: int | None = None  # None: no local attention
+    dim_head: int = 64
+    heads: int = 8
+    dropout: float = 0.1
+    use_triton: bool = True
+    flash_attn: bool = True
+    prenorm: bool = True
+    average_routed: bool = False
+    options: RouterOptions = field(default_factory=RouterOptions)
+
+    @classmethod
+    def of(cls, **arguments: Any) -> Config:
+        """From the constructor's arguments by name, less device and dtype; names unknown here are router options.
+
+        Raises TypeError or ValueError naming the argument.
+        """
+        checked = {name: check(name, arguments.pop(name)) for name, check in _CHECKS.items() if name in arguments}
+        dim_context = arguments.pop("dim_context", None)
+        local, window = flag("local_attn", arguments.pop("local_attn", False)), "local_attn_window_size"
+        window_size = arguments.pop(window, None)
+        options = RouterOptions.of_module(arguments)
+        dim_context = checked["dim"] if dim_context is None else positive_int("dim_context", dim_context)
+        if local:
+            window_size = positive_int(window, window_size)
+        elif window_size is not None:
+            reject(window, "None without local_attn=True", window_size)
+        config = cls(**checked, dim_context=dim_context, local_attn_window_size=window_size, options=options)
+        if local and config.dim_head % 2:
+            reject("dim_head", "an even number with local attention (rotary embedding)", config.dim_head)
+        if local and config.dim_context != config.dim:
+            reject("dim_context", f"dim = {config.dim} with local_attn (self-attention only)", config.dim_context)
+        return config
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "dim": positive_int,
+    "num_routed_queries": positive_int,
+    "num_routed_key_values": positive_int,
+    "num_experts": positive_int,
+    "dim_head": positive_int,
+    "heads": positive_int,
+    "dropout": probability,
+    "use_triton": flag,
+    "flash_attn": flag,
+    "prenorm": flag,
+    "average_routed": flag,
+}
+
+
+# What a layer is told when it is called
+
+
+class Side(NamedTuple):
+    """One side of a call, queries or keys/values."""
+
+    x: Tensor  # (B, N, D), or the context (B, M, Dc)
+    mask: Tensor | None  # (B, N) bool
+    k: int  # tokens that every expert picks
+    tokens: Tensor | None  # routing tokens that the caller passed: (E, D) or (B, E, D)
+
+
+class Call(NamedTuple):
+    """A checked call. In self-attention both sides hold the same x and mask."""
+
+    queries: Side
+    keys_values: Side
+    rotary_emb: Tensor | None
+    routes: tuple[Routes, Routes] | None
+    return_routes: bool
+
+
+def check_call(config: Config, given: dict[str, Any]) -> Call:
+    """All checks of a layer's call that parameters take no part in; `given` are forward's arguments by name.
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    x, context, decided = given["x"], given["context"], given["routes"]
+    tensor("x", x, "B", "N", config.dim)
+    token_mask("mask", given["mask"], x)
+    if context is None:
+        if config.dim_context != config.dim:
+            reject("context", f"a tensor (B, M, {config.dim_context}), since dim_context != dim", None)
+        if given["context_mask"] is not None:
+            reject("context_mask", "None without context", given["context_mask"])
+        context, context_mask = x, given["mask"]
+    else:
+        if config.local_attn_window_size is not None:
+            reject("context", "None with local_attn=True (self-attention only)", context)
+        tensor("context", context, x.shape[0], "M", config.dim_context, beside=x, dtype_of=("x", x))
+        context_mask = given["context_mask"]
+        token_mask("context_mask", context_mask, context)
+        if given["rotary_emb"] is not None:
+            reject("rotary_emb", "None with a context (self-attention only)", given["rotary_emb"])
+    rotary(given["rotary_emb"], x, config.dim_head)
+    flag("return_routes", given["return_routes"])
+    if decided is not None:
+        if not (isinstance(decided, (tuple, list)) and len(decided) == 2):
+            reject("routes", "a pair (query routes, key/value routes)", decided, TypeError)
+        for i, t in enumerate((x, context)):
+            routes(f"routes[{i}]", decided[i], x.shape[0], config.num_experts, t.shape[1], x)
+        decided = (decided[0], decided[1])
+
+    def side(t: Tensor, mask: Tensor | None, name: str, tokens_name: str, dim: int) -> Side:
+        k, tokens = given[name], given[tokens_name]
+        if decided is None:
+            by_caller = config.options.learned_routing_tokens
+            held_or_given_tokens(tokens_name, tokens, x, config.num_experts, dim, given=by_caller)
+        elif tokens is not None:
+            reject(tokens_name, "None with injected routes", tokens)
+        return Side(t, mask, getattr(config, name) if k is None else positive_int(name, k), tokens)
+
+    return Call(
+        side(x, given["mask"], "num_routed_queries", "query_routing_tokens", config.dim),
+        side(context, context_mask, "num_routed_key_values", "key_value_routing_tokens", config.dim_context),
+        given["rotary_emb"],
+        decided,
+        given["return_routes"],
+    )
