@@ -1,58 +1,93 @@
-"""Attention kernels behind one interface: raw forward with log-sum-exp, raw backward. One file per package.
+"""Attention libraries behind one interface, `interface.Adapter`: a statement of what each can serve, and raw calls.
 
-Each module but `flex_window`, which has no raw form, has
-
-    forward(q, k, v, setting) -> (out, lse, state)
-    backward(dout, q, k, v, out, lse, state, setting, dk, dv) -> (dq, dk, dv)
-    state(q, k, dropout) -> an empty tensor of the shape and dtype that `state` of forward has
-
-q (R, L, H, d), k and v (R, S, H, d), d padded with zeros; L, S >= 1. lse (R, H, L); that of a row without keys is
-whatever the kernel leaves. state: what a backward must know of the random draw.
-
-dk and dv of the arguments are buffers shaped as k and v: a backward that can write there does, and returns them; others
-return tensors of their own.
-
-The backward forms P = exp(s - lse) and delta = <dout, out> from what it is handed, so that handing it the out and lse
-of attention over more keys than k gives the exact gradients of q's, k's and v's part (see `kernels.null_slot`).
-dk and dv of hidden keys are 0.
+One file per library; what it serves is a row of `ADAPTERS`. `calls` runs any of them with padding and in parts, `banded`
+makes a sliding window of those that take a mask. `flex_window` has no raw form: PyTorch compiles it, gradient included.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-from dataclasses import dataclass
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from optimized.attention import (
+    banded,
+    cudnn_flash_attn_4,
+    flash_attn_2,
+    flash_attn_4,
+    flex_window,
+    math,
+    torch_cudnn,
+    torch_efficient,
+    torch_flash,
+    torch_flash_cpu,
+)
+from optimized.attention.interface import Adapter, Setting, Visible
+from optimized.attention.request import Request
+
+__all__ = ["ADAPTERS", "Adapter", "Request", "Row", "Setting", "Visible", "adapter", "module_name", "note"]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What both directions of a call share."""
+class Row(NamedTuple):
+    """A backend of a stage. obstacle(request): None, or in words why it can't serve it."""
 
-    scale: float  # of the logits: 1 / sqrt(d) of the unpadded d
-    lengths: Tensor | None = None  # (R) int32: the first keys of a row that take part; None for all
-    dropout: float = 0.0
-    window: int = -1  # |i - j| <= window, or 0 <= i - j <= window if causal; -1 for none
-    causal: bool = False
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """How far the window reaches to the left and to the right; -1 for no limit."""
-        return self.window, 0 if self.causal and self.window >= 0 else self.window
+    name: str
+    obstacle: Callable[[Request], str | None]
 
 
-# Head dimensions are padded to a multiple of this, else of 8. flash-attn 4 (4.0.0b36, H100) takes multiples of 8, but
-# its dq is wrong beyond the first 64 queries where the dimension is 8 or 16 more than a multiple of 32.
-ALIGNMENT = {"math": 1, "torch_flash_cpu": 1, "flash_attn_4": 32, "cudnn_flash_attn_4": 32}
+def _windowed(library: ModuleType) -> Callable[[Request], str | None]:
+    """Flash kernels with a window take no mask, and positions can't be packed."""
+
+    def obstacle(r: Request) -> str | None:
+        if r.device.type != "cuda":
+            return f"its window runs on CUDA, not on {r.device.type}"
+        return library.ADAPTER.obstacle(r) or ("takes no mask" if r.masked else None)
+
+    return obstacle
 
 
-@functools.cache
-def adapter(name: str) -> ModuleType:
-    """The module of a backend; imports its package."""
-    return importlib.import_module(f"optimized.attention.{name}")
+# Backends by stage, in order of preference.
+ADAPTERS: dict[str, tuple[Row, ...]] = {
+    "routed_attention": (
+        Row("cudnn_flash_attn_4", cudnn_flash_attn_4.ADAPTER.obstacle),
+        Row("flash_attn_4", flash_attn_4.ADAPTER.obstacle),
+        Row("torch_cudnn", torch_cudnn.ADAPTER.obstacle),
+        Row("flash_attn_2", flash_attn_2.ADAPTER.obstacle),
+        Row("torch_flash", torch_flash.ADAPTER.obstacle),
+        Row("torch_efficient", torch_efficient.ADAPTER.obstacle),
+        Row("math", math.ADAPTER.obstacle),
+    ),
+    "local_attention": (
+        Row("flash_attn_4", _windowed(flash_attn_4)),
+        Row("flash_attn_2", _windowed(flash_attn_2)),
+        Row("torch_flash", _windowed(torch_flash)),
+        Row("banded_torch_flash", banded.flash_obstacle),
+        Row("banded_torch_efficient", banded.efficient_obstacle),
+        Row("banded_math", math.ADAPTER.obstacle),
+        Row("flex_attention", flex_window.obstacle),
+    ),
+}
+_LIBRARIES: dict[str, Adapter] = {
+    library.__name__.rpartition(".")[2]: library.ADAPTER
+    for library in (
+        cudnn_flash_attn_4,
+        flash_attn_2,
+        flash_attn_4,
+        math,
+        torch_cudnn,
+        torch_efficient,
+        torch_flash,
+        torch_flash_cpu,
+    )
+}
+
+
+def adapter(name: str, device: torch.device | None = None) -> Adapter:
+    """Of a backend, or of the library that its banded blocks are computed by. device: where it runs, see `module_name`."""
+    name = name.removeprefix(banded.PREFIX)
+    return _LIBRARIES[name if device is None else module_name(name, device)]
 
 
 def module_name(backend: str, device: torch.device) -> str:
@@ -60,5 +95,6 @@ def module_name(backend: str, device: torch.device) -> str:
     return "torch_flash_cpu" if backend == "torch_flash" and device.type == "cpu" else backend
 
 
-def alignment(name: str) -> int:
-    return ALIGNMENT.get(name, 8)
+def note(backend: str) -> str:
+    """What else a user may want to know of a backend; mostly nothing."""
+    return "" if backend == "flex_attention" else adapter(backend).note

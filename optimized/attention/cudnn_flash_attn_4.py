@@ -5,7 +5,22 @@ They may be mixed, since a backward knows of its forward the result and the log-
 
 from __future__ import annotations
 
-from optimized.attention.flash_attn_4 import backward
-from optimized.attention.torch_cudnn import forward, state
+from torch import Tensor
 
-__all__ = ["backward", "forward", "state"]
+from optimized.attention import torch_cudnn
+from optimized.attention.flash_attn_4 import FlashAttn4
+from optimized.attention.interface import Setting
+from optimized.attention.request import Request
+
+
+class CudnnFlashAttn4(FlashAttn4):
+    windows = False
+
+    def obstacle(self, r: Request) -> str | None:
+        return torch_cudnn.forward_obstacle(r) or super().obstacle(r)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        return torch_cudnn.ADAPTER.forward(q, k, v, setting)
+
+
+ADAPTER = CudnnFlashAttn4()

@@ -8,13 +8,16 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from optimized.attention.request import Request, off_cuda
 
 BLOCK = 128  # tokens of a block of queries or keys, FlexAttention's own default
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention  # imports what few calls need
+
     # Uncompiled, FlexAttention would hold N x N scores.
     return torch.compile(flex_attention, dynamic=False)
 
@@ -24,7 +27,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None, ca
 
     The list of visible blocks has (N / 128)^2 entries: 4 MB at N = 131072.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     n, dim = q.shape[1], q.shape[-1]
+    if not q.numel():
+        return q
     after = 0 if causal else window
     valid = mask
 
@@ -49,3 +56,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None, ca
     q, k, v = (F.pad(t, (0, surplus)).transpose(1, 2) for t in (q, k, v))
     out = _compiled()(q, k, v, block_mask=block_mask, scale=dim**-0.5)
     return out.transpose(1, 2)[..., :dim]
+
+
+def obstacle(r: Request) -> str | None:
+    if not r.allow_triton:
+        return "use_triton=False"
+    return off_cuda(r) or ("no float64" if r.dtype == torch.float64 else None)

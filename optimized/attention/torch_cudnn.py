@@ -5,38 +5,73 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimized.attention import Setting
+from optimized.attention import torch_flash
+from optimized.attention.interface import Adapter, Setting
+from optimized.attention.request import Request, flash
 
 aten = torch.ops.aten
+# Keys that its backward takes at a time. Where the last tile is not full, exp(-lse) overflows there for rows whose
+# log-sum-exp is below about -88.7, and dq is not finite (seen with torch 2.11 and cuDNN 9.19 on an H100).
+TILE = 128
 
 
-def state(q: Tensor, k: Tensor, dropout: float) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=q.device)
+class TorchCudnn(Adapter):
+    note = f"its backward only for a multiple of {TILE} keys, else that of torch_flash"
+
+    def obstacle(self, r: Request) -> str | None:
+        if torch.are_deterministic_algorithms_enabled():
+            return "its backward is not deterministic"
+        return forward_obstacle(r)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        turned = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            *turned, None, True, 0.0, False, False, scale=setting.scale
+        )
+        return out.transpose(1, 2), lse.view(lse.shape[:3]), self.state(q, k, setting.dropout)
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        state: Tensor,
+        setting: Setting,
+        into: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not fills_tiles(k.shape[1]):
+            return torch_flash.ADAPTER.backward(dout, q, k, v, out, lse, state, setting, into)
+        dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        none = torch.empty(2, dtype=torch.int64, device=q.device)  # a draw of the dropout that there is not
+        gradients = aten._scaled_dot_product_cudnn_attention_backward(
+            dout, *turned, lse[..., None], none[0], none[1], None, None, None, q.shape[1], k.shape[1], 0.0, False,
+            scale=setting.scale,
+        )  # fmt: skip
+        dq, dk, dv = (t.transpose(1, 2) for t in gradients)
+        return dq, dk, dv
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    turned = (t.transpose(1, 2) for t in (q, k, v))
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*turned, None, True, 0.0, False, False, scale=setting.scale)
-    return out.transpose(1, 2), lse.view(lse.shape[:3]), state(q, k, setting.dropout)
+def fills_tiles(keys: int) -> bool:
+    """Whether cuDNN's backward is right for so many keys, whatever they hold."""
+    return keys % TILE == 0
 
 
-def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    state: Tensor,
-    setting: Setting,
-    dk: Tensor,
-    dv: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-    none = torch.empty(2, dtype=torch.int64, device=q.device)  # a draw of the dropout that there is not
-    gradients = aten._scaled_dot_product_cudnn_attention_backward(
-        dout, *turned, lse[..., None], none[0], none[1], None, None, None, q.shape[1], k.shape[1], 0.0, False,
-        scale=setting.scale,
-    )  # fmt: skip
-    dq, dk, dv = (t.transpose(1, 2) for t in gradients)
-    return dq, dk, dv
+def forward_obstacle(r: Request) -> str | None:
+    if not r.allow_flash:
+        return "flash_attn=False"
+    if r.device.type == "cuda" and not _available():
+        return "cuDNN is not available"
+    if r.dropout or r.masked:
+        return "used here without dropout and mask only"
+    return flash(r, max_dim_head=128)
+
+
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return torch.backends.cudnn.is_available()
+
+
+ADAPTER = TorchCudnn()

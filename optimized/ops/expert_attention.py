@@ -11,44 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from optimized.attention import adapter
-from optimized.ops.attention import attend_raw, attend_raw_backward, state_of
-from optimized.ops.registration import differentiable, no_setup, refuse_to
+from optimized.attention import Setting, Visible, adapter, calls
+from optimized.ops.attention import Call, attend, attend_backward, products
+from optimized.ops.operator import operator
 from optimized.ops.rotary import rotate_into
 
-_INPUTS = (
-    "Tensor queries, Tensor keys_values, Tensor scores, Tensor w_q, Tensor w_kv, Tensor w_out, Tensor null_kv,"
-    " Tensor? lengths, Tensor? cos, Tensor? sin, Tensor? q_positions, Tensor? k_positions"
-)
-_OPTIONS = "float dropout, bool unit_scores, str backend, bool triton"
 
-
-@custom_op(
-    "moa::expert_attention",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.nondeterministic_seeded,),
+@operator(
+    "(Tensor queries, Tensor keys_values, Tensor scores, Tensor w_q, Tensor w_kv, Tensor w_out, Tensor null_kv,"
+    " Tensor? lengths, Tensor? cos, Tensor? sin, Tensor? q_positions, Tensor? k_positions, float dropout,"
+    " bool unit_scores, str backend, bool triton)"
+    " -> (Tensor y, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor keep, Tensor state)",
+    wrt="queries keys_values scores w_q w_kv w_out null_kv",
+    gradients_of="y",
+    saves="queries keys_values scores w_q w_kv w_out null_kv lengths cos sin q_positions k_positions q kv out lse keep"
+    " state",
+    draws="dropout",
 )
-def expert_attention(
-    queries: Tensor,
-    keys_values: Tensor,
-    scores: Tensor,
-    w_q: Tensor,
-    w_kv: Tensor,
-    w_out: Tensor,
-    null_kv: Tensor,
-    lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    dropout: float,
-    unit_scores: bool,
-    backend: str,
-    triton: bool,
-) -> tuple[Tensor, ...]:
+class expert_attention:
     """W_out softmax(q k^T / sqrt(d)) v of every expert, over its keys and the null slot.
 
     Args:
@@ -59,99 +40,92 @@ def expert_attention(
         lengths: (R) int32, how many keys of each row take part; None for all.
         cos, sin: (P, d), of the rotary angles at positions (R, Kq) and (R, Kkv); None for no rotation.
         unit_scores: promises scores of 1, or NaN, at all slots that take part.
-        dropout, backend, triton: as `ops.attention`; triton for rotation and value scores too.
+        dropout, backend, triton: as of `attention`; triton for rotation and value scores too.
     Returns y (E, B, Kq, D), q (R, Kq, H, d), k and v (R, Kkv, 2, H, d), v not yet times the scores but if they are
-    unit, and out, lse, keep and state of `ops.attention`.
+    unit, and out, lse, keep and state of `attention`.
     """
-    experts, batch, k_q, _ = queries.shape
-    _, _, heads, _, dim = null_kv.shape
-    rows, k_kv = experts * batch, keys_values.shape[2]
-    q = torch.bmm(queries.flatten(1, 2), _per_expert(w_q, experts).mT).view(rows, k_q, heads, dim)
-    kv = torch.bmm(keys_values.flatten(1, 2), _per_expert(w_kv, experts).mT).view(rows, k_kv, 2, heads, dim)
-    k, v = kv.unbind(2)
-    if cos is not None and sin is not None:
-        rotate_into(q, q, cos, sin, q_positions, False, triton)
-        rotate_into(k, k, cos, sin, k_positions, False, triton)
-    v = _scale(v, scores, unit_scores, triton)
-    null_k, null_v = _null(null_kv)
-    out, *saved = attend_raw(q, k, v, null_k, null_v, lengths, dropout, -1, False, backend, triton)
-    y = torch.bmm(out.view(experts, batch * k_q, heads * dim), _per_expert(w_out, experts).mT)
-    return y.view(experts, batch, k_q, y.shape[-1]), q, kv, out, *saved
+
+    def forward(a: Any) -> Any:
+        experts, batch, k_q, _ = a.queries.shape
+        _, _, heads, _, dim = a.null_kv.shape
+        rows, k_kv = experts * batch, a.keys_values.shape[2]
+        q = torch.bmm(a.queries.flatten(1, 2), _per_expert(a.w_q, experts).mT).view(rows, k_q, heads, dim)
+        kv = torch.bmm(a.keys_values.flatten(1, 2), _per_expert(a.w_kv, experts).mT).view(rows, k_kv, 2, heads, dim)
+        k, v = kv.unbind(2)
+        _turn(a, q, k, False)
+        v = scale(v, a.scores, a.unit_scores, a.triton)
+        out, *saved = attend(_call(a, q), q, k, v, _null(a.null_kv))
+        y = torch.bmm(out.view(experts, batch * k_q, heads * dim), _per_expert(a.w_out, experts).mT)
+        return y.view(experts, batch, k_q, y.shape[-1]), q, kv, out, *saved
+
+    def fake(a: Any) -> Any:
+        experts, batch, k_q, _ = a.queries.shape
+        _, _, heads, _, dim = a.null_kv.shape
+        rows, k_kv = experts * batch, a.keys_values.shape[2]
+        q = a.queries.new_empty(rows, k_q, heads, dim)
+        kv = a.queries.new_empty(rows, k_kv, 2, heads, dim)
+        lse = q.new_empty(rows, heads, k_q, dtype=torch.promote_types(q.dtype, torch.float32))
+        keep = torch.empty_like(lse) if a.dropout else lse.new_empty(0)
+        y = a.queries.new_empty(experts, batch, k_q, a.w_out.shape[0] // experts)
+        state = calls.state_of(adapter(a.backend, q.device), q, kv[:, :, 0], a.dropout)
+        return y, q, kv, torch.empty_like(q), lse, keep, state
+
+    def backward(a: Any, g: Any, needs: Any) -> Any:
+        experts, batch, k_q, _ = a.queries.shape
+        dy, found = g.y.flatten(1, 2), {}
+        if needs.w_out:
+            out_rows = a.out.reshape(experts, batch * k_q, a.out.shape[-2] * a.out.shape[-1])
+            found["w_out"] = torch.bmm(dy.mT, out_rows).view(a.w_out.shape)
+        if not _before_output(needs):
+            return found
+        dout = torch.bmm(dy, _per_expert(a.w_out, experts)).view(a.out.shape)
+        kv = a.kv.contiguous()
+        k, v = kv.unbind(2)
+        dkv = torch.empty_like(kv)
+        dk, dv = dkv.unbind(2)
+        scaled = v if a.unit_scores else scale(v, a.scores, False, a.triton)
+        results = a.out, a.lse, a.keep, a.state
+        dq, dnull_kv = attend_backward(_call(a, a.q), dout, (a.q, k, scaled), _null(a.null_kv), results, (dk, dv))
+        assert dnull_kv is not None
+        found["null_kv"] = dnull_kv.view(a.null_kv.shape)
+        if needs.scores or needs.keys_values or needs.w_kv:
+            found["scores"] = _scale_backward(dv, v, a.scores, a.triton)
+        _turn(a, dq, dk, True)
+        if needs.queries:
+            found["queries"] = _rows_gradient(dq, a.queries, a.w_q)
+        if needs.w_q:
+            found["w_q"] = _weight_gradient(dq, a.queries, a.w_q)
+        if needs.keys_values:
+            found["keys_values"] = _rows_gradient(dkv, a.keys_values, a.w_kv)
+        if needs.w_kv:
+            found["w_kv"] = _weight_gradient(dkv, a.keys_values, a.w_kv)
+        return found
+
+    def flops(a: Any, out: Any) -> int:
+        q, kv, y = _projections(a)
+        return q + kv + y + _attention(a)
+
+    def backward_flops(a: Any, g: Any, needs: Any) -> int:
+        q, kv, y = _projections(a)
+        count = needs.w_out * y + (needs.queries + needs.w_q) * q + (needs.keys_values + needs.w_kv) * kv
+        return count + (y + _attention(a) * 5 // 2 if _before_output(needs) else 0)
 
 
-@expert_attention.register_fake
-def _(queries, keys_values, scores, w_q, w_kv, w_out, null_kv, lengths, cos, sin, q_positions, k_positions, *options):  # type: ignore[no-untyped-def]
-    dropout, _, backend, _ = options
-    experts, batch, k_q, _ = queries.shape
-    _, _, heads, _, dim_head = null_kv.shape
-    rows, k_kv = experts * batch, keys_values.shape[2]
-    q = queries.new_empty(rows, k_q, heads, dim_head)
-    kv = queries.new_empty(rows, k_kv, 2, heads, dim_head)
-    lse = q.new_empty(rows, heads, k_q, dtype=torch.promote_types(q.dtype, torch.float32))
-    keep = torch.empty_like(lse) if dropout else lse.new_empty(0)
-    y = queries.new_empty(experts, batch, k_q, w_out.shape[0] // experts)
-    return y, q, kv, torch.empty_like(q), lse, keep, state_of(adapter(backend), q, kv[:, :, 0], dropout)
+def _before_output(needs: Any) -> bool:
+    """Whether anybody asks for a gradient of what comes before the output projection."""
+    return any(wanted for name, wanted in vars(needs).items() if name != "w_out")
 
 
-@custom_op(
-    "moa::expert_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, {_INPUTS}, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor keep, Tensor state, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def expert_attention_backward(
-    dy: Tensor,
-    queries: Tensor,
-    keys_values: Tensor,
-    scores: Tensor,
-    w_q: Tensor,
-    w_kv: Tensor,
-    w_out: Tensor,
-    null_kv: Tensor,
-    lengths: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
-    q: Tensor,
-    kv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keep: Tensor,
-    state: Tensor,
-    dropout: float,
-    unit_scores: bool,
-    backend: str,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first seven arguments."""
-    experts, batch, k_q, _ = queries.shape
-    dy, out_rows = dy.flatten(1, 2), out.reshape(experts, batch * k_q, out.shape[-2] * out.shape[-1])
-    dout = torch.bmm(dy, _per_expert(w_out, experts)).view(out.shape)
-    dw_out = torch.bmm(dy.mT, out_rows)
-
-    kv = kv.contiguous()
-    k, v = kv.unbind(2)
-    dkv = torch.empty_like(kv)
-    dk, dv = dkv.unbind(2)
-    scaled = v if unit_scores else _scale(v, scores, False, triton)
-    null_k, null_v = _null(null_kv)
-    dq, dnull_kv = attend_raw_backward(
-        dout, q, k, scaled, null_k, null_v, lengths, out, lse, keep, state, dropout, -1, False, backend, triton, dk, dv
-    )
-    assert dnull_kv is not None
-    dscores = _scale_backward(dv, v, scores, triton)
-    if cos is not None and sin is not None:
-        rotate_into(dq, dq, cos, sin, q_positions, True, triton)
-        rotate_into(dk, dk, cos, sin, k_positions, True, triton)
-    dqueries, dw_q = _project_backward(dq, queries, w_q)
-    dkeys_values, dw_kv = _project_backward(dkv, keys_values, w_kv)
-    return dqueries, dkeys_values, dscores, dw_q, dw_kv, dw_out.view(w_out.shape), dnull_kv.view(null_kv.shape)
+def _call(a: Any, q: Tensor) -> Call:
+    setting = Setting(q.shape[-1] ** -0.5, a.dropout, Visible(a.lengths))
+    return Call(adapter(a.backend, q.device), setting, a.triton)
 
 
-@expert_attention_backward.register_fake
-def _(dy, *inputs):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:7])
+def _turn(a: Any, q: Tensor, k: Tensor, transposed: bool) -> None:
+    """Rotate both in place, if there are angles."""
+    if a.cos is not None and a.sin is not None:
+        rotate_into(q, q, (a.cos, a.sin, a.q_positions), transposed, a.triton)
+        rotate_into(k, k, (a.cos, a.sin, a.k_positions), transposed, a.triton)
 
 
 def _per_expert(w: Tensor, experts: int) -> Tensor:
@@ -165,16 +139,20 @@ def _null(null_kv: Tensor) -> tuple[Tensor, Tensor]:
     return null_k, null_v
 
 
-def _project_backward(grad: Tensor, rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows (E, B, K, D) and of w, from that of their product."""
-    experts, batch, k, dim = rows.shape
+def _rows_gradient(grad: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+    """Of rows (E, B, K, D), from the gradient of their product with w."""
+    experts, batch, k, _ = rows.shape
     per_expert = _per_expert(w, experts)
-    grad = grad.view(experts, batch * k, per_expert.shape[1])
-    drows = torch.bmm(grad, per_expert).view(experts, batch, k, dim)
-    return drows, torch.bmm(grad.mT, rows.flatten(1, 2)).view(w.shape)
+    return torch.bmm(grad.view(experts, batch * k, per_expert.shape[1]), per_expert).view(rows.shape)
 
 
-def _scale(v: Tensor, scores: Tensor, unit: bool, triton: bool) -> Tensor:
+def _weight_gradient(grad: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+    """Of w likewise."""
+    experts, batch, k, _ = rows.shape
+    return torch.bmm(grad.view(experts, batch * k, w.shape[0] // experts).mT, rows.flatten(1, 2)).view(w.shape)
+
+
+def scale(v: Tensor, scores: Tensor, unit: bool, triton: bool) -> Tensor:
     """Values times scores; in place if these are unit, when only a NaN or a hidden slot changes anything."""
     if triton:
         from optimized.kernels import value_score as kernel
@@ -204,20 +182,13 @@ def _by_row(scores: Tensor) -> Tensor:
     return scores.transpose(0, 1).flatten(0, 1)[..., None, None]
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:12], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.options = inputs[12:]
-    ctx.set_materialize_grads(False)  # zeros as large as all that is saved
+def _projections(a: Any) -> tuple[int, int, int]:
+    """FLOPs of the three, each."""
+    batch, k_q, k_kv = a.queries.shape[1], a.queries.shape[2], a.keys_values.shape[2]
+    return 2 * batch * k_q * a.w_q.numel(), 2 * batch * k_kv * a.w_kv.numel(), 2 * batch * k_q * a.w_out.numel()
 
 
-def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple:
-    if dy is None:
-        return (None,) * 16
-    return *expert_gradients(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 9
-
-
-expert_gradients = differentiable(
-    expert_attention_backward, no_setup, refuse_to("moa::expert_attention", "double backward")
-)
-attend_by_experts = differentiable(expert_attention, _setup, _backward)
+def _attention(a: Any) -> int:
+    experts, batch, k_q, _ = a.queries.shape
+    _, _, heads, _, dim = a.null_kv.shape
+    return products(experts * batch, heads, k_q * a.keys_values.shape[2], dim)

@@ -1,4 +1,4 @@
-"""Rotary embedding as one operator, by the kernel of `optimized.kernels.rotary`."""
+"""Rotary embedding of queries or keys at their positions, as one operator: by a Triton kernel, or by PyTorch."""
 
 from __future__ import annotations
 
@@ -6,61 +6,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from optimized.ops.registration import differentiable
+from optimized.ops.operator import operator
 
 
-@custom_op(
-    "moa::rotary",
-    mutates_args=(),
-    schema="(Tensor t, Tensor cos, Tensor sin, Tensor? positions, bool transposed) -> Tensor",
+@operator(
+    "(Tensor t, Tensor cos, Tensor sin, Tensor? positions, bool transposed, bool triton) -> Tensor out",
+    wrt="t",
+    gradients_of="out",
+    saves="t cos sin positions",
 )
-def rotary(t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool) -> Tensor:
+class rotary:
     """t (R, L, H, d) rotated by the angles at its positions (R, L), or at 0 .. L-1. cos, sin: (P, d) tables.
 
     transposed: the transpose of that linear map, which is its gradient.
     """
-    from optimized.kernels import rotary as kernel
 
-    return kernel.rotate(t, cos, sin, positions, transposed)
+    def forward(a: Any) -> Tensor:
+        out = torch.empty(a.t.shape, dtype=a.t.dtype, device=a.t.device)
+        rotate_into(out, a.t, (a.cos, a.sin, a.positions), a.transposed, a.triton)
+        return out
 
+    def fake(a: Any) -> Tensor:
+        return torch.empty_like(a.t, memory_format=torch.contiguous_format)
 
-@rotary.register_fake
-def _(t, cos, sin, positions, transposed):  # type: ignore[no-untyped-def]
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _rotary_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, cos, sin, positions, ctx.transposed = inputs
-    ctx.save_for_backward(cos, sin, positions)
+    def backward(a: Any, g: Any, needs: Any) -> Any:
+        return {"t": rotary.raw(g.out, a.cos, a.sin, a.positions, not a.transposed, a.triton)}
 
 
-def _rotary_backward(ctx: Any, grad: Tensor) -> tuple:
-    return turn(grad, *ctx.saved_tensors, not ctx.transposed), None, None, None, None
+Angles = tuple[Tensor, Tensor, Tensor | None]  # tables of cos and sin (P, d), and positions in them (R, L), or 0 .. L-1
 
 
-turn = differentiable(rotary, _rotary_setup, _rotary_backward)
-
-
-def rotate_into(
-    out: Tensor, t: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, transposed: bool, triton: bool
-) -> None:
-    """`rotary` for operators that contain it, into out, which may be t; by its kernel or by PyTorch."""
+def rotate_into(out: Tensor, t: Tensor, angles: Angles, transposed: bool, triton: bool) -> None:
+    """`rotary` for operators that contain it, into out, which may be t."""
     if triton:
         from optimized.kernels import rotary as kernel
 
-        kernel.rotate_into(out, t, cos, sin, positions, transposed)
+        kernel.rotate_into(out, t, *angles, transposed)
         return
-    half = t.shape[-1] // 2
-    # t cos + (-t2, t1) sin; transposed: t cos + (t2 sin2, -t1 sin1).
-    sign = torch.ones(t.shape[-1], dtype=sin.dtype, device=t.device)
-    sign[:half] = -1
+    cos, sin, positions = angles
     at = slice(None) if positions is None else positions
-    cos, signed = (table[at].unsqueeze(-2) for table in (cos, sin * sign))
-    wide = t.to(cos.dtype)
-    turned = (wide * signed).roll(half, -1) if transposed else wide.roll(half, -1) * signed
-    out.copy_(wide * cos + turned)
+    (cos1, cos2), (sin1, sin2) = (table[at].unsqueeze(-2).chunk(2, -1) for table in (cos, sin))
+    t1, t2 = t.to(cos.dtype).chunk(2, -1)
+    if transposed:
+        first, second = torch.addcmul(t1 * cos1, t2, sin2), torch.addcmul(t2 * cos2, t1, sin1, value=-1)
+    else:
+        first, second = torch.addcmul(t1 * cos1, t2, sin1, value=-1), torch.addcmul(t2 * cos2, t1, sin2)
+    for half, turned in zip(out.chunk(2, -1), (first, second)):
+        half.copy_(turned)
 
 
 def rotary_tables(
