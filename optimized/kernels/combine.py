@@ -174,23 +174,29 @@ def combine_backward(
     null: Tensor | None,
     mask: Tensor | None,
     average: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dy, dscores, dlocal, dnull; the last two None without their input."""
+    by_slots: bool = True,
+    by_tokens: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dy, dscores by the slots, dlocal, dnull by the tokens; None where not asked for, and the last two without their
+    input.
+    """
     experts, batch, k, dim = y.shape
     n = inverse.shape[-1]
     g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()
     constants = channel_constants(dim, y.dtype)
     mask = as_bytes(mask)
-    make = torch.empty_like if y.numel() else torch.zeros_like  # without channels no program writes
-    dy, dscores = torch.empty_like(y), make(scores, memory_format=torch.contiguous_format)
-    if y.numel():
+    dy, dscores = None, None
+    if by_slots:
+        make = torch.empty_like if y.numel() else torch.zeros_like  # without channels no program writes
+        dy, dscores = torch.empty_like(y), make(scores, memory_format=torch.contiguous_format)
+    if by_slots and y.numel():
         launch(
             _slots_kernel, (experts * batch * k,),
             g, y, scores.contiguous(), indices.contiguous(), as_bytes(slots), inverse, mask, dy, dscores,
             n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_MASK=mask is not None, AVERAGE=average, **constants,
         )  # fmt: skip
-    if local is None and null is None:
+    if not by_tokens or (local is None and null is None):
         return dy, dscores, None, None
     chunks = cdiv(batch * n, CHUNK)
     dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ Operators are not twice differentiable, nor in forward mode, and say so by an er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +192,8 @@ class Operator:
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
         assert self.backward is not None
         found = self.backward(*given, *ctx.saved_tensors, *ctx.constants, needs)
+        if isinstance(found, Tensor):  # the only one
+            found = (found,)
         gradients = {name: d for name, d, want in zip(self._wrt, found, wanted) if want}
         return tuple(gradients.get(name) for name in self.names)
 
@@ -263,16 +265,16 @@ class _Backward:
         needs = Arguments(**{name: bool(a.needs >> i & 1) for i, name in enumerate(self._of._wrt)})
         return a, g, needs
 
-    def forward(self, a: Arguments) -> tuple[Tensor, ...]:
+    def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         found = self._body.backward(*self._split(a))
         _, _, needs = self._split(a)
         first = self._some_tensor(a)
-        return tuple(found[name] if getattr(needs, name) else first.new_empty(0) for name in self._of._wrt)
+        return _only(found[name] if getattr(needs, name) else first.new_empty(0) for name in self._of._wrt)
 
-    def fake(self, a: Arguments) -> tuple[Tensor, ...]:
+    def fake(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         _, _, needs = self._split(a)
         first = self._some_tensor(a)
-        return tuple(
+        return _only(
             torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
             if getattr(needs, name)
             else first.new_empty(0)
@@ -300,6 +302,12 @@ def operator(schema: str, **declared: Any) -> Callable[[type], Operator]:
         return Operator(body, body.__name__, schema, **declared)
 
     return make
+
+
+def _only(results: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """As PyTorch has the results of an operator: a single one without a tuple."""
+    first, *more = results
+    return (first, *more) if more else first
 
 
 def _function(name: str, methods: dict[str, Callable[..., Any]]) -> Any:

@@ -1,236 +1,259 @@
-"""Both routers of self-attention and the gather of what they picked, as one operator over Triton kernels.
+"""Both routers of self-attention and the gather of what they picked, as one operator.
 
-Both read the same tokens, so one pass gives all logits and norms, one launch selects for both, and one assembles the
-gradient of x. Where scores are straight-through, the solver is the backward's business alone.
-Letters: B batch, N tokens, D dimension, E experts, Kq and Kkv slots, both less than N.
+Both read the same tokens, so one pass gives all logits and norms, and one assembles the gradient of x. By Triton, one
+launch selects for both sides where both have a choice to make, without blocks; and one gathers for both.
+Letters: B batch, N tokens, D dimension, E experts, Kq and Kkv slots, W block length, T iterations.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from optimized.ops.registration import differentiable, no_setup, refuse_to
-
-_OPTIONS = (
-    "float q_mass, float kv_mass, float? scale, bool straight_through, bool exact, int n_iters, float eps,"
-    " float eps_init, float eps_decay"
+from optimized.ops.blocks import sizes, split
+from optimized.ops.gather_norm import Taken, gamma_gradient, gather
+from optimized.ops.gather_norm import input_gradient as rows_gradient
+from optimized.ops.operator import operator
+from optimized.ops.pick import pick, picked_gradient, solver_state
+from optimized.ops.router_logits import (
+    input_gradient,
+    logits_dtype,
+    logits_flops,
+    router_logits,
+    routing_token_gradient,
 )
+from optimized.ops.solver import SOLVER, Solver
 
 
-class Solver(NamedTuple):
-    """Options of both routers, in the order of the operator's arguments. Masses: what the scores of a row sum to."""
-
-    q_mass: float
-    kv_mass: float
-    scale: float | None  # of cosine routing
-    straight_through: bool
-    exact: bool
-    n_iters: int
-    eps: float
-    eps_init: float
-    eps_decay: float
-
-    def solve(self, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, and what their backward needs: iterates and counts, or a threshold and nothing."""
-        from optimized.kernels import capped_simplex, coordinate_descent
-
-        masses = self.q_mass, self.kv_mass
-        if self.exact:
-            return *capped_simplex.capped_simplex(logits, mask, masses, self.eps), logits.new_empty(0)
-        epsilons = self.eps, self.eps_init, self.eps_decay
-        return coordinate_descent.coordinate_descent(logits, mask, masses, self.n_iters, *epsilons)
-
-    def backward(
-        self,
-        grads: tuple[Tensor, Tensor],
-        inverses: tuple[Tensor, Tensor],
-        dlogits: Tensor | None,
-        logits: Tensor,
-        mask: Tensor | None,
-        solved: tuple[Tensor, Tensor, Tensor],
-    ) -> Tensor:
-        """Gradient of the logits from those of the picked scores, and from their own."""
-        from optimized.kernels import capped_simplex, coordinate_descent
-
-        given = grads, inverses, dlogits, logits, mask
-        if self.exact:
-            return capped_simplex.capped_simplex_picked_backward(*given, *solved[:2], self.eps)
-        masses, epsilons = (self.q_mass, self.kv_mass), (self.eps, self.eps_init, self.eps_decay)
-        return coordinate_descent.coordinate_descent_picked_backward(*given, *solved, masses, *epsilons)
-
-
-@custom_op(
-    "moa::routed_rows",
-    mutates_args=(),
-    schema="(Tensor x, Tensor q_tokens, Tensor kv_tokens, Tensor? q_gamma, Tensor? kv_gamma, Tensor? mask, SymInt k_q,"
-    f" SymInt k_kv, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,"
-    " Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+@operator(
+    "(Tensor x, Tensor q_tokens, Tensor kv_tokens, Tensor? q_gamma, Tensor? kv_gamma, Tensor? mask, SymInt k_q,"
+    f" SymInt k_kv, SymInt? block, float? scale, {SOLVER}, bool triton)"
+    " -> (Tensor queries, Tensor keys_values, Tensor q_picked, Tensor kv_picked, Tensor logits,"
+    " Tensor q_indices, Tensor q_slots, Tensor q_inverse, Tensor kv_indices, Tensor kv_slots, Tensor kv_inverse,"
+    " Tensor norms, Tensor factors, Tensor soft, Tensor a, Tensor counts)",
+    wrt="x q_tokens kv_tokens q_gamma kv_gamma",
+    gradients_of="queries keys_values q_picked kv_picked logits",
+    saves="x q_tokens kv_tokens q_gamma kv_gamma mask logits q_indices q_slots q_inverse kv_indices kv_slots"
+    " kv_inverse norms factors soft a counts",
 )
-def routed_rows(
-    x: Tensor,
-    q_tokens: Tensor,
-    kv_tokens: Tensor,
-    q_gamma: Tensor | None,
-    kv_gamma: Tensor | None,
-    mask: Tensor | None,
-    k_q: int,
-    k_kv: int,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+class routed_rows:
     """Rows, picked scores and routes of queries and of keys/values.
 
-    Args: x (B, N, D); routing tokens (E, D) or (B, E, D), both alike; gamma (E, D, 1), None for no norm; mask (B, N);
-    options as `Solver`. Returns
-    rows (E, B, Kq, D) and (E, B, Kkv, D), picked scores (B, E, Kq) and (B, E, Kkv), logits (B, 2 E, N): those have
-    gradients; indices, slot mask and inverse map of either (see `ops.select`); norms (B, N), factors (see
-    `ops.router_logits`), and all scores with what the solver leaves, empty with straight-through scores.
+    x (B, N, D); routing tokens (E, D) or (B, E, D); gamma (E, D, 1), of both sides, or None of both for no norm; mask
+    (B, N); scale of cosine routing; block and options as in `ops.pick`. Returns rows (E, B, Kq', D) and
+    (E, B, Kkv', D), picked scores (B, E, Kq') and (B, E, Kkv'), logits (B, 2 E, N): those have gradients; indices, slot
+    mask and inverse map of either (see `ops.pick`); norms (B, N) and factors (B, 2 E) (see `ops.router_logits`), and
+    the state of the solver (see `ops.pick`), for both sides along the experts.
     """
-    from optimized.kernels import gather_norm, router_logits, selection
 
-    solver = Solver(*options)
-    logits, norms, factors = router_logits.router_logits(x, torch.cat((q_tokens, kv_tokens), -2), mask, solver.scale)
+    def forward(a):  # type: ignore[no-untyped-def]
+        if (a.q_gamma is None) != (a.kv_gamma is None):
+            raise ValueError("kv_gamma: expected a scale exactly when q_gamma is one")
+        tokens, solver = _stack(a.q_tokens, a.kv_tokens), Solver.of(a)
+        logits, norms, factors = router_logits.raw(a.x, tokens, a.mask, a.scale, a.triton)
+        routes, scores, state = _pick_at_once(a, logits, solver) if _at_once(a) else _pick_each(a, logits, solver)
+        gammas = _alike(a.q_gamma, a.kv_gamma)
+        rows = gather(a.x, norms, tuple(Taken(*route, gamma) for route, gamma in zip(routes, gammas)), a.triton)
+        return *rows, *scores, logits, *routes[0], *routes[1], norms, factors, *state
+
+    def fake(a):  # type: ignore[no-untyped-def]
+        batch, n, dim = a.x.shape
+        experts = a.q_tokens.shape[-2]
+        logits = a.x.new_empty(batch, 2 * experts, n, dtype=logits_dtype(a.x, _wider(a.q_tokens, a.kv_tokens)))
+        rows, scores, routes = [], [], []
+        for k in (a.k_q, a.k_kv):
+            slots, _ = sizes(n, k, a.block)
+            rows.append(a.x.new_empty(experts, batch, slots, dim))
+            scores.append(logits.new_empty(batch, experts, slots))
+            routes.append(logits.new_empty(batch, experts, slots, dtype=torch.int64))
+            routes.append(logits.new_empty(batch, experts, slots, dtype=torch.bool))
+            routes.append(logits.new_empty(batch, experts, n, dtype=torch.int32))
+        norms, factors = logits.new_empty(batch, n), logits.new_empty(batch, 0 if a.scale is None else 2 * experts)
+        state = solver_state(logits, a.k_q, a.block, Solver.of(a), logits.new_empty)
+        return *rows, *scores, logits, *routes, norms, factors, *state
+
+    def backward(a, g, needs):  # type: ignore[no-untyped-def]
+        found, sides = {}, (_Side(a, g, needs, "q"), _Side(a, g, needs, "kv"))
+        dlogits = _logits_gradient(a, g, sides) if needs.x or needs.q_tokens or needs.kv_tokens else None
+        for side in sides:
+            if side.needs_tokens and dlogits is None:
+                found[f"{side.name}_tokens"] = torch.zeros_like(side.tokens, memory_format=torch.contiguous_format)
+            if side.needs_gamma and side.gradient is None:
+                found[f"{side.name}_gamma"] = torch.zeros_like(side.gamma, memory_format=torch.contiguous_format)
+        if dlogits is not None:
+            found.update(_token_gradients(a, dlogits, sides))
+        taken = [side for side in sides if side.gradient is not None]
+        given = a, needs, dlogits, taken
+        found.update(_row_gradients_by_triton(*given) if a.triton else _row_gradients(*given))
+        return found
+
+    def flops(a, out):  # type: ignore[no-untyped-def]
+        return 2 * logits_flops(a.x, a.q_tokens)
+
+    def backward_flops(a, g, needs):  # type: ignore[no-untyped-def]
+        return (2 * needs.x + needs.q_tokens + needs.kv_tokens) * logits_flops(a.x, a.q_tokens)
+
+
+class _Side:
+    """What the backward has of queries or of keys/values."""
+
+    def __init__(self, a: Any, g: Any, needs: Any, name: str) -> None:
+        self.name, self.first = name, name == "q"
+        self.tokens, self.k = getattr(a, f"{name}_tokens"), getattr(a, f"k_{name}")
+        self.gamma: Tensor | None = getattr(a, f"{name}_gamma")
+        common = _alike(a.q_gamma, a.kv_gamma)[0 if self.first else 1]
+        self.taken = Taken(*(getattr(a, f"{name}_{part}") for part in ("indices", "slots", "inverse")), common)
+        self.gradient: Tensor | None = g.queries if self.first else g.keys_values
+        self.score_gradient: Tensor | None = getattr(g, f"{name}_picked")
+        self.needs_tokens, self.needs_gamma = getattr(needs, f"{name}_tokens"), getattr(needs, f"{name}_gamma")
+
+    def of(self, t: Tensor, dim: int) -> Tensor:
+        """Its half of the experts."""
+        return t.chunk(2, dim)[0 if self.first else 1]
+
+
+def _stack(q_tokens: Tensor, kv_tokens: Tensor) -> Tensor:
+    """Routing tokens of both sides, (2 E, D) or (B, 2 E, D)."""
+    batched = _batch(q_tokens, kv_tokens)
+    both = (q_tokens, kv_tokens) if batched is None else (t.expand(batched, -1, -1) for t in (q_tokens, kv_tokens))
+    return torch.cat(tuple(both), -2)
+
+
+def _batch(*tokens: Tensor) -> int | None:
+    """That of the side which has routing tokens for each item, if one has."""
+    return next((t.shape[0] for t in tokens if t.ndim == 3), None)
+
+
+def _wider(t: Tensor, other: Tensor) -> Tensor:
+    return t if torch.promote_types(t.dtype, other.dtype) == t.dtype else other
+
+
+def _alike(*gammas: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In a common dtype: one kernel reads either."""
+    q, kv = gammas
+    if q is None or kv is None or q.dtype == kv.dtype:
+        return q, kv
+    common = torch.promote_types(q.dtype, kv.dtype)
+    return q.to(common), kv.to(common)
+
+
+def _at_once(a: Any) -> bool:
+    """Whether one launch of each kernel solves and selects for both sides."""
+    n = a.x.shape[1]
+    return a.triton and n > a.k_q and n > a.k_kv and (a.block is None or a.block >= n)
+
+
+def _pick_at_once(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tuple]:
+    from optimized.kernels.selection import select_groups
+
+    ks, soft = (a.k_q, a.k_kv), None
     if solver.straight_through:
-        scores, a, counts = (logits.new_empty(0) for _ in range(3))
-        groups = selection.select_groups(logits, mask, (k_q, k_kv), None, unit=True)
+        state = solver_state(logits, a.k_q, None, solver, logits.new_empty)
     else:
-        scores, a, counts = solver.solve(logits, mask)
-        groups = selection.select_groups(logits, mask, (k_q, k_kv), scores)
-    (q_indices, q_slots, q_inverse, q_picked), (kv_indices, kv_slots, kv_inverse, kv_picked) = groups
-    taken = (gather_norm.Taken(q_indices, q_slots, q_gamma), gather_norm.Taken(kv_indices, kv_slots, kv_gamma))
-    rows = gather_norm.gather_norm(x, norms, taken)
-    routes = (q_indices, q_slots, q_inverse, kv_indices, kv_slots, kv_inverse)
-    return *rows, q_picked, kv_picked, logits, *routes, norms, factors, scores, a, counts
+        state = solver.solve(logits, a.mask, ks, True)
+        soft = state[0]
+    groups = select_groups(logits, a.mask, ks, soft, unit=solver.straight_through)
+    return tuple(group[:3] for group in groups), tuple(group[3] for group in groups), state
 
 
-@routed_rows.register_fake
-def _(x, q_tokens, kv_tokens, q_gamma, kv_gamma, mask, k_q, k_kv, *options):  # type: ignore[no-untyped-def]
-    solver = Solver(*options)
-    batch, n, dim = x.shape
-    experts = q_tokens.shape[-2]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, q_tokens.dtype), torch.float32)
-    rows = [x.new_empty(experts, batch, k, dim) for k in (k_q, k_kv)]
-    picked = [x.new_empty(batch, experts, k, dtype=dtype) for k in (k_q, k_kv)]
-    logits = x.new_empty(batch, 2 * experts, n, dtype=dtype)
-    routes = [
-        made
-        for k in (k_q, k_kv)
-        for made in (
-            x.new_empty(batch, experts, k, dtype=torch.int64),
-            x.new_empty(batch, experts, k, dtype=torch.bool),
-            x.new_empty(batch, experts, n, dtype=torch.int32),
+def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tuple]:
+    routes, scores, states = [], [], []
+    for half, k in zip(logits.chunk(2, 1), (a.k_q, a.k_kv)):
+        *route, picked, soft, iterates, counts = pick.raw(half, None, a.mask, k, a.block, *solver, a.triton)
+        routes.append(route)
+        scores.append(picked)
+        states.append((soft, iterates, counts))
+    if solver.straight_through:
+        return tuple(routes), tuple(scores), states[0]
+    (soft, iterates, counts), other = states
+    counts = counts if solver.exact else torch.cat((counts, other[2]), -1)
+    state = torch.cat((soft, other[0]), 1), torch.cat((iterates, other[1]), -1), counts
+    return tuple(routes), tuple(scores), state
+
+
+def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
+    """From those of the picked scores and of the logits themselves; None where there is none."""
+    solver, n = Solver.of(a), a.x.shape[1]
+    if all(side.score_gradient is None for side in sides):
+        return g.logits
+    if _at_once(a):
+        grads = tuple(
+            a.logits.new_zeros(side.taken.indices.shape) if side.score_gradient is None else side.score_gradient
+            for side in sides
         )
-    ]
-    factors = logits.new_empty(batch, 0 if solver.scale is None else 2 * experts)
-    if solver.straight_through:
-        solved = [logits.new_empty(0) for _ in range(3)]
-    elif solver.exact:
-        solved = [torch.empty_like(logits), logits.new_empty(logits.shape[:2]), logits.new_empty(0)]
-    else:
-        solved = [torch.empty_like(logits), *(logits.new_empty(solver.n_iters, *logits.shape[:2]) for _ in range(2))]
-    return *rows, *picked, logits, *routes, logits.new_empty(batch, n), factors, *solved
+        ks = a.k_q, a.k_kv
+        solved = solver.solve(a.logits, a.mask, ks, True) if solver.straight_through else (a.soft, a.a, a.counts)
+        inverses = a.q_inverse, a.kv_inverse
+        return solver.picked_backward(grads, inverses, g.logits, a.logits, a.mask, ks, solved)
+    halves = []
+    for side in sides:
+        logits = side.of(a.logits, 1).contiguous()
+        if side.score_gradient is None or n <= side.k:
+            halves.append(torch.zeros_like(logits))
+            continue
+        state = None
+        if not solver.straight_through:
+            state = side.of(a.soft, 1), side.of(a.a, -1), a.counts if solver.exact else side.of(a.counts, -1)
+        given = side.score_gradient, side.taken.inverse, logits, a.mask, split(n, side.k, a.block), state
+        halves.append(picked_gradient(*given, solver, a.triton))
+    dlogits = torch.cat(halves, 1)
+    return dlogits if g.logits is None else dlogits.add_(g.logits)
 
 
-@custom_op(
-    "moa::routed_rows_backward",
-    mutates_args=(),
-    schema="(Tensor dqueries, Tensor dkeys_values, Tensor? dq_picked, Tensor? dkv_picked, Tensor? dlogits, Tensor x,"
-    " Tensor q_tokens, Tensor kv_tokens, Tensor? q_gamma, Tensor? kv_gamma, Tensor? mask, Tensor logits,"
-    " Tensor q_indices, Tensor q_slots, Tensor q_inverse, Tensor kv_indices, Tensor kv_slots, Tensor kv_inverse,"
-    f" Tensor norms, Tensor factors, Tensor scores, Tensor a, Tensor counts, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def routed_rows_backward(
-    dqueries: Tensor,
-    dkeys_values: Tensor,
-    dq_picked: Tensor | None,
-    dkv_picked: Tensor | None,
-    dlogits: Tensor | None,
-    x: Tensor,
-    q_tokens: Tensor,
-    kv_tokens: Tensor,
-    q_gamma: Tensor | None,
-    kv_gamma: Tensor | None,
-    mask: Tensor | None,
-    logits: Tensor,
-    q_indices: Tensor,
-    q_slots: Tensor,
-    q_inverse: Tensor,
-    kv_indices: Tensor,
-    kv_slots: Tensor,
-    kv_inverse: Tensor,
-    norms: Tensor,
-    factors: Tensor,
-    scores: Tensor,
-    a: Tensor,
-    counts: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, the routing tokens, and gamma (empty without)."""
-    from optimized.kernels.gather_norm import Taken, slot_gradients
-    from optimized.kernels.router_logits import routing_token_gradient
+def _token_gradients(a: Any, dlogits: Tensor, sides: tuple[_Side, ...]) -> dict[str, Tensor]:
+    """Of the routing tokens that need one: one product for both."""
+    asked = [side for side in sides if side.needs_tokens]
+    if not asked:
+        return {}
+    tokens, logits, factors, g = _stack(a.q_tokens, a.kv_tokens), a.logits, a.factors, dlogits
+    if len(asked) == 1:
+        tokens, logits, g = asked[0].of(tokens, -2), asked[0].of(logits, 1), asked[0].of(g, 1)
+        factors = asked[0].of(factors, 1) if a.scale is not None else factors
+    stacked = routing_token_gradient(g, a.x, tokens, a.mask, logits, a.norms, factors, a.triton)
+    found = {}
+    for side in asked:
+        part = side.of(stacked, -2) if len(asked) == 2 else stacked
+        part = part.sum(0) if part.ndim > side.tokens.ndim else part
+        found[f"{side.name}_tokens"] = part.to(side.tokens.dtype, copy=True, memory_format=torch.contiguous_format)
+    return found
+
+
+def _row_gradients(a: Any, needs: Any, dlogits: Tensor | None, taken: list[_Side]) -> dict[str, Tensor]:
+    """Of x and gamma."""
+    found = {}
+    for side in taken:
+        if side.needs_gamma:
+            group = side.taken._replace(gamma=side.gamma)
+            found[f"{side.name}_gamma"] = gamma_gradient(a.x, a.norms, group, side.gradient)
+    if needs.x:
+        dx = a.x.new_zeros(a.x.shape, dtype=a.logits.dtype)
+        if taken:
+            groups, gradients = zip(*((side.taken, side.gradient) for side in taken))
+            dx += rows_gradient(a.x, a.norms, groups, gradients)
+        if dlogits is not None:
+            tokens = _stack(a.q_tokens, a.kv_tokens)
+            dx += input_gradient(dlogits, a.x, tokens, a.mask, a.logits, a.norms, a.factors)
+        found["x"] = dx.to(a.x.dtype)
+    return found
+
+
+def _row_gradients_by_triton(a: Any, needs: Any, dlogits: Tensor | None, taken: list[_Side]) -> dict[str, Tensor]:
+    from optimized.kernels import gather_norm as kernel
     from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
 
-    solver = Solver(*options)
-    inverses = q_inverse, kv_inverse
-    picked = tuple(
-        torch.zeros(indices.shape, dtype=logits.dtype, device=x.device) if given is None else given
-        for given, indices in ((dq_picked, q_indices), (dkv_picked, kv_indices))
-    )
-    solved = solver.solve(logits, mask) if solver.straight_through else (scores, a, counts)
-    dlogits = solver.backward(picked, inverses, dlogits, logits, mask, solved)
-    tokens = torch.cat((q_tokens, kv_tokens), -2)
-    dtokens = routing_token_gradient(dlogits, x, tokens, mask, logits, norms, factors)
-    dq_tokens, dkv_tokens = (
-        part.to(given.dtype, copy=True, memory_format=torch.contiguous_format)
-        for part, given in zip(dtokens.chunk(2, -2), (q_tokens, kv_tokens))
-    )
-
-    gradients = dqueries, dkeys_values
-    dq_gamma, dkv_gamma = x.new_empty(0), x.new_empty(0)
-    dots = None
-    if q_gamma is not None and kv_gamma is not None:
-        taken = Taken(q_indices, q_slots, q_gamma), Taken(kv_indices, kv_slots, kv_gamma)
-        (dq_gamma, dkv_gamma), dots = slot_gradients(x, norms, taken, gradients)
-    rows = tuple(map(TakenRows, gradients, inverses, (q_gamma, kv_gamma)))
-    dx = token_gradient(x, mask, norms, rows, dots, RouterGradient(dlogits, logits, tokens, factors))
-    return dx, dq_tokens, dkv_tokens, dq_gamma, dkv_gamma
-
-
-@routed_rows_backward.register_fake
-def _(dqueries, dkeys_values, dq_picked, dkv_picked, dlogits, x, q_tokens, kv_tokens, q_gamma, kv_gamma, *rest):  # type: ignore[no-untyped-def]
-    return tuple(
-        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (x, q_tokens, kv_tokens, q_gamma, kv_gamma)
-    )
-
-
-_SAVED = 6  # x .. mask
-_WITH_GRADIENT = 5  # rows, picked scores, logits
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:_SAVED], *output[_WITH_GRADIENT - 1 :])
-    ctx.mark_non_differentiable(*output[_WITH_GRADIENT:])
-    ctx.options = inputs[_SAVED + 2 :]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dqueries: Tensor | None, dkeys_values: Tensor | None, *given: Tensor | None) -> tuple:
-    saved = ctx.saved_tensors
-    x, *_, q_gamma, kv_gamma, _ = saved[:_SAVED]
-    q_indices, kv_indices = saved[_SAVED + 1], saved[_SAVED + 4]
-    rows = [
-        x.new_zeros(indices.shape[1], indices.shape[0], indices.shape[2], x.shape[-1]) if gradient is None else gradient
-        for gradient, indices in ((dqueries, q_indices), (dkeys_values, kv_indices))
-    ]
-    dx, dq_tokens, dkv_tokens, *dgammas = routed_rows_gradient(*rows, *given[:3], *saved, *ctx.options)
-    gammas = (None if gamma is None else dgamma for gamma, dgamma in zip((q_gamma, kv_gamma), dgammas))
-    return dx, dq_tokens, dkv_tokens, *gammas, *(None,) * (3 + len(ctx.options))
-
-
-routed_rows_gradient = differentiable(routed_rows_backward, no_setup, refuse_to("moa::routed_rows", "double backward"))
-route_and_gather = differentiable(routed_rows, _setup, _backward)
+    found, dots = {}, None
+    normed = a.q_gamma is not None and taken
+    if normed and (needs.x or any(side.needs_gamma for side in taken)):
+        groups = tuple(kernel.Taken(side.taken.indices, side.taken.slots, side.taken.gamma) for side in taken)
+        dgammas, dots = kernel.slot_gradients(a.x, a.norms, groups, tuple(side.gradient for side in taken))
+        for side, dgamma in zip(taken, dgammas):
+            found[f"{side.name}_gamma"] = dgamma.to(side.gamma.dtype)
+    if needs.x:
+        rows = tuple(TakenRows(side.gradient, side.taken.inverse, side.taken.gamma) for side in taken)
+        router = None
+        if dlogits is not None:
+            router = RouterGradient(dlogits, a.logits, _stack(a.q_tokens, a.kv_tokens), a.factors)
+        found["x"] = token_gradient(a.x, a.mask, a.norms, rows, dots, router)
+    return found

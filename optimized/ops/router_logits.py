@@ -1,78 +1,144 @@
-"""Router logits as one operator, by the kernels of `optimized.kernels.router_logits` and `.token_gradient`.
+"""Router logits, and the norms of the tokens that come with them.
 
-PyTorch's way is autograd's.
+Letters: B batch, N tokens, D dimension, E experts. With cosine routing l = cx cr <x, r>, cx = 1 / max(||x||, 1e-12),
+cr = scale / max(||r||, 1e-12); else cx = cr = 1. Gradients, with g = dL/dl:
+
+    dx = sum_e g cx cr r - x cx^2 sum_e g l,   dr = sum_n g cx cr x - r / ||r||^2 sum_n g l
+
+with second terms for cosine routing only, and where the norm exceeds 1e-12.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op
 
-from optimized.ops.registration import differentiable, no_setup, refuse_to
+from optimized.ops.operator import operator
 
 
-@custom_op(
-    "moa::router_logits",
-    mutates_args=(),
-    schema="(Tensor x, Tensor tokens, Tensor? mask, float? scale) -> (Tensor, Tensor, Tensor)",
+@operator(
+    "(Tensor x, Tensor tokens, Tensor? mask, float? scale, bool triton)"
+    " -> (Tensor logits, Tensor norms, Tensor factors)",
+    wrt="x tokens",
+    gradients_of="logits",
+    saves="x tokens mask logits norms factors",
 )
-def router_logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, E, N) of x (B, N, D) against tokens (E, D) or (B, E, D), norms (B, N) of x, and factors (B, E).
+class router_logits:
+    """Logits (B, E, N) of x (B, N, D) against tokens (E, D) or (B, E, D), norms (B, N) of x, and factors cr (B, E).
 
-    In at least float32. scale: of cosine routing, None for the plain product, without factors (scale over the norm of
-    the routing token). Masked tokens have logit 0 and are not read.
+    In the dtype of x and tokens, at least float32, under autocast too. scale: of cosine routing, None for the plain
+    product, whose factors are empty (B, 0). Masked tokens have logit and norm 0 and are not read.
     """
-    from optimized.kernels import router_logits as kernel
 
-    return kernel.router_logits(x, tokens, mask, scale)
+    def forward(a):  # type: ignore[no-untyped-def]
+        if a.triton:
+            from optimized.kernels import router_logits as kernel
 
+            return kernel.router_logits(a.x, a.tokens, a.mask, a.scale)
+        return _logits(a.x, a.tokens, a.mask, a.scale)
 
-@router_logits.register_fake
-def _(x, tokens, mask, scale):  # type: ignore[no-untyped-def]
-    dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
-    batch, n, _ = x.shape
-    experts = tokens.shape[-2]
-    sizes = ((batch, experts, n), (batch, n), (batch, 0 if scale is None else experts))
-    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)
+    def fake(a):  # type: ignore[no-untyped-def]
+        batch, n, _ = a.x.shape
+        experts = a.tokens.shape[-2]
+        shapes = (batch, experts, n), (batch, n), (batch, 0 if a.scale is None else experts)
+        return tuple(a.x.new_empty(shape, dtype=logits_dtype(a.x, a.tokens)) for shape in shapes)
 
+    def backward(a, g, needs):  # type: ignore[no-untyped-def]
+        found = {}
+        if needs.x and a.triton:
+            from optimized.kernels.token_gradient import RouterGradient, token_gradient
 
-@custom_op(
-    "moa::router_logits_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor tokens, Tensor? mask, Tensor logits, Tensor norms, Tensor factors)"
-    " -> (Tensor, Tensor)",
-)
-def router_logits_backward(
-    grad: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the tokens."""
-    from optimized.kernels.router_logits import routing_token_gradient
-    from optimized.kernels.token_gradient import RouterGradient, token_gradient
+            router = RouterGradient(g.logits, a.logits, a.tokens, a.factors)
+            found["x"] = token_gradient(a.x, a.mask, a.norms, (), None, router)
+        elif needs.x:
+            found["x"] = input_gradient(g.logits, a.x, a.tokens, a.mask, a.logits, a.norms, a.factors).to(a.x.dtype)
+        if needs.tokens:
+            given = g.logits, a.x, a.tokens, a.mask, a.logits, a.norms, a.factors
+            found["tokens"] = routing_token_gradient(*given, a.triton)
+        return found
 
-    router = RouterGradient(grad, logits, tokens, factors)
-    dx = token_gradient(x, mask, norms, (), None, router)
-    return dx, routing_token_gradient(grad, x, tokens, mask, logits, norms, factors)
+    def flops(a, out):  # type: ignore[no-untyped-def]
+        return logits_flops(a.x, a.tokens)
 
-
-@router_logits_backward.register_fake
-def _(grad, x, tokens, mask, logits, norms, factors):  # type: ignore[no-untyped-def]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(tokens, memory_format=torch.contiguous_format),
-    )
+    def backward_flops(a, g, needs):  # type: ignore[no-untyped-def]
+        return logits_flops(a.x, a.tokens) * (needs.x + needs.tokens)
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.mark_non_differentiable(*output[1:])
+def logits_dtype(x: Tensor, tokens: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
-    return *project_backward(grad, *ctx.saved_tensors), None, None
+def logits_flops(x: Tensor, tokens: Tensor) -> int:
+    return 2 * x.numel() * tokens.shape[-2]
 
 
-project_backward = differentiable(router_logits_backward, no_setup, refuse_to("moa::router_logits", "double backward"))
-project = differentiable(router_logits, _setup, _backward)
+def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """One GEMM where all items share their routing tokens."""
+    dtype = logits_dtype(x, tokens)
+    x, tokens = x.to(dtype), tokens.to(dtype)
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0)
+    norms = torch.linalg.vector_norm(x, dim=-1)
+    factors = norms.new_empty(x.shape[0], 0)
+    if scale is not None:
+        lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12)
+        factors = (scale / lengths[..., 0]).expand(x.shape[0], -1).contiguous()
+        x, tokens = x / norms.clamp_min(1e-12)[..., None] * scale, tokens / lengths
+    with torch.autocast(x.device.type, enabled=False):
+        if tokens.ndim == 2:
+            logits = F.linear(x, tokens).transpose(1, 2).contiguous()
+        else:
+            logits = torch.bmm(tokens, x.transpose(1, 2)).contiguous()
+    return logits, norms.contiguous(), factors
+
+
+def input_gradient(
+    g: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
+) -> Tensor:
+    """dx (B, N, D) in the dtype of the logits, by PyTorch. 0 at masked tokens, whatever they or the others hold."""
+    with torch.autocast(x.device.type, enabled=False):
+        dx = _weights(g, mask, norms, factors).transpose(1, 2) @ tokens.to(logits.dtype)
+    if factors.numel():
+        inverse_norms = 1 / norms.clamp_min(1e-12)
+        slope = (g * logits).sum(1) * inverse_norms * inverse_norms
+        dx -= x.to(logits.dtype) * torch.where(norms > 1e-12, slope, 0)[..., None]
+    dx = dx.contiguous()
+    return dx if mask is None else dx.masked_fill_(~mask[..., None], 0)
+
+
+def routing_token_gradient(
+    g: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    logits: Tensor,
+    norms: Tensor,
+    factors: Tensor,
+    triton: bool,
+) -> Tensor:
+    """dr in the shape and dtype of the routing tokens."""
+    if triton:
+        from optimized.kernels import router_logits as kernel
+
+        return kernel.routing_token_gradient(g, x, tokens, mask, logits, norms, factors)
+    x, r = x.to(logits.dtype), tokens.to(logits.dtype)
+    if mask is not None:
+        x, g = x.masked_fill(~mask[..., None], 0), g.masked_fill(~mask[:, None], 0)
+    weights = _weights(g, mask, norms, factors)
+    with torch.autocast(x.device.type, enabled=False):
+        shared = tokens.ndim == 2
+        dr = weights.transpose(0, 1).flatten(1) @ x.flatten(0, 1) if shared else torch.bmm(weights, x)
+    if factors.numel():
+        squares = r.square().sum(-1, keepdim=True)
+        moment = (g * logits).sum(-1, keepdim=True)
+        moment = moment.sum(0) if shared else moment
+        dr -= torch.where(squares > 1e-24, moment * r / squares.clamp_min(1e-24), 0)
+    return dr.to(tokens.dtype).contiguous()
+
+
+def _weights(g: Tensor, mask: Tensor | None, norms: Tensor, factors: Tensor) -> Tensor:
+    """g cx cr (B, E, N), 0 at masked tokens."""
+    if mask is not None:
+        g = g.masked_fill(~mask[:, None], 0)
+    return g / norms.clamp_min(1e-12)[:, None] * factors[..., None] if factors.numel() else g
