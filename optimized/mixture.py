@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from optimized import ops, validation
-from optimized.backends import Request, choose
+from optimized import ops
 from optimized.local_attention import LocalAttention
-from optimized.routed_attention import RoutedAttention, pack
-from optimized.routing import Router, Routes, route_both
-from optimized.validation import RouterOptions, flag, positive_int, reject
+from optimized.plain import obstacle_to_fusion
+from optimized.plan import Kind, Plan, Request, bind, choose
+from optimized.routed_attention import RMSNorm, RoutedAttention
+from optimized.routing import Router, Routes, in_order, restrict, without_decision
+from reference import contract
+from reference.contract import Call, Config
+
+
+def _of_config(name: str) -> Any:
+    return property(lambda self: getattr(self.config, name), doc=f"As the constructor was given {name}.")
 
 
 class MixtureOfAttention(nn.Module):
@@ -40,6 +47,16 @@ class MixtureOfAttention(nn.Module):
     was expected.
     """
 
+    dim = _of_config("dim")
+    dim_context = _of_config("dim_context")
+    num_experts = _of_config("num_experts")
+    num_routed_queries = _of_config("num_routed_queries")
+    num_routed_key_values = _of_config("num_routed_key_values")
+    heads = _of_config("heads")
+    dim_head = _of_config("dim_head")
+    dropout = _of_config("dropout")
+    average_routed = _of_config("average_routed")
+
     def __init__(
         self,
         dim: int,
@@ -62,44 +79,31 @@ class MixtureOfAttention(nn.Module):
         **router_options: Any,
     ) -> None:
         super().__init__()
-        self.dim = positive_int("dim", dim)
-        self.num_routed_queries = positive_int("num_routed_queries", num_routed_queries)
-        self.num_routed_key_values = positive_int("num_routed_key_values", num_routed_key_values)
-        self.num_experts = positive_int("num_experts", num_experts)
-        self.dim_context = self.dim if dim_context is None else positive_int("dim_context", dim_context)
-        self.dim_head = positive_int("dim_head", dim_head)
-        self.heads = positive_int("heads", heads)
-        self.dropout = validation.probability("dropout", dropout)
-        self.use_triton = flag("use_triton", use_triton)
-        self.flash_attn = flag("flash_attn", flash_attn)
-        self.average_routed = flag("average_routed", average_routed)
-        flag("prenorm", prenorm)
-        if flag("local_attn", local_attn):
-            local_attn_window_size = positive_int("local_attn_window_size", local_attn_window_size)
-            if self.dim_head % 2:
-                reject("dim_head", "an even number with local attention (rotary embedding)", dim_head)
-            if self.dim_context != self.dim:
-                reject("dim_context", f"dim = {dim} with local_attn (self-attention only)", dim_context)
-        elif local_attn_window_size is not None:
-            reject("local_attn_window_size", "None without local_attn=True", local_attn_window_size)
-        if dtype is not None and dtype not in validation.FLOATING:
-            reject("dtype", "float64, float32, float16 or bfloat16", dtype, TypeError)
-        options = RouterOptions.of_module(router_options)
-
+        contract.floating_dtype("dtype", dtype)
+        self.config = c = Config.of(
+            dim=dim,
+            num_routed_queries=num_routed_queries,
+            num_routed_key_values=num_routed_key_values,
+            num_experts=num_experts,
+            dim_context=dim_context,
+            local_attn=local_attn,
+            local_attn_window_size=local_attn_window_size,
+            dim_head=dim_head,
+            heads=heads,
+            dropout=dropout,
+            use_triton=use_triton,
+            flash_attn=flash_attn,
+            prenorm=prenorm,
+            average_routed=average_routed,
+            **router_options,
+        )
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared: dict[str, Any] = {
-            "dim_head": self.dim_head,
-            "heads": self.heads,
-            "prenorm": prenorm,
-            "flash_attn": flash_attn,
-            "use_triton": use_triton,
-            **where,
-        }
-        self.null_routed_token = None if local_attn else nn.Parameter(torch.empty(1, 1, self.dim, **where))
-        self.query_router = Router(self.dim, self.num_experts, options, use_triton=use_triton, **where)
-        self.key_value_router = Router(self.dim_context, self.num_experts, options, use_triton=use_triton, **where)
-        self.attn = RoutedAttention(self.dim, self.dim_context, self.num_experts, dropout=self.dropout, **shared)
-        self.local_attn = LocalAttention(self.dim, local_attn_window_size, **shared) if local_attn else None
+        window = c.local_attn_window_size
+        self.null_routed_token = nn.Parameter(torch.empty(1, 1, c.dim, **where)) if window is None else None
+        self.query_router = Router(c.dim, c.num_experts, c.options, use_triton=c.use_triton, **where)
+        self.key_value_router = Router(c.dim_context, c.num_experts, c.options, use_triton=c.use_triton, **where)
+        self.attn = RoutedAttention(c, **where)
+        self.local_attn = None if window is None else LocalAttention(c, **where)
         self._reset_null_token()
 
     def _reset_null_token(self) -> None:
@@ -135,132 +139,146 @@ class MixtureOfAttention(nn.Module):
                 and gets 0. It does count in N <= K and in the routers' target mass min(K * fetch_k_ratio, N), so
                 padding changes nothing while these stay the same.
             num_routed_queries, num_routed_key_values: K for this call.
-            rotary_emb: (N, d) angles in float32 or float64, without gradient (self-attention only).
+            rotary_emb: (N, d) angles in any floating dtype, without gradient (self-attention only).
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); required, and allowed, with
                 learned_routing_tokens=True.
             routes: a pair (query, key/value) of decisions that replace the routers'.
             return_routes: return (out, routes); `.load` of each of the two is the number of tokens per expert.
-        Returns (B, N, D), dtype and device of x. Raises TypeError or ValueError naming the argument. Routing tokens get
-        no gradient (None) where N <= K, since nothing is chosen, nor with injected routes.
+        Returns (B, N, D), dtype and device of x. Raises TypeError or ValueError naming the argument.
+
+        The layer's own routing tokens get gradient 0, not None, where they decide nothing: where N <= K, and with
+        injected routes. Submodules are called, with all that is attached to them; only where all of them are as this
+        class made them is the same computed by fewer, fused operators (`explain` says which).
         """
-        k_q, k_kv = self._check(
-            x, context, mask, context_mask, num_routed_queries, num_routed_key_values, rotary_emb, routes
+        call = contract.check_call(
+            self.config,
+            {
+                "x": x,
+                "context": context,
+                "mask": mask,
+                "context_mask": context_mask,
+                "num_routed_queries": num_routed_queries,
+                "num_routed_key_values": num_routed_key_values,
+                "rotary_emb": rotary_emb,
+                "query_routing_tokens": query_routing_tokens,
+                "key_value_routing_tokens": key_value_routing_tokens,
+                "routes": routes,
+                "return_routes": return_routes,
+            },
         )
-        self._check_tokens(x, query_routing_tokens, key_value_routing_tokens, routes)
-        flag("return_routes", return_routes)
-        if context is None:
-            context, context_mask = x, mask
-        masked = context_mask is not None or routes is not None
-        # A chosen backend that can't serve raises here, before any work.
-        chosen = {
-            stage: choose(stage, request) for stage, request in self._requests(x, masked, mask is not None).items()
-        }
-        no_choice = context.shape[1] <= k_kv
-        unit_scores = routes is None and (no_choice or self.query_router.options.straight_through)
-        alike = routes is None and context is x and context_mask is mask
-        by_triton = chosen["routing"].triton and chosen["dispatch"].triton
-        if alike and by_triton and self._chooses_from_rows(x.shape[1], max(k_q, k_kv)):
-            tokens = query_routing_tokens, key_value_routing_tokens
-            routers = self.query_router, self.key_value_router
-            queries, keys_values, q_routes, kv_routes, q_inverse = route_both(
-                x, routers, tokens, self.attn.gammas(), (k_q, k_kv), mask
-            )
-            y = self.attn.attend(queries, keys_values, q_routes, kv_routes, rotary_emb, masked, unit_scores)
+        plan = bind(self._kind(call))
+        if self._obstacle_to_fusion(call, plan) is None:
+            y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
-            if routes is None:
-                q_routes, q_inverse = self.query_router.decide(x, k_q, mask, query_routing_tokens)
-                kv_routes, kv_inverse = self.key_value_router.decide(
-                    context, k_kv, context_mask, key_value_routing_tokens
-                )
-            else:
-                q_routes, kv_routes = _restrict(routes[0], mask), _restrict(routes[1], context_mask)
-                q_inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
-            packed = kv_routes
-            if masked and (routes is not None or no_choice):
-                # A router's choice is packed already, unless there was nothing to choose.
-                packed = pack(kv_routes)
-                kv_inverse = ops.inverse_map(packed.indices, packed.mask, context.shape[1])
-            y = self.attn(x, context, q_routes, packed, q_inverse, kv_inverse, rotary_emb, masked, unit_scores)
-        local = None if self.local_attn is None else self.local_attn(x, mask)
-        out = _combine(
-            y, q_routes, q_inverse, local, self.average_routed, self.null_routed_token, mask, x.dtype,
-            allow_triton=self.use_triton,
-        )  # fmt: skip
+            q_routes, kv_routes = self._decide(call, plan)
+            given = (x, call.keys_values.x, q_routes, kv_routes, rotary_emb)
+            # The scores of a router that is straight-through are 1 or NaN.
+            unit = call.routes is None and _straight_through(self.key_value_router)
+            own = {"plan": plan, "unit_scores": unit} if _is(self.attn, RoutedAttention) else {}
+            y = self.attn(*given, **own)
+            inverse = ops.inverse_map(q_routes.indices, q_routes.mask, x.shape[1])
+        local = None
+        if self.local_attn is not None:
+            own = {"plan": plan} if _is(self.local_attn, LocalAttention) else {}
+            local = self.local_attn(x, mask, **own)
+        routing = q_routes.scores, q_routes.indices, q_routes.mask, inverse
+        null = self.null_routed_token
+        out = ops.combine(y, *routing, local, null, mask, self.config.average_routed, x.dtype, plan.mixture)
         return (out, (q_routes, kv_routes)) if return_routes else out
 
-    def _chooses_from_rows(self, n: int, k: int) -> bool:
-        """Whether both routers have a choice, over whole rows: `route_both` does no more."""
-        width = self.query_router.options.route_block_size
-        return n > k and (width is None or width >= n)
+    def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
+        """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
+        q, kv, attn = call.queries, call.keys_values, self.attn
+        tokens = [
+            router.tokens_for(side.x, side.tokens)
+            for router, side in ((self.query_router, q), (self.key_value_router, kv))
+        ]
+        if max(t.ndim for t in tokens) == 3:
+            tokens = [t.expand(q.x.shape[0], -1, -1) for t in tokens]
+        gammas: list[Tensor | None] = [norm if norm is None else norm.gamma for norm in (attn.norm, attn.context_norm)]
+        if gammas[0] is not None and gammas[1] is not None and gammas[0].dtype != gammas[1].dtype:
+            common = torch.promote_types(gammas[0].dtype, gammas[1].dtype)  # one kernel reads either
+            gammas = [g if g is None else g.to(common) for g in gammas]
+        options = self.query_router.options
+        scale = options.cosine_sim_scale if options.cosine_sim_routing else None
+        queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
+            q.x, *tokens, *gammas, q.mask, q.k, kv.k, scale, *ops.Solver.of(options), plan.dispatch
+        )
+        q_indices, q_slots, inverse, kv_indices, kv_slots, *_ = made
+        q_logits, kv_logits = logits.chunk(2, 1)
+        q_routes, kv_routes = (
+            Routes(q_indices, q_slots, q_scores, q_logits),
+            Routes(kv_indices, kv_slots, kv_scores, kv_logits),
+        )
+        unit = options.straight_through
+        y = attn.attend(queries, keys_values, q_routes, kv_routes, call.rotary_emb, plan, unit)
+        if call.return_routes:
+            return y, in_order(q_routes, q.mask), in_order(kv_routes, kv.mask), inverse
+        return y, q_routes, kv_routes, inverse
 
-    def _requests(self, x: Tensor, masked: bool, token_mask: bool) -> dict[str, Request]:
-        """What a call asks of each stage. masked: keys of the routed attention may have to be hidden.
+    def _decide(self, call: Call, plan: Plan) -> tuple[Routes, Routes]:
+        """By the routers, called as modules, or as injected."""
+        sides = call.queries, call.keys_values
+        routers = self.query_router, self.key_value_router
+        if call.routes is None:
+            q_routes, kv_routes = (
+                router(side.x, side.k, side.mask, side.tokens, **({"plan": plan} if _is(router, Router) else {}))
+                for router, side in zip(routers, sides)
+            )
+            return q_routes, kv_routes
+        q_routes, kv_routes = (restrict(routes, side.mask) for routes, side in zip(call.routes, sides))
+        tokens = (getattr(router, "routing_token", None) for router in routers)
+        return without_decision(q_routes, *tokens), kv_routes
 
-        token_mask: x comes with a mask.
-        """
-        dtype, device = x.dtype, x.device
-        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device.type)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        dropout = self.dropout if self.training else 0.0
-        allowed = {"allow_flash": self.flash_attn, "allow_triton": self.use_triton}
-        requests = {
-            "routing": Request(device, exact, **allowed),
-            "dispatch": Request(device, x.dtype, **allowed),
-            "routed_attention": Request(device, dtype, self.dim_head, masked, dropout, **allowed),
-            "mixture": Request(device, dtype, **allowed),
-        }
-        if self.local_attn is not None:
-            empty = x.numel() == 0
-            local = Request(device, dtype, self.dim_head, token_mask, 0.0, empty, **allowed)
-            requests["local_attention"] = local
-        return requests
+    def _obstacle_to_fusion(self, call: Call, plan: Plan) -> str | None:
+        """Why the modules before the attention are called one by one; None where one operator does the same."""
+        q, kv = call.queries, call.keys_values
+        if call.routes is not None:
+            return "routes are injected"
+        if kv.x is not q.x or kv.mask is not q.mask:
+            return "keys and values come from a context"
+        if plan.routing != plan.dispatch:
+            return "routing and dispatch have different backends"
+        found = obstacle_to_fusion(
+            query_router=(self.query_router, Router),
+            key_value_router=(self.key_value_router, Router),
+            attn=(self.attn, RoutedAttention),
+        )
+        if found is not None:
+            return found
+        if self.query_router.options != self.key_value_router.options:
+            return "the routers have different options"
+        norms = {"attn.norm": (self.attn.norm, RMSNorm), "attn.context_norm": (self.attn.context_norm, RMSNorm)}
+        return obstacle_to_fusion(**norms)
 
-    def _check(
-        self,
-        x: Any,
-        context: Any,
-        mask: Any,
-        context_mask: Any,
-        num_routed_queries: Any,
-        num_routed_key_values: Any,
-        rotary_emb: Any,
-        routes: Any,
-    ) -> tuple[int, int]:
-        weight = self.attn.to_q.weight
-        validation.tensor("x", x, "B", "N", self.dim, beside=weight, dtype_of=("the layer's parameters", weight))
-        validation.token_mask("mask", mask, x)
-        if context is None:
-            if self.dim_context != self.dim:
-                reject("context", f"a tensor (B, M, {self.dim_context}), since dim_context != dim", None)
-            if context_mask is not None:
-                reject("context_mask", "None without context", context_mask)
-        else:
-            if self.local_attn is not None:
-                reject("context", "None with local_attn=True (self-attention only)", context)
-            validation.tensor("context", context, x.shape[0], "M", self.dim_context, beside=x, dtype_of=("x", x))
-            validation.token_mask("context_mask", context_mask, context)
-            if rotary_emb is not None:
-                reject("rotary_emb", "None with a context (self-attention only)", rotary_emb)
-        validation.rotary(rotary_emb, x, self.dim_head)
-        if routes is not None:
-            if not (isinstance(routes, (tuple, list)) and len(routes) == 2):
-                reject("routes", "a pair (query routes, key/value routes)", routes, TypeError)
-            for i, tokens in enumerate((x, x if context is None else context)):
-                validation.routes(f"routes[{i}]", routes[i], x.shape[0], self.num_experts, tokens.shape[1], x)
-        overrides = {"num_routed_queries": num_routed_queries, "num_routed_key_values": num_routed_key_values}
-        k_q, k_kv = (getattr(self, n) if v is None else positive_int(n, v) for n, v in overrides.items())
-        return k_q, k_kv
+    def _kind(self, call: Call) -> Kind:
+        """What decides between backends in a call."""
+        local = () if self.local_attn is None else ("local_attention",)
+        return Kind(
+            call.queries.x.device,
+            call.queries.x.dtype,
+            ("routing", "dispatch", "routed_attention", *local, "mixture"),
+            dim_head=self.config.dim_head,
+            masked=call.keys_values.mask is not None or call.routes is not None,
+            token_mask=call.queries.mask is not None,
+            dropout=self.config.dropout if self.attn.training else 0.0,
+            allow_flash=self.config.flash_attn,
+            allow_triton=self.config.use_triton,
+        )
 
-    def _check_tokens(self, x: Tensor, query: Any, key_value: Any, routes: Any) -> None:
-        for name, router, tokens in (
-            ("query_routing_tokens", self.query_router, query),
-            ("key_value_routing_tokens", self.key_value_router, key_value),
-        ):
-            if routes is None:
-                router.check_tokens(name, tokens, x)
-            elif tokens is not None:
-                reject(name, "None with injected routes", tokens)
+    def kind_of_call(self, x: Any, **forward_arguments: Any) -> tuple[Kind, str]:
+        """For `explain`: what decides between backends in `self(x, **forward_arguments)`, and which path it takes."""
+        given = inspect.signature(MixtureOfAttention.forward).bind(self, x, **forward_arguments)
+        given.apply_defaults()
+        call = contract.check_call(self.config, given.arguments)
+        kind = self._kind(call)
+        reasons = [
+            self._obstacle_to_fusion(call, bind(kind)),
+            self.attn.obstacle_to_fusion() if _is(self.attn, RoutedAttention) else None,
+        ]
+        if self.local_attn is not None and _is(self.local_attn, LocalAttention):
+            reasons.append(self.local_attn.obstacle_to_fusion())
+        return kind, "; ".join(r for r in reasons if r) or "fused"
 
     def extra_repr(self) -> str:
         names = (
@@ -269,12 +287,13 @@ class MixtureOfAttention(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
 
-def _restrict(routes: Routes, mask: Tensor | None) -> Routes:
-    """Injected routes less the slots that hold masked tokens."""
-    if mask is None:
-        return routes
-    tokens = mask[:, None].expand(*routes.indices.shape[:2], -1)
-    return routes._replace(mask=routes.mask & tokens.gather(-1, routes.indices))
+def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether it takes what only a layer's own modules take: a class that FSDP or a user derived does, too."""
+    return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in vars(module)
+
+
+def _straight_through(router: nn.Module) -> bool:
+    return _is(router, Router) and router.options.straight_through
 
 
 def combine(
@@ -294,46 +313,21 @@ def combine(
     dtype.
     Raises TypeError or ValueError naming the argument.
     """
-    validation.tensor("y", y, "B", "E", "Kq", "D")
-    n = validation.integer("n", n, least=0)
+    contract.tensor("y", y, "B", "E", "Kq", "D")
+    n = contract.integer("n", n, least=0)
     batch, experts, _, dim = y.shape
-    validation.routes("q_routes", q_routes, batch, experts, n, y)
-    validation.tensor("y", y, *q_routes.indices.shape, dim)
+    contract.routes("q_routes", q_routes, batch, experts, n, y)
+    contract.tensor("y", y, *q_routes.indices.shape, dim)
     if local is not None:
-        validation.tensor("local", local, batch, n, dim, beside=y)
-    flag("average_routed", average_routed)
+        contract.tensor("local", local, batch, n, dim, beside=y)
+    contract.flag("average_routed", average_routed)
     if null_routed_token is not None:
-        validation.tensor("null_routed_token", null_routed_token, dim, beside=y)
+        contract.tensor("null_routed_token", null_routed_token, dim, beside=y)
     if mask is not None:
-        validation.tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
+        contract.tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
     inverse = ops.inverse_map(q_routes.indices, q_routes.mask, n)
-    once = q_routes._replace(scores=torch.ones_like(q_routes.scores))  # y has them already
-    return _combine(y.transpose(0, 1), once, inverse, local, average_routed, null_routed_token, mask, y.dtype)
-
-
-def _combine(
-    y: Tensor,
-    q_routes: Routes,
-    inverse: Tensor,
-    local: Tensor | None,
-    average_routed: bool,
-    null_routed_token: Tensor | None,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    *,
-    allow_triton: bool = True,
-) -> Tensor:
-    """(B, N, D) in `dtype` from y (E, B, Kq, D), which the query scores still have to multiply."""
-    routing = (q_routes.indices, q_routes.mask, inverse)
-    if choose("mixture", Request(y.device, y.dtype, allow_triton=allow_triton)).triton:
-        return ops.merge_experts(y, q_routes.scores, *routing, local, null_routed_token, mask, average_routed, dtype)
-    wide = torch.promote_types(y.dtype, q_routes.scores.dtype)
-    out = ops.scatter_tokens(y.to(wide) * q_routes.scores.transpose(0, 1)[..., None].to(wide), *routing)
-    count = (inverse >= 0).sum(1)[..., None]
-    if local is not None:
-        out, count = out + local, count + 1
-    if average_routed:
-        out = out / count.clamp_min(1)
-    if null_routed_token is not None:
-        out = torch.where(count == 0, null_routed_token.to(out.dtype), out)
-    return (out if mask is None else out.masked_fill(~mask[..., None], 0)).to(dtype)
+    ones = torch.ones_like(q_routes.scores)  # y has its scores already
+    triton = choose("mixture", Request(y.device, y.dtype)).triton
+    routing = ones, q_routes.indices, q_routes.mask, inverse
+    y = y.transpose(0, 1)
+    return ops.combine(y, *routing, local, null_routed_token, mask, average_routed, y.dtype, triton)

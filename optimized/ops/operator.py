@@ -36,6 +36,9 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 _ERROR, _SAME = "error", "same"
 
 
+OPERATORS: dict[str, Operator] = {}  # all of them by name, those of gradients too
+
+
 class Arguments(SimpleNamespace):
     """Arguments and results of an operator by name."""
 
@@ -81,11 +84,11 @@ class Operator:
         self.results = tuple(result.name for result in parsed.returns)
         self._defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
         self._body, self._folds, self._draws = body, folds, draws
-        self._wrt, self._with_gradient, self._saves = wrt.split(), gradients_of.split(), saves.split()
+        self.wrt, self.gradients_of, self.saves = wrt.split(), gradients_of.split(), saves.split()
         arguments = schema.rpartition("->")[0].strip()
         # As written: a parsed schema tells SymInt from int no more.
         types = {n: part.split()[0] for n, part in zip(self.names, arguments[1:-1].split(","))}
-        self._constants = [n for n in self.names if not types[n].startswith("Tensor")]
+        self.constants = [n for n in self.names if not types[n].startswith("Tensor")]
         unnamed = ", ".join("Tensor" for _ in self.results)
         single = len(self.results) == 1 and not schema.rpartition("->")[2].strip().startswith("(")
         self.op = custom_op(
@@ -97,11 +100,12 @@ class Operator:
         )
         self.op.register_fake(lambda *args: body.fake(self._bind(args)))
         self.backward: Operator | None = None
-        if self._wrt:
+        if self.wrt:
             self.backward = self._make_backward(types)
         self._register_gradient()
         self.op.register_vmap(self._rule(self.op))
         self._count_flops()
+        OPERATORS[name] = self
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
@@ -139,15 +143,15 @@ class Operator:
 
     def _make_backward(self, types: dict[str, str]) -> Operator:
         """Its arguments: gradients of results, saved tensors, constants, and one bit for each gradient wanted."""
-        arguments = [f"Tensor? d_{name}" for name in self._with_gradient]
-        arguments += [f"{types.get(name, 'Tensor')} {name}" for name in (*self._saves, *self._constants)]
-        returns = ", ".join(f"Tensor d_{name}" for name in self._wrt)
+        arguments = [f"Tensor? d_{name}" for name in self.gradients_of]
+        arguments += [f"{types.get(name, 'Tensor')} {name}" for name in (*self.saves, *self.constants)]
+        returns = ", ".join(f"Tensor d_{name}" for name in self.wrt)
         return Operator(
             _Backward(self, self._body), f"{self.name}_backward", f"({', '.join(arguments)}, int needs) -> ({returns})"
         )
 
     def _register_gradient(self) -> None:
-        setup, backward = (self._setup, self._run_backward) if self._wrt else (_nothing, self._refuse_twice)
+        setup, backward = (self._setup, self._run_backward) if self.wrt else (_nothing, self._refuse_twice)
         self.op.register_autograd(backward, setup_context=setup)
         raw = self.raw
 
@@ -177,16 +181,16 @@ class Operator:
     def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         a = dict(zip(self.names, inputs))
         results = dict(zip(self.results, output if isinstance(output, tuple) else (output,)))
-        ctx.mark_non_differentiable(*(t for name, t in results.items() if name not in self._with_gradient))
+        ctx.mark_non_differentiable(*(t for name, t in results.items() if name not in self.gradients_of))
         a.update(results)
-        ctx.save_for_backward(*(a[name] for name in self._saves))
-        ctx.constants = [a[name] for name in self._constants]
+        ctx.save_for_backward(*(a[name] for name in self.saves))
+        ctx.constants = [a[name] for name in self.constants]
         ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
     def _run_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
         by_name = dict(zip(self.results, grads))
-        given = [by_name[name] for name in self._with_gradient]
-        wanted = [ctx.needs_input_grad[self.names.index(name)] for name in self._wrt]
+        given = [by_name[name] for name in self.gradients_of]
+        wanted = [ctx.needs_input_grad[self.names.index(name)] for name in self.wrt]
         if not any(wanted) or all(g is None for g in given):
             return (None,) * len(self.names)
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
@@ -194,7 +198,7 @@ class Operator:
         found = self.backward(*given, *ctx.saved_tensors, *ctx.constants, needs)
         if isinstance(found, Tensor):  # the only one
             found = (found,)
-        gradients = {name: d for name, d, want in zip(self._wrt, found, wanted) if want}
+        gradients = {name: d for name, d, want in zip(self.wrt, found, wanted) if want}
         return tuple(gradients.get(name) for name in self.names)
 
     def _refuse(self, what: str) -> None:
@@ -261,15 +265,15 @@ class _Backward:
         self.__doc__ = f"Gradients of moa::{forward.name}; empty where nobody asks for one."
 
     def _split(self, a: Arguments) -> tuple[Arguments, Arguments, Arguments]:
-        g = Arguments(**{name: getattr(a, f"d_{name}") for name in self._of._with_gradient})
-        needs = Arguments(**{name: bool(a.needs >> i & 1) for i, name in enumerate(self._of._wrt)})
+        g = Arguments(**{name: getattr(a, f"d_{name}") for name in self._of.gradients_of})
+        needs = Arguments(**{name: bool(a.needs >> i & 1) for i, name in enumerate(self._of.wrt)})
         return a, g, needs
 
     def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         found = self._body.backward(*self._split(a))
         _, _, needs = self._split(a)
         first = self._some_tensor(a)
-        return _only(found[name] if getattr(needs, name) else first.new_empty(0) for name in self._of._wrt)
+        return _only(found[name] if getattr(needs, name) else first.new_empty(0) for name in self._of.wrt)
 
     def fake(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         _, _, needs = self._split(a)
@@ -278,7 +282,7 @@ class _Backward:
             torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
             if getattr(needs, name)
             else first.new_empty(0)
-            for name in self._of._wrt
+            for name in self._of.wrt
         )
 
     def flops(self, a: Arguments, out: Any) -> int:
@@ -287,7 +291,7 @@ class _Backward:
 
     def _some_tensor(self, a: Arguments) -> Tensor:
         """One that is always there: the first differentiable argument."""
-        first = getattr(a, self._of._wrt[0])
+        first = getattr(a, self._of.wrt[0])
         assert isinstance(first, Tensor)
         return first
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from optimized.attention import Setting, Visible, adapter, banded, calls
 from optimized.ops.attention import pairs_in_window, products
 from optimized.ops.operator import operator
-from optimized.ops.rotary import Angles, rotary_tables, rotate_into
+from optimized.ops.rotary import rotary_tables, rotate_into
 
 
 @operator(
@@ -34,62 +34,67 @@ class window:
         qkv: (B, N, 3, H, d). mask: (B, N) bool, False for tokens that see themselves alone and are seen by no other;
             for banded backends.
         backend: of the stage local_attention. triton: rotate, at theta = 10000, by a Triton kernel.
-    Returns out (B, N, H, d), rotated q and k with v (B, N, 3, H, d), and the log-sum-exp (B, H, N).
+    Returns out (B, N, H, d), rotated q and k (B, N, 2, H, d), and the log-sum-exp (B, H, N).
     """
 
     def forward(a: Any) -> Any:
-        turned = a.qkv.clone(memory_format=torch.contiguous_format)
-        return _attend(a, turned)
+        turned = a.qkv[:, :, :2].clone(memory_format=torch.contiguous_format)
+        _turn(turned, False, a.triton)
+        out, lse = _attend(a, turned, a.qkv[:, :, 2])
+        return out, turned, lse
 
     def fake(a: Any) -> Any:
         batch, n, _, heads, dim = a.qkv.shape
         lse = a.qkv.new_empty(batch, heads, n, dtype=torch.promote_types(a.qkv.dtype, torch.float32))
-        return a.qkv.new_empty(batch, n, heads, dim), a.qkv.new_empty(a.qkv.shape), lse
+        return a.qkv.new_empty(batch, n, heads, dim), a.qkv.new_empty(batch, n, 2, heads, dim), lse
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        return {"qkv": _attend_backward(a, g.out, a.turned)}
+        return {"qkv": _attend_backward(a, g.out, a.turned, a.qkv[:, :, 2])}
 
     def flops(a: Any, out: Any) -> int:
-        return _products(a, *a.qkv.shape)
+        batch, n, _, heads, dim = a.qkv.shape
+        return products(batch, heads, pairs_in_window(n, a.window, a.causal), dim)
 
     def backward_flops(a: Any, g: Any, needs: Any) -> int:
-        return _products(a, *a.qkv.shape) * 5 // 2
+        batch, n, _, heads, dim = a.qkv.shape
+        return products(batch, heads, pairs_in_window(n, a.window, a.causal), dim) * 5 // 2
 
 
 @operator(
-    "(Tensor x, Tensor w_qkv, Tensor w_out, Tensor? mask, int heads, SymInt window, bool causal, str backend, bool triton)"
-    " -> (Tensor y, Tensor turned, Tensor out, Tensor lse)",
+    "(Tensor x, Tensor w_qkv, Tensor w_out, Tensor? mask, int heads, SymInt window, bool causal, str backend,"
+    " bool triton) -> (Tensor y, Tensor qkv, Tensor out, Tensor lse)",
     wrt="x w_qkv w_out",
     gradients_of="y",
-    saves="x w_qkv w_out mask turned out lse",
+    saves="x w_qkv w_out mask qkv out lse",
 )
 class window_attention:
     """`window` between its projections.
 
-    Args: x (B, N, D); w_qkv (3 H d, D), rows (q, k, v; head, channel); w_out (D, H d).
-    Returns y (B, N, D), and what `window` returns: rotated q and k with v, out, and the log-sum-exp.
+    Args: x (B, N, D); w_qkv (3 H d, D), rows (q, k, v; head, channel); w_out (D, H d); the others as of `window`.
+    Returns y (B, N, D), rotated q and k with v (B, N, 3, H, d), out (B, N, H, d), and the log-sum-exp (B, H, N).
     """
 
     def forward(a: Any) -> Any:
         batch, n, _ = a.x.shape
         qkv = F.linear(a.x, a.w_qkv).view(batch, n, 3, a.heads, a.w_out.shape[1] // a.heads)
-        out, turned, lse = _attend(a, qkv)
-        return F.linear(out.flatten(2), a.w_out), turned, out, lse
+        _turn(qkv[:, :, :2], False, a.triton)
+        out, lse = _attend(a, qkv[:, :, :2], qkv[:, :, 2])
+        return F.linear(out.flatten(2), a.w_out), qkv, out, lse
 
     def fake(a: Any) -> Any:
         batch, n, _ = a.x.shape
         dim = a.w_out.shape[1] // a.heads
-        y, turned = a.x.new_empty(batch, n, a.w_out.shape[0]), a.x.new_empty(batch, n, 3, a.heads, dim)
+        y, qkv = a.x.new_empty(batch, n, a.w_out.shape[0]), a.x.new_empty(batch, n, 3, a.heads, dim)
         lse = a.x.new_empty(batch, a.heads, n, dtype=torch.promote_types(a.x.dtype, torch.float32))
-        return y, turned, a.x.new_empty(batch, n, a.heads, dim), lse
+        return y, qkv, a.x.new_empty(batch, n, a.heads, dim), lse
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        found = {}
-        dy = g.y.contiguous()
+        dy, found = g.y.contiguous(), {}
         if needs.w_out:
             found["w_out"] = dy.flatten(0, 1).mT @ a.out.flatten(2).flatten(0, 1)
         if needs.x or needs.w_qkv:
-            dqkv = _attend_backward(a, (dy @ a.w_out).view(a.out.shape), a.turned).flatten(2)
+            dout = (dy @ a.w_out).view(a.out.shape)
+            dqkv = _attend_backward(a, dout, a.qkv[:, :, :2], a.qkv[:, :, 2]).flatten(2)
             if needs.x:
                 found["x"] = dqkv @ a.w_qkv
             if needs.w_qkv:
@@ -97,15 +102,55 @@ class window_attention:
         return found
 
     def flops(a: Any, out: Any) -> int:
-        return _products(a, *a.turned_shape) if False else _projections(a, 1, 1) + _attention(a)
+        (batch, n, _), inner = a.x.shape, a.w_out.shape[1]
+        pairs = pairs_in_window(n, a.window, a.causal)
+        return 2 * batch * n * (a.w_qkv.numel() + a.w_out.numel()) + products(batch, 1, pairs, inner)
 
     def backward_flops(a: Any, g: Any, needs: Any) -> int:
-        return 0
+        (batch, n, _), inner = a.x.shape, a.w_out.shape[1]
+        before = needs.x or needs.w_qkv  # what comes before the output projection
+        projections = (needs.w_out + before) * a.w_out.numel() + (needs.x + needs.w_qkv) * a.w_qkv.numel()
+        attention = products(batch, 1, pairs_in_window(n, a.window, a.causal), inner) * 5 // 2
+        return 2 * batch * n * projections + before * attention
 
 
-def _attend(a: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """out, qkv rotated in place, and lse."""
-    batch, n, _, heads, dim = qkv.shape
-    turned = qkv[:, :, :2].reshape(batch, n, 2 * heads, dim) if False else qkv[:, :, :2].flatten(2, 3)
-    rotate_into(turned, turned, _angles(qkv, a.triton), False, a.triton)
-    return None
+def _turn(qk: Tensor, transposed: bool, triton: bool) -> None:
+    """Queries and keys (B, N, 2, H, d) rotated in place, in one launch; tables made anew: cheaper than to keep."""
+    batch, n, _, heads, dim = qk.shape
+    both = qk.as_strided((batch, n, 2 * heads, dim), (qk.stride(0), qk.stride(1), dim, 1), qk.storage_offset())
+    wide = torch.promote_types(qk.dtype, torch.float32)
+    rotate_into(both, both, (*rotary_tables(n, dim, qk.device, wide, triton), None), transposed, triton)
+
+
+def _attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = qk.unbind(2)
+    library = adapter(a.backend, v.device)
+    if a.backend.startswith(banded.PREFIX):
+        return banded.forward(library, q, k, v, banded.Band(a.window, a.causal, a.mask))
+    out, lse, _ = calls.forward(library, q, k, v, _setting(a, v))
+    return out, lse
+
+
+def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
+    """The gradient (B, N, 3, H, d) of q and k before their rotation, and of v."""
+    batch, n, heads, dim = v.shape
+    q, k = qk.unbind(2)
+    library, dout = adapter(a.backend, v.device), dout.contiguous()
+    dqkv = v.new_empty(batch, n, 3, heads, dim)
+    dq, dk, dv = dqkv.unbind(2)
+    if a.backend.startswith(banded.PREFIX):
+        band = banded.Band(a.window, a.causal, a.mask)
+        dq.copy_(banded.backward(library, dout, (q, k, v), (a.out, a.lse), band, (dk, dv)))
+    else:
+        results = a.out, a.lse, calls.state_of(library, q, k, 0.0)
+        dq.copy_(calls.backward(library, dout, (q, k, v), results, _setting(a, v), (dk, dv)))
+    _turn(dqkv[:, :, :2], True, a.triton)
+    return dqkv
+
+
+def _setting(a: Any, v: Tensor) -> Setting:
+    """Of a library that has windows."""
+    if a.mask is not None:
+        raise ValueError(f"mask: expected None (this backend takes no mask), got shape {tuple(a.mask.shape)}")
+    reach = min(a.window, max(v.shape[1] - 1, 0))  # libraries take no larger numbers
+    return Setting(v.shape[-1] ** -0.5, visible=Visible(window=reach, causal=a.causal))

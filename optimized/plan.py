@@ -1,0 +1,292 @@
+"""Which code computes each stage: the registry of backends, the user's choice, and the plan of a call.
+
+A backend states why it can't serve a request (`obstacle`), or None if it can. Without a choice the first capable one is
+taken, in the order listed; a chosen one that can't serve raises and never gives way to another. A `Plan` is what came
+out of it for one kind of call: it is looked up once a call, and all stages work by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optimized.attention import ADAPTERS, Request, note
+from optimized.attention.request import HALF, constant, too_old
+
+if TYPE_CHECKING:
+    from optimized.mixture import MixtureOfAttention
+
+__all__ = ["REGISTRY", "Backend", "Explanation", "Plan", "Request", "StageReport", "backends", "choose", "explain",
+           "obstacle", "use_backends"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Backend:
+    """obstacle(request): None, or in words why this backend can't serve it."""
+
+    name: str
+    obstacle: Callable[[Request], str | None]
+
+    @property
+    def triton(self) -> bool:
+        return self.name.startswith("triton")
+
+
+# --- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def _always(request: Request) -> str | None:
+    return None
+
+
+@constant
+def _triton_state() -> str | None:
+    """missing, compiled or interpreted: decided when the kernels are first imported."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        from optimized.kernels.rows import load_row
+    except ImportError:
+        return "missing"
+    return "interpreted" if isinstance(load_row, InterpretedFunction) else "compiled"
+
+
+def _triton(r: Request) -> str | None:
+    if not r.allow_triton:
+        return "use_triton=False"
+    if r.device.type != "cuda":
+        return f"runs on CUDA, not on {r.device.type}"
+    if _triton_state() != "compiled":
+        return "Triton is not installed" if _triton_state() == "missing" else "TRITON_INTERPRET=1 is set"
+    return too_old(r.device)
+
+
+def _triton_interpreted(r: Request) -> str | None:
+    """Slow, for tests, hence listed last."""
+    if not r.allow_triton:
+        return "use_triton=False"
+    if _triton_state() != "interpreted":
+        return "Triton is not installed" if _triton_state() == "missing" else "needs TRITON_INTERPRET=1"
+    return _interpreter_obstacle() if r.device.type == "cpu" else f"runs on the CPU, not on {r.device.type}"
+
+
+@constant
+def _interpreter_obstacle() -> str | None:
+    """By a run: Triton 3.6 fails in every loop since NumPy 2.4 refuses to convert arrays of one element to numbers."""
+    from optimized.kernels.value_score import value_score
+
+    try:
+        value_score(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    except Exception as error:
+        return f"Triton's interpreter fails here: {error}"
+    return None
+
+
+# --- registry --------------------------------------------------------------------------------------------------------
+
+TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
+REGISTRY: dict[str, tuple[Backend, ...]] = {
+    "routing": TRITON,
+    "dispatch": TRITON,
+    **{stage: tuple(Backend(a.name, a.obstacle) for a in adapters) for stage, adapters in ADAPTERS.items()},
+    "mixture": TRITON,
+}
+_chosen: dict[str, str | None] = dict.fromkeys(REGISTRY)
+
+
+def backends() -> dict[str, tuple[str, ...]]:
+    """Names of the backends of each stage, in order of preference."""
+    return {stage: tuple(b.name for b in options) for stage, options in REGISTRY.items()}
+
+
+def choose(stage: str, request: Request) -> Backend:
+    """The backend that serves the request. Raises ValueError if the user's choice can't."""
+    name = _chosen[stage]
+    if name is None:
+        return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)
+    backend = _by_name(stage, name)
+    reason = backend.obstacle(request)
+    if reason is not None:
+        raise ValueError(f"{stage}: expected a backend that can run here, got {name!r}: {reason}")
+    return backend
+
+
+def obstacle(stage: str, name: str, request: Request) -> str | None:
+    """Why a backend can't serve a request, or None if it can."""
+    return _by_name(stage, name).obstacle(request)
+
+
+def _by_name(stage: str, name: str) -> Backend:
+    for backend in REGISTRY[stage]:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"{stage}: expected one of {', '.join(backends()[stage])} or None, got {name!r}")
+
+
+class use_backends:
+    """Fix the backend of stages: `use_backends(routed_attention="math")`, for good or in a `with` block.
+
+    Keywords are stages (`optimized.backends()` lists them and their backends); None returns to the automatic choice.
+    The choice holds for the whole process. Raises TypeError for an unknown stage, ValueError for an unknown backend or
+    one that no device of this machine can run; a call that the chosen backend can't serve raises ValueError too.
+    """
+
+    def __init__(self, **stages: str | None) -> None:
+        devices = [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available()
+        for stage, name in stages.items():
+            if stage not in REGISTRY:
+                raise TypeError(f"stage: expected one of {', '.join(REGISTRY)}, got {stage!r}")
+            if name is None:
+                continue
+            backend = _by_name(stage, name)
+            requests = [Request(device, dtype, 64) for device in devices for dtype in (torch.float32, *HALF)]
+            obstacles = [backend.obstacle(request) for request in requests]
+            if None not in obstacles:
+                raise ValueError(
+                    f"{stage}: expected a backend that can run on this machine, got {name!r}: {obstacles[0]}"
+                )
+        self._previous = {stage: _chosen[stage] for stage in stages}
+        _choose_now(stages)
+
+    def __enter__(self) -> use_backends:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _choose_now(self._previous)
+
+
+def _choose_now(stages: dict[str, str | None]) -> None:
+    _chosen.update(stages)
+    _plans.clear()
+
+
+# --- plan of a call --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backends of a kind of call. Of stages that were not asked for: False or ""."""
+
+    dtype: torch.dtype  # of projections and attention, autocast applied
+    masked: bool  # keys of the routed attention may have to be hidden
+    routing: bool = False  # by Triton, and so the next two
+    dispatch: bool = False
+    mixture: bool = False
+    routed_attention: str = ""
+    local_attention: str = ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells one kind of call from another: all that decides between backends, and no tensor.
+
+    stages: those that the call has. masked: keys of the routed attention may be hidden; token_mask: x has a mask.
+    """
+
+    device: torch.device
+    dtype: torch.dtype  # of x
+    stages: tuple[str, ...]
+    dim_head: int = 0
+    masked: bool = False
+    token_mask: bool = False
+    dropout: float = 0.0
+    allow_flash: bool = True
+    allow_triton: bool = True
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        if torch.is_autocast_enabled(self.device.type) and self.dtype != torch.float64:
+            return torch.get_autocast_dtype(self.device.type)
+        return self.dtype
+
+    def request(self, stage: str) -> Request:
+        """What the call asks of a stage."""
+        allowed = {"allow_flash": self.allow_flash, "allow_triton": self.allow_triton}
+        if stage == "routing":
+            return Request(self.device, torch.promote_types(self.dtype, torch.float32), **allowed)
+        if stage == "dispatch":
+            return Request(self.device, self.dtype, **allowed)
+        if stage == "mixture":
+            return Request(self.device, self.computed_in, **allowed)
+        if stage == "local_attention":
+            return Request(self.device, self.computed_in, self.dim_head, self.token_mask, **allowed)
+        return Request(self.device, self.computed_in, self.dim_head, self.masked, self.dropout, **allowed)
+
+
+_plans: dict[tuple[Kind, torch.dtype, bool], Plan] = {}
+
+
+def bind(kind: Kind) -> Plan:
+    """The plan of a kind of call. Raises ValueError where a chosen backend can't serve it."""
+    if torch.compiler.is_compiling():
+        return _bind(kind)
+    key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled()
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans[key] = _bind(kind)
+    return plan
+
+
+def _bind(kind: Kind) -> Plan:
+    plan = Plan(kind.computed_in, kind.masked)
+    for stage in kind.stages:
+        backend = choose(stage, kind.request(stage))
+        plan = replace(plan, **{stage: backend.triton if REGISTRY[stage] is TRITON else backend.name})
+    return plan
+
+
+# --- explanation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """backend: what runs. reasons: of every other backend, why it does not. note: what else is to be known of it."""
+
+    backend: str
+    reasons: dict[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """stages: stage name to its report. path: "fused", or why modules are called one by one. str() is a table."""
+
+    stages: dict[str, StageReport]
+    path: str = "fused"
+
+    def __str__(self) -> str:
+        rows = [("stage", "backend", "why not the others")]
+        for stage, report in self.stages.items():
+            why = [f"{name}: {reason}" for name, reason in report.reasons.items()] or ["-"]
+            why += [f"note: {report.note}"] if report.note else []
+            rows.append((stage, report.backend, why[0]))
+            rows += [("", "", reason) for reason in why[1:]]
+        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
+        table = "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
+        return f"{table}\n{'path':<{first}}  {self.path}"
+
+
+def explain(module: MixtureOfAttention, x: Any, **forward_arguments: Any) -> Explanation:
+    """Report the backend of each stage for `module(x, **forward_arguments)`, without running it.
+
+    Autocast, training mode (dropout), masks, what is attached to modules, and `use_backends` are taken into account.
+    Raises TypeError or ValueError as the call would, for arguments and for a chosen backend that can't serve it.
+    """
+    from optimized.mixture import MixtureOfAttention
+
+    if not isinstance(module, MixtureOfAttention):
+        raise TypeError(f"module: expected an optimized.MixtureOfAttention, got {type(module).__name__}")
+    kind, path = module.kind_of_call(x, **forward_arguments)
+    stages = {}
+    for stage in kind.stages:
+        request = kind.request(stage)
+        taken = choose(stage, request).name
+        reasons = {b.name: b.obstacle(request) or f"{taken} is preferred" for b in REGISTRY[stage] if b.name != taken}
+        stages[stage] = StageReport(taken, reasons, note(taken) if REGISTRY[stage] is not TRITON else "")
+    return Explanation(stages, path)
