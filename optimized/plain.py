@@ -7,8 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as nn_module
 
-# Those of tracing stand for ordinary ones.
-_ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)  # the last two stand for ordinary ones in tracing
 _HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
@@ -18,40 +17,32 @@ _HOOKS = {
 
 
 def plain(module: nn.Module | None, cls: type[nn.Module]) -> str | None:
-    """None where calling the module comes to what `cls` says of its parameters, else in words why not.
+    """None where calling the module comes to what `cls` computes of its parameters, else in words why not.
 
-    So it is with no module at all. Otherwise: the exact class (a parametrization is another), no hooks, its own or
-    global, its own `forward`, and parameters that are those of a fresh module, in ordinary tensors.
+    Asked of it: the exact class (a parametrization makes another), no hooks, its own or global, its own `forward`, no
+    bias, and ordinary tensors as parameters. No module at all is plain.
     """
     if module is None:
         return None
     if type(module) is not cls:
-        return f"is {_article(type(module).__name__)}, not {_article(cls.__name__)}"
+        return f"is of class {type(module).__name__}, not {cls.__name__}"
     if nn_module._has_any_global_hook():
-        return "a hook is registered for all modules"
-    own = vars(module)
+        return "meets a hook of all modules"
     for name, what in _HOOKS.items():
-        if own[name]:
+        if getattr(module, name):
             return f"has {what}"
-    if "forward" in own:
+    if "forward" in module.__dict__:
         return "has a replaced forward"
-    parameters = own["_parameters"]
-    if parameters.get("bias") is not None and "bias" not in _WITH_BIAS.get(cls, ()):
-        return "has a bias"
-    for name, parameter in parameters.items():
+    for name, parameter in module._parameters.items():
         if parameter is not None and type(parameter) not in _ORDINARY:
-            return f"its {name} is {_article(type(parameter).__name__)}"
-    return None
+            return f"has a {name} of class {type(parameter).__name__}"
+    return "has a bias" if module._parameters.get("bias") is not None else None
 
 
 def obstacle_to_fusion(**modules: tuple[nn.Module | None, type[nn.Module]]) -> str | None:
-    """Of modules by name, each with the class it should be: the first obstacle in words, or None."""
+    """The first of the modules, by name and with the class it should be, that is not `plain`, and why; else None."""
     for name, (module, cls) in modules.items():
         found = plain(module, cls)
         if found is not None:
             return f"{name} {found}"
     return None
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

@@ -1,25 +1,26 @@
 """Routed attention: each expert attends over its own routed tokens and a learned null key/value.
 
-The routed tokens of all batch items are gathered expert by expert, (E, B K, D), so that every projection is one
+The routed tokens of all batch items are gathered expert by expert, (E, B, K, D), so that every projection is one
 batched GEMM without padding. The attention kernel sees the routed keys alone; the null key and value, which are never
-hidden, are merged into its result through the log-sum-exp (`ops.attention`).
+hidden, are merged into its result through the log-sum-exp (`ops.null_slot`).
 
 Letters: B batch, N tokens, M context tokens, D and Dc model dimensions, E experts, H heads, d head dimension, Kq and
-Kkv slots of an expert.
+Kkv slots of an expert, R = E B rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from optimized import ops, validation
-from optimized.attention import module_name
-from optimized.backends import Request, choose
-from optimized.routing import Routes
+from optimized import ops
+from optimized.plain import obstacle_to_fusion, plain
+from optimized.plan import Kind, Plan, bind
+from reference import contract
+from reference.contract import Config, Routes
 
 
 def routed_attention(
@@ -45,22 +46,22 @@ def routed_attention(
         null_kv: key and value that every query sees, (2, E, H, d).
         gamma, context_gamma: per-expert scale of the RMSNorm x / max(||x||, 1e-12) sqrt(D); None: no norm. Its
             gradient at an all-zero token is about sqrt(D) * 1e12.
-        rotary_emb: (N, d) angles in float32 or float64, taken at each token's original position (self-attention only).
+        rotary_emb: (N, d) angles in any floating dtype, taken at each token's original position (self-attention only).
         dropout: probability of dropping an attention weight, the null slot's included.
     Returns (B, E, Kq, D) in x's dtype. Norms, rotations, softmax and scores are computed in at least float32.
     Raises TypeError or ValueError naming the argument.
     """
     _check(x, context, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout)
+    stages = ("dispatch", "routed_attention")
+    plan = bind(Kind(x.device, x.dtype, stages, null_kv.shape[-1], masked=True, dropout=float(dropout)))
     kv_routes = pack(kv_routes)
-    inverses = (
-        ops.inverse_map(routes.indices, routes.mask, tokens.shape[1])
-        for routes, tokens in ((q_routes, x), (kv_routes, context))
-    )
-    weights = (w.flatten(0, 1)[..., None] for w in (w_q, w_kv, w_out))
     gammas = (None if g is None else g[..., None] for g in (gamma, context_gamma))
-    y = _routed_attention(
-        x, context, q_routes, kv_routes, *inverses, *weights, null_kv.unsqueeze(3), *gammas, rotary_emb, dropout
-    )
+    rows = (gather(t, routes, g, plan.dispatch) for t, routes, g in zip((x, context), (q_routes, kv_routes), gammas))
+    weights = (w.flatten(0, 1)[..., None] for w in (w_q, w_kv, w_out))
+    y = _fused(
+        *rows, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan), float(dropout), False,
+        plan,
+    )  # fmt: skip
     y = y.transpose(0, 1) * q_routes.scores[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
 
@@ -72,115 +73,52 @@ def pack(routes: Routes) -> Routes:
     return Routes(indices, mask, scores, routes.logits)
 
 
-def _routed_attention(
-    x: Tensor,
-    context: Tensor,
-    q_routes: Routes,
-    kv_routes: Routes,
-    q_inverse: Tensor,
-    kv_inverse: Tensor,
-    w_q: Tensor,
-    w_kv: Tensor,
-    w_out: Tensor,
-    null_kv: Tensor,
-    gamma: Tensor | None,
-    context_gamma: Tensor | None,
-    rotary_emb: Tensor | None,
-    dropout: float,
-    masked: bool = True,
-    unit_scores: bool = False,
-    allow_flash: bool = True,
-    allow_triton: bool = True,
-) -> Tensor:
-    """(E, B, Kq, D), not yet times the query scores; rows of masked slots hold anything.
-
-    Parameters in the shapes of `RoutedAttention`. kv_routes: valid slots first. q_inverse, kv_inverse (B, E, N): see
-    `ops.inverse_map`. masked=False promises that every key/value slot is valid, which admits backends that take no
-    lengths; unit_scores=True that key/value scores of valid slots are 1 or NaN.
-    """
-    triton = choose("dispatch", Request(x.device, x.dtype, allow_triton=allow_triton)).triton
-    queries = gather(x, q_routes, q_inverse, gamma, triton)
-    keys_values = gather(context, kv_routes, kv_inverse, context_gamma, triton)
-    return attend_rows(
-        queries, keys_values, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, rotary_emb, dropout, masked, unit_scores,
-        allow_flash, triton,
-    )  # fmt: skip
-
-
-def attend_rows(
-    queries: Tensor,
-    keys_values: Tensor,
-    q_routes: Routes,
-    kv_routes: Routes,
-    w_q: Tensor,
-    w_kv: Tensor,
-    w_out: Tensor,
-    null_kv: Tensor,
-    rotary_emb: Tensor | None,
-    dropout: float,
-    masked: bool,
-    unit_scores: bool,
-    allow_flash: bool,
-    triton: bool,
-) -> Tensor:
-    """(E, B, Kq, D) from the gathered rows (E, B, K, D); see `_routed_attention` and `ops.expert_attention`."""
-    tensors = [queries, keys_values, w_q, w_kv, w_out]
-    device = queries.device
-    if torch.is_autocast_enabled(device.type) and queries.dtype != torch.float64:
-        tensors = [t.to(torch.get_autocast_dtype(device.type)) for t in tensors]
-    dtype, dim_head = tensors[0].dtype, null_kv.shape[-1]
-    tables: tuple[Tensor | None, ...] = (None,) * 4
-    if rotary_emb is not None:
-        wide = torch.promote_types(dtype, torch.float32)
-        angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, queries.dtype))
-        positions = (routes.indices.transpose(0, 1).flatten(0, 1) for routes in (q_routes, kv_routes))
-        tables = angles.cos().to(wide), angles.sin().to(wide), *positions
-    lengths = kv_routes.mask.sum(-1, dtype=torch.int32).t().flatten() if masked else None
-    request = Request(device, dtype, dim_head, masked, dropout, allow_flash=allow_flash, allow_triton=triton)
-    backend = module_name(choose("routed_attention", request).name, device)
-    return ops.attend_by_experts(
-        *tensors[:2], kv_routes.scores, *tensors[2:], null_kv.to(dtype), lengths, *tables, dropout, unit_scores,
-        backend, triton,
-    )[0]  # fmt: skip
-
-
 def gather(
-    x: Float[Tensor, "B N D"], routes: Routes, inverse: Tensor, gamma: Float[Tensor, "E D 1"] | None, triton: bool
+    x: Float[Tensor, "B N D"], routes: Routes, gamma: Float[Tensor, "E D 1"] | None, triton: bool
 ) -> Float[Tensor, "E B K D"]:
     """Routed tokens, RMS-normalised if gamma is given; masked slots are 0."""
-    if triton:
-        return ops.gather(x, gamma, routes.indices, routes.mask, inverse)[0]
-    return rms_norm(ops.gather_tokens(x, routes.indices, routes.mask, inverse), gamma)
+    inverse = ops.inverse_map(routes.indices, routes.mask, x.shape[1])
+    return ops.gather_norm(x, gamma, routes.indices, routes.mask, inverse, triton)[0]
 
 
-def rms_norm(x: Float[Tensor, "E B K D"], gamma: Float[Tensor, "E D 1"] | None) -> Float[Tensor, "E B K D"]:
-    """x / max(||x||, 1e-12) sqrt(D) gamma[e] in at least float32, returned in x's dtype."""
-    if gamma is None:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-    scale = gamma.squeeze(-1).to(wide.dtype) * x.shape[-1] ** 0.5
-    return (wide / norm * scale[:, None, None]).to(x.dtype)
+class Keys(NamedTuple):
+    """What the attention is told of the keys and of positions."""
+
+    scores: Tensor  # (B, E, Kkv), times the values
+    lengths: Tensor | None  # (R) int32, how many keys of each row take part; None for all
+    cos: Tensor | None  # (N, d) of the rotary angles; None for no rotation
+    sin: Tensor | None
+    q_positions: Tensor | None  # (R, Kq)
+    k_positions: Tensor | None  # (R, Kkv)
+
+    @classmethod
+    def of(cls, q_routes: Routes, kv_routes: Routes, rotary_emb: Tensor | None, plan: Plan) -> Keys:
+        """kv_routes: valid slots first where plan.masked."""
+        scores = kv_routes.scores.to(torch.promote_types(kv_routes.scores.dtype, torch.float32))
+        lengths = kv_routes.mask.sum(-1, dtype=torch.int32).t().flatten() if plan.masked else None
+        if rotary_emb is None:
+            return cls(scores, lengths, None, None, None, None)
+        wide = torch.promote_types(plan.dtype, torch.float32)
+        angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, wide))
+        q_positions, k_positions = (r.indices.transpose(0, 1).flatten(0, 1) for r in (q_routes, kv_routes))
+        return cls(scores, lengths, angles.cos().to(wide), angles.sin().to(wide), q_positions, k_positions)
 
 
-def rotate(
-    t: Float[Tensor, "R L H d"],
-    cos: Float[Tensor, "P d"],
-    sin: Float[Tensor, "P d"],
-    positions: Int64[Tensor, "R L"] | None,
-    triton: bool,
-) -> Float[Tensor, "R L H d"]:
-    """Rotary embedding by the angles whose cos and sin are tabulated, in at least float32. positions None: 0 .. L-1."""
-    wide = torch.promote_types(t.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
-    if triton:
-        return ops.turn(t, cos, sin, positions, False)
-    half = t.shape[-1] // 2
-    sign = torch.ones(t.shape[-1], dtype=wide, device=t.device)
-    sign[:half] = -1
-    cos, sin = ((table if positions is None else table[positions]).unsqueeze(-2) for table in (cos, sin * sign))
-    exact = t.to(wide)
-    return torch.addcmul(exact * cos, torch.cat((exact[..., half:], exact[..., :half]), -1), sin).to(t.dtype)
+def _fused(
+    queries: Tensor,
+    keys_values: Tensor,
+    parameters: tuple[Tensor, ...],
+    keys: Keys,
+    dropout: float,
+    unit_scores: bool,
+    plan: Plan,
+) -> Tensor:
+    """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
+    queries, keys_values, *parameters = (t.to(plan.dtype) for t in (queries, keys_values, *parameters))
+    scores, *rest = keys
+    return ops.expert_attention(
+        queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
+    )[0]
 
 
 def _check(
@@ -197,29 +135,32 @@ def _check(
     rotary_emb: Any,
     dropout: Any,
 ) -> None:
-    validation.tensor("x", x, "B", "N", "D")
-    validation.tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
-    validation.tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
+    contract.tensor("x", x, "B", "N", "D")
+    contract.tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
+    contract.tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
     if 0 in null_kv.shape:
-        validation.reject("null_kv", "at least one expert, head and channel", null_kv)
+        contract.reject("null_kv", "at least one expert, head and channel", null_kv)
     _, experts, heads, dim_head = null_kv.shape
     dim, dim_context, inner = x.shape[2], context.shape[2], heads * dim_head
     weights = {"w_q": (w_q, inner, dim), "w_kv": (w_kv, 2 * inner, dim_context), "w_out": (w_out, dim, inner)}
     for name, (weight, rows, columns) in weights.items():
-        validation.tensor(name, weight, experts, rows, columns, beside=x, dtype_of=("x", x))
+        contract.tensor(name, weight, experts, rows, columns, beside=x, dtype_of=("x", x))
     for name, scale, size in (("gamma", gamma, dim), ("context_gamma", context_gamma, dim_context)):
         if scale is not None:
-            validation.tensor(name, scale, experts, size, beside=x)
-    validation.routes("q_routes", q_routes, x.shape[0], experts, x.shape[1], x)
-    validation.routes("kv_routes", kv_routes, x.shape[0], experts, context.shape[1], x)
-    validation.rotary(rotary_emb, x, dim_head)
+            contract.tensor(name, scale, experts, size, beside=x)
+    contract.routes("q_routes", q_routes, x.shape[0], experts, x.shape[1], x)
+    contract.routes("kv_routes", kv_routes, x.shape[0], experts, context.shape[1], x)
+    contract.rotary(rotary_emb, x, dim_head)
     if rotary_emb is not None and context.shape[1] != x.shape[1]:
-        validation.reject("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
-    validation.probability("dropout", dropout)
+        contract.reject("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
+    contract.probability("dropout", dropout)
 
 
 class RMSNorm(nn.Module):
-    """Scale gamma (E, D, 1) of `rms_norm`, initially 1."""
+    """x / max(||x||, 1e-12) sqrt(D) gamma[e] of rows (E, B, K, D), in at least float32, returned in x's dtype.
+
+    State: gamma (E, D, 1), initially 1.
+    """
 
     def __init__(
         self,
@@ -234,8 +175,35 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gamma)
 
+    def forward(self, rows: Float[Tensor, "E B K D"]) -> Float[Tensor, "E B K D"]:
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = self.gamma.squeeze(-1).to(wide.dtype) * rows.shape[-1] ** 0.5
+        return (wide / norm * scale[:, None, None]).to(rows.dtype)
+
     def extra_repr(self) -> str:
         return "num_experts={}, dim={}".format(*self.gamma.shape)
+
+
+class ExpertProjection(nn.Conv1d):
+    """A convolution of width 1 with one group per expert, without bias, as one batched matrix product."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        fan_in: int,
+        fan_out: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = num_experts * fan_in, num_experts * fan_out, 1
+        super().__init__(*sizes, groups=num_experts, bias=False, device=device, dtype=dtype)
+
+    def forward(self, input: Float[Tensor, "B EI K"]) -> Float[Tensor, "B EO K"]:  # noqa: A002, nn.Conv1d names it so
+        batch, _, k = input.shape
+        rows = input.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (E, in, B K)
+        out = torch.bmm(self.weight.unflatten(0, (self.groups, -1)).squeeze(-1), rows)
+        return out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 class RoutedAttention(nn.Module):
@@ -247,32 +215,18 @@ class RoutedAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        dim_context: int,
-        num_experts: int,
-        *,
-        dim_head: int,
-        heads: int,
-        dropout: float,
-        prenorm: bool,
-        flash_attn: bool,
-        use_triton: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.num_experts, self.heads, self.dim_head = num_experts, heads, dim_head
-        self.dropout, self.flash_attn, self.use_triton = dropout, flash_attn, use_triton
-        e, inner = num_experts, heads * dim_head
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        grouped: dict[str, Any] = {"kernel_size": 1, "groups": e, "bias": False, **where}
-        self.norm = RMSNorm(e, dim, **where) if prenorm else None
-        self.context_norm = RMSNorm(e, dim_context, **where) if prenorm else None
-        self.null_kv = nn.Parameter(torch.empty(2, e, heads, 1, dim_head, **where))
-        self.to_q = nn.Conv1d(e * dim, e * inner, **grouped)
-        self.to_kv = nn.Conv1d(e * dim_context, e * 2 * inner, **grouped)
-        self.to_out = nn.Conv1d(e * inner, e * dim, **grouped)
+        e, inner, where = config.num_experts, config.heads * config.dim_head, {"device": device, "dtype": dtype}
+        self.num_experts, self.heads, self.dim_head = e, config.heads, config.dim_head
+        self.dropout, self.flash_attn, self.use_triton = config.dropout, config.flash_attn, config.use_triton
+        self.norm = RMSNorm(e, config.dim, **where) if config.prenorm else None
+        self.context_norm = RMSNorm(e, config.dim_context, **where) if config.prenorm else None
+        self.null_kv = nn.Parameter(torch.empty(2, e, config.heads, 1, config.dim_head, **where))
+        self.to_q = ExpertProjection(e, config.dim, inner, **where)
+        self.to_kv = ExpertProjection(e, config.dim_context, 2 * inner, **where)
+        self.to_out = ExpertProjection(e, inner, config.dim, **where)
         nn.init.normal_(self.null_kv)
 
     def reset_parameters(self) -> None:
@@ -286,43 +240,74 @@ class RoutedAttention(nn.Module):
         context: Float[Tensor, "B M Dc"],
         q_routes: Routes,
         kv_routes: Routes,
-        q_inverse: Tensor,
-        kv_inverse: Tensor,
         rotary_emb: Float[Tensor, "N d"] | None = None,
-        masked: bool = True,
+        plan: Plan | None = None,
         unit_scores: bool = False,
     ) -> Float[Tensor, "E B Kq D"]:
-        """See `_routed_attention`."""
-        return _routed_attention(
-            x, context, q_routes, kv_routes, q_inverse, kv_inverse, *self._weights(), *self.gammas(), rotary_emb,
-            self._probability(), masked, unit_scores, self.flash_attn, self.use_triton,
-        )  # fmt: skip
+        """`routed_attention` of arguments already checked, before the query scores; rows of masked slots hold anything.
+
+        plan: that of the layer's call. unit_scores promises that key/value scores of valid slots are 1 or NaN.
+        """
+        if plan is None:
+            stages = ("dispatch", "routed_attention")
+            kind = Kind(
+                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self._probability(),
+                allow_flash=self.flash_attn, allow_triton=self.use_triton,
+            )  # fmt: skip
+            plan = bind(kind)
+        if plan.masked:
+            kv_routes = pack(kv_routes)
+        queries = self._normed(x, q_routes, self.norm, plan)
+        keys_values = self._normed(context, kv_routes, self.context_norm, plan)
+        return self.attend(queries, keys_values, q_routes, kv_routes, rotary_emb, plan, unit_scores)
 
     def attend(
         self,
         queries: Float[Tensor, "E B Kq D"],
-        keys_values: Float[Tensor, "E B Kkv D"],
+        keys_values: Float[Tensor, "E B Kkv Dc"],
         q_routes: Routes,
         kv_routes: Routes,
         rotary_emb: Float[Tensor, "N d"] | None,
-        masked: bool,
+        plan: Plan,
         unit_scores: bool,
     ) -> Float[Tensor, "E B Kq D"]:
-        """The same from rows that Triton gathered and normalised already."""
-        return attend_rows(
-            queries, keys_values, q_routes, kv_routes, *self._weights(), rotary_emb, self._probability(), masked,
-            unit_scores, self.flash_attn, True,
-        )  # fmt: skip
+        """The same from gathered and normalised rows. kv_routes: valid slots first where plan.masked."""
+        keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self._probability()
+        if self.obstacle_to_fusion() is None:
+            parameters = self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.null_kv
+            return _fused(queries, keys_values, parameters, keys, dropout, unit_scores, plan)
+        heads = (self.heads, self.dim_head)
+        q = _project(self.to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
+        k, v = _project(self.to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
+        if keys.cos is not None:
+            q = ops.rotary(q, keys.cos, keys.sin, keys.q_positions, False, plan.dispatch)
+            k = ops.rotary(k, keys.cos, keys.sin, keys.k_positions, False, plan.dispatch)
+        v = (v * keys.scores.transpose(0, 1).flatten(0, 1)[..., None, None]).to(v.dtype)
+        null_k, null_v = self.null_kv.to(plan.dtype).squeeze(3).unbind(0)
+        out = ops.attention(
+            q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
+        )[0]
+        return _project(self.to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
-    def gammas(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of queries and of keys/values, (E, D, 1); None without norm."""
-        return (None, None) if self.norm is None else (self.norm.gamma, self.context_norm.gamma)
+    def obstacle_to_fusion(self) -> str | None:
+        """Why the projections are called as modules; None where one operator does the same."""
+        projections = {"to_q": self.to_q, "to_kv": self.to_kv, "to_out": self.to_out}
+        return obstacle_to_fusion(**{name: (module, ExpertProjection) for name, module in projections.items()})
 
-    def _weights(self) -> tuple[Tensor, ...]:
-        return self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.null_kv
+    def _normed(self, x: Tensor, routes: Routes, norm: nn.Module | None, plan: Plan) -> Tensor:
+        """(E, B, K, D): routed tokens, by one operator where the norm is plain."""
+        if norm is None or plain(norm, RMSNorm) is None:
+            return gather(x, routes, None if norm is None else norm.gamma, plan.dispatch)
+        return norm(gather(x, routes, None, plan.dispatch))
 
     def _probability(self) -> float:
         return self.dropout if self.training else 0.0
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, heads={self.heads}, dim_head={self.dim_head}, dropout={self.dropout}"
+
+
+def _project(projection: nn.Module, rows: Float[Tensor, "E B K I"]) -> Float[Tensor, "E B K O"]:
+    """By a module that takes (B, E I, K), as a convolution does."""
+    out = projection(rows.permute(1, 0, 3, 2).flatten(1, 2))
+    return out.unflatten(1, (rows.shape[0], -1)).permute(1, 0, 3, 2)

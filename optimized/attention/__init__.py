@@ -1,7 +1,8 @@
 """Attention libraries behind one interface, `interface.Adapter`: a statement of what each can serve, and raw calls.
 
-One file per library; what it serves is a row of `ADAPTERS`. `calls` runs any of them with padding and in parts, `banded`
-makes a sliding window of those that take a mask. `flex_window` has no raw form: PyTorch compiles it, gradient included.
+One file per library; what it serves is a row of `ADAPTERS`. `calls` runs any of them with padding and in parts,
+`banded` makes a sliding window of those that take a mask. `flex_window` has no raw form: PyTorch compiles it, gradient
+included.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ _LIBRARIES: dict[str, Adapter] = {
 
 
 def adapter(name: str, device: torch.device | None = None) -> Adapter:
-    """Of a backend, or of the library that its banded blocks are computed by. device: where it runs, see `module_name`."""
+    """Of a backend, banded or not, on a device; see `module_name`."""
     name = name.removeprefix(banded.PREFIX)
     return _LIBRARIES[name if device is None else module_name(name, device)]
 

@@ -1,7 +1,7 @@
 """A sliding window in blocks, by an adapter that takes a mask: work and memory N (R + 2 w), on every device.
 
-Queries are cut into blocks of R tokens; block i sees the keys of [i R - w, i R + R + w), or [i R - w, i R + R) if causal,
-one slice of the padded keys. Gradients of keys are added up where slices overlap.
+Queries are cut into blocks of R tokens; block i sees the keys of [i R - w, i R + R + w), without the
+last w if causal: one slice of the padded keys. Gradients of keys are added up where slices overlap.
 
 Letters: B batch, N tokens, H heads, d head dimension, w window size, R block length, C = N / R rounded up.
 """

@@ -92,9 +92,7 @@ def _settings(setting: Setting, rows: int) -> list[Setting]:
     """One for each part."""
     parts = -(-rows // MOST_ROWS)
     visible = setting.visible
-    lengths, masks = (
-        [None] * parts if t is None else t.split(MOST_ROWS) for t in (visible.lengths, visible.mask)
-    )
+    lengths, masks = ([None] * parts if t is None else t.split(MOST_ROWS) for t in (visible.lengths, visible.mask))
     return [
         replace(setting, visible=replace(visible, lengths=length, mask=mask)) for length, mask in zip(lengths, masks)
     ]

@@ -80,6 +80,5 @@ class Adapter:
         setting: Setting,
         into: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv. into: buffers shaped as k and v; a backward that can write dk and dv there does, and returns them."""
+        """dq, dk, dv. into: buffers shaped as k and v; a backward that can write there does, and returns them."""
         raise NotImplementedError
-

@@ -112,7 +112,7 @@ class attention:
 
 
 def products(rows: int, heads: int, pairs: int, dim: int) -> int:
-    """FLOPs of attention over so many pairs of a query and a key a row: q k^T and p v. A backward has 2.5 times as many."""
+    """FLOPs of q k^T and p v for so many pairs of a query and a key in a row; a backward has 2.5 times as many."""
     return 4 * rows * heads * pairs * dim
 
 

@@ -1,6 +1,7 @@
 """The null key and value of an expert, merged into any attention's result: by a Triton kernel, or by PyTorch.
 
-Derived in `kernels.null_slot`. null key and value (G, H, d), each for R / G rows; q, out (R, L, H, d); lse, keep (R, H, L).
+Derived in `kernels.null_slot`. null key and value (G, H, d), each for R / G rows; q, out (R, L, H, d); lse, keep
+(R, H, L).
 """
 
 from __future__ import annotations

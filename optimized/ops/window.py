@@ -1,8 +1,8 @@
 """Attention in a sliding window, with rotary positions: alone, and with its projections as one operator.
 
-By a library that has windows, or in banded blocks by one that takes a mask (`attention.banded`). How N compares with the
-window and with a block matters inside the operators only. What stays alive until the backward: the input, rotated q and
-k with v, out, log-sum-exp.
+By a library that has windows, or in banded blocks by one that takes a mask (`attention.banded`). How N compares with
+the window and with a block matters inside the operators only. What stays alive until the backward: the input, rotated q
+and k with v, out, log-sum-exp.
 Letters: B batch, N tokens, D model dimension, H heads, d head dimension.
 """
 
