@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from optimized import ops
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion
+from optimized.plain import obstacle_to_fusion, plain
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import RMSNorm, RoutedAttention
-from optimized.routing import Router, Routes, in_order, restrict, without_decision
+from optimized.routing import Router, Routes, cosine_scale, in_order, restrict, solver_of, without_decision
 from reference import contract
 from reference.contract import Call, Config
 
@@ -167,7 +167,10 @@ class MixtureOfAttention(nn.Module):
             },
         )
         plan = bind(self._kind(call))
-        if self._obstacle_to_fusion(call, plan) is None:
+        if plain(self.attn, RoutedAttention) is None:
+            self.attn.check_input(x)
+        fused = self._obstacle_to_fusion(call, plan) is None
+        if fused:
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
             q_routes, kv_routes = self._decide(call, plan)
@@ -184,7 +187,11 @@ class MixtureOfAttention(nn.Module):
         routing = q_routes.scores, q_routes.indices, q_routes.mask, inverse
         null = self.null_routed_token
         out = ops.combine(y, *routing, local, null, mask, self.config.average_routed, x.dtype, plan.mixture)
-        return (out, (q_routes, kv_routes)) if return_routes else out
+        if not return_routes:
+            return out
+        if fused:  # whose operator has valid slots first, always
+            q_routes, kv_routes = in_order(q_routes, mask), in_order(kv_routes, mask)
+        return out, (q_routes, kv_routes)
 
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
@@ -193,16 +200,11 @@ class MixtureOfAttention(nn.Module):
             router.tokens_for(side.x, side.tokens)
             for router, side in ((self.query_router, q), (self.key_value_router, kv))
         ]
-        if max(t.ndim for t in tokens) == 3:
-            tokens = [t.expand(q.x.shape[0], -1, -1) for t in tokens]
-        gammas: list[Tensor | None] = [norm if norm is None else norm.gamma for norm in (attn.norm, attn.context_norm)]
-        if gammas[0] is not None and gammas[1] is not None and gammas[0].dtype != gammas[1].dtype:
-            common = torch.promote_types(gammas[0].dtype, gammas[1].dtype)  # one kernel reads either
-            gammas = [g if g is None else g.to(common) for g in gammas]
+        gammas = [None if norm is None else norm.gamma for norm in (attn.norm, attn.context_norm)]
         options = self.query_router.options
-        scale = options.cosine_sim_scale if options.cosine_sim_routing else None
+        how = options.route_block_size, cosine_scale(options), *solver_of(options)
         queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
-            q.x, *tokens, *gammas, q.mask, q.k, kv.k, scale, *ops.Solver.of(options), plan.dispatch
+            q.x, *tokens, *gammas, q.mask, q.k, kv.k, *how, plan.dispatch
         )
         q_indices, q_slots, inverse, kv_indices, kv_slots, *_ = made
         q_logits, kv_logits = logits.chunk(2, 1)
@@ -212,8 +214,6 @@ class MixtureOfAttention(nn.Module):
         )
         unit = options.straight_through
         y = attn.attend(queries, keys_values, q_routes, kv_routes, call.rotary_emb, plan, unit)
-        if call.return_routes:
-            return y, in_order(q_routes, q.mask), in_order(kv_routes, kv.mask), inverse
         return y, q_routes, kv_routes, inverse
 
     def _decide(self, call: Call, plan: Plan) -> tuple[Routes, Routes]:
@@ -272,12 +272,11 @@ class MixtureOfAttention(nn.Module):
         given.apply_defaults()
         call = contract.check_call(self.config, given.arguments)
         kind = self._kind(call)
-        reasons = [
-            self._obstacle_to_fusion(call, bind(kind)),
-            self.attn.obstacle_to_fusion() if _is(self.attn, RoutedAttention) else None,
-        ]
-        if self.local_attn is not None and _is(self.local_attn, LocalAttention):
-            reasons.append(self.local_attn.obstacle_to_fusion())
+        reasons = [self._obstacle_to_fusion(call, bind(kind))]
+        for name, module in (("attn", self.attn), ("local_attn", self.local_attn)):
+            if isinstance(module, (RoutedAttention, LocalAttention)):
+                found = module.obstacle_to_fusion()
+                reasons.append(found and f"{name}.{found}")
         return kind, "; ".join(r for r in reasons if r) or "fused"
 
     def extra_repr(self) -> str:

@@ -248,6 +248,7 @@ class RoutedAttention(nn.Module):
 
         plan: that of the layer's call. unit_scores promises that key/value scores of valid slots are 1 or NaN.
         """
+        self.check_input(x)
         if plan is None:
             stages = ("dispatch", "routed_attention")
             kind = Kind(
@@ -288,6 +289,11 @@ class RoutedAttention(nn.Module):
             q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
         )[0]
         return _project(self.to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
+
+    def check_input(self, x: Tensor) -> None:
+        """Device and dtype beside the parameters. A projection that is not plain may cast what it is given."""
+        if plain(self.to_q, ExpertProjection) is None:
+            contract.beside_parameters("x", x, self.to_q.weight, "the layer's parameters")
 
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""

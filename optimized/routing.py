@@ -65,10 +65,26 @@ def _route(
     x: Tensor, tokens: Tensor, k: int, mask: Tensor | None, options: RouterOptions, keys: Tensor | None, triton: bool
 ) -> Routes:
     """Valid slots first. keys (B, E, N): what ranks the tokens in place of their logits."""
-    scale = options.cosine_sim_scale if options.cosine_sim_routing else None
-    logits, *_ = ops.router_logits(x, tokens, mask, scale, triton)
-    indices, slots, _, scores, *_ = ops.pick(logits, keys, mask, k, *ops.Solver.of(options), triton)
+    logits, *_ = ops.router_logits(x, tokens, mask, cosine_scale(options), triton)
+    how = options.route_block_size, *solver_of(options)
+    indices, slots, _, scores, *_ = ops.pick(logits, keys, mask, k, *how, triton)
     return Routes(indices, slots, scores, logits)
+
+
+def cosine_scale(options: RouterOptions) -> float | None:
+    return options.cosine_sim_scale if options.cosine_sim_routing else None
+
+
+def solver_of(options: RouterOptions) -> ops.Solver:
+    return ops.Solver(
+        ratio=options.fetch_k_ratio,
+        straight_through=options.straight_through,
+        exact=options.solver == "exact",
+        n_iters=options.n_iters,
+        eps=options.eps,
+        eps_init=options.eps_init,
+        eps_decay=options.eps_decay,
+    )
 
 
 def in_order(routes: Routes, mask: Tensor | None) -> Routes:
@@ -81,12 +97,6 @@ def in_order(routes: Routes, mask: Tensor | None) -> Routes:
         return routes
     later = n * torch.sym_min(1, n - k)
     order = (routes.indices + ~routes.mask * later).argsort(-1)
-    return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
-
-
-def pack(routes: Routes) -> Routes:
-    """Valid slots first, in their order: attention over keys depends on no order, and takes a length for a mask."""
-    order = (~routes.mask).to(torch.uint8).argsort(dim=-1, stable=True)
     return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
 
 
