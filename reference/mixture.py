@@ -125,8 +125,8 @@ class MixtureOfAttention(nn.Module):
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); with learned_routing_tokens=True.
             routes: (query, key/value) decisions to use instead of the routers'.
             return_routes: return (out, (query routes, key/value routes)); `.load` of each is the load per expert.
-        Returns (B, N, D), dtype and device of x. Routing tokens that decide nothing (N <= K, injected routes) get a gradient
-        of zeros. Raises TypeError or ValueError naming the argument.
+        Returns (B, N, D), dtype and device of x. The layer's own routing tokens get a gradient of zeros where they
+        decide nothing (N <= K, injected routes). Raises TypeError or ValueError naming the argument.
         """
         given = {
             "x": x,

@@ -35,9 +35,8 @@ def route(
 
     x (B, N, D); tokens (E, D) or (B, E, D), one per expert; mask (B, N) bool, False for padding. `router_options`
     as in `RouterOptions`. Everything is computed in at least float32, under autocast too. If N <= k there is nothing
-    to choose: all tokens in order, score 1 (0 where masked), constant. `random_route` draws valid tokens uniformly
+    to choose: all tokens in order, score 1 (0 where masked), no gradient. `random_route` draws valid tokens uniformly
     (a float32 torch.rand of shape (B, E, N) takes the logits' place), the negative control; scores are then constant.
-    The routing tokens' gradient is zero where scores are constant.
 
     Returns Routes of int64, bool and >= float32. A NaN logit of a valid token makes all scores of its row NaN.
     Raises TypeError or ValueError naming the argument.
@@ -63,7 +62,7 @@ def _route(
     valid = mask[:, None].expand_as(logits)
     if n <= k:
         indices = torch.arange(n, device=x.device).expand_as(logits)
-        return Routes(indices, valid, with_zero_gradient(valid.to(logits.dtype), tokens), logits.detach())
+        return Routes(indices, valid, valid.to(logits.dtype), logits.detach())
 
     keys = logits
     if random_route:
@@ -93,15 +92,7 @@ def _route(
         scores = slot_mask.to(scores.dtype) + (scores - scores.detach())
     poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
     scores = torch.where(poisoned, float("nan"), torch.where(slot_mask, scores, 0.0))
-    return Routes(chosen, slot_mask, with_zero_gradient(scores, tokens), logits)
-
-
-def with_zero_gradient(scores: Tensor, tokens: Tensor | None) -> Tensor:
-    """The scores plus an empty sum of routing tokens: where these had no say, their gradient is 0 and not None.
-
-    So every parameter has a gradient in every step, as DistributedDataParallel expects.
-    """
-    return scores if tokens is None else scores + tokens[..., :0].sum().to(scores.dtype)
+    return Routes(chosen, slot_mask, scores, logits)
 
 
 def widen(t: Tensor) -> Tensor:
@@ -262,8 +253,8 @@ class Router(nn.Module):
     ) -> Routes:
         """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True.
 
-        routes: a decision made elsewhere. It is returned, less the slots that hold masked tokens, and the routing token
-        gets a gradient of zeros; k and routing tokens have no say.
+        routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
+        no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
         """
         contract.tensor("x", x, "B", "N", self.dim)
         contract.beside_parameters("x", x, self.routing_token, "the routing token")
@@ -274,12 +265,15 @@ class Router(nn.Module):
             if routing_tokens is not None:
                 contract.reject("routing_tokens", "None with injected routes", routing_tokens)
             contract.routes("routes", routes, x.shape[0], self.num_experts, x.shape[1], x)
-            routes = restrict(routes, mask)
-            return routes._replace(scores=with_zero_gradient(routes.scores, self.routing_token))
-        given = self.options.learned_routing_tokens
-        contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
-        tokens = routing_tokens if given else self.routing_token
-        return _route(x, tokens, k, mask, self.options, random_route, generator)
+            made = restrict(routes, mask)
+        else:
+            given = self.options.learned_routing_tokens
+            contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
+            tokens = routing_tokens if given else self.routing_token
+            made = _route(x, tokens, k, mask, self.options, random_route, generator)
+        if self.routing_token is None:
+            return made
+        return made._replace(scores=with_zero_gradient(made.scores, self.routing_token))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"
@@ -291,3 +285,11 @@ def restrict(routes: Routes, mask: Bool[Tensor, "B N"] | None) -> Routes:
         return routes
     by_expert = mask[:, None].expand(-1, routes.mask.shape[1], -1)
     return routes._replace(mask=routes.mask & by_expert.gather(-1, routes.indices))
+
+
+def with_zero_gradient(scores: Float[Tensor, "B E K"], tokens: Float[Tensor, "E D"]) -> Float[Tensor, "B E K"]:
+    """The scores plus an empty sum of routing tokens: these get a gradient of zeros, not None, where they had no say.
+
+    So every parameter has a gradient in every step, as DistributedDataParallel expects.
+    """
+    return scores + tokens[..., :0].sum().to(scores.dtype)
