@@ -145,6 +145,7 @@ class MixtureOfAttention(nn.Module):
         injected = (None, None) if call.routes is None else call.routes
         q_routes = decide(self.query_router, call.queries, injected[0])
         kv_routes = decide(self.key_value_router, call.keys_values, injected[1])
+        null = self.null_routed_token
         y = self.attn(x, call.keys_values.x, q_routes, kv_routes, rotary_emb)
         out = combine(
             y.to(x.dtype),
@@ -152,7 +153,7 @@ class MixtureOfAttention(nn.Module):
             x.shape[1],
             local=None if self.local_attn is None else self.local_attn(x, mask),
             average_routed=self.config.average_routed,
-            null_routed_token=None if self.null_routed_token is None else self.null_routed_token[0, 0],
+            null_routed_token=None if null is None else null[0, 0],
             mask=mask,
         )
         return (out, (q_routes, kv_routes)) if return_routes else out

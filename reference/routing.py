@@ -256,8 +256,9 @@ class Router(nn.Module):
         routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
         no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
         """
+        own = self.routing_token  # read once: a parametrization computes it
         contract.tensor("x", x, "B", "N", self.dim)
-        contract.beside_parameters("x", x, self.routing_token, "the routing token")
+        contract.beside_parameters("x", x, own, "the routing token")
         k = contract.positive_int("k", k)
         contract.token_mask("mask", mask, x)
         contract.randomness(x, random_route, generator)
@@ -269,11 +270,8 @@ class Router(nn.Module):
         else:
             given = self.options.learned_routing_tokens
             contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
-            tokens = routing_tokens if given else self.routing_token
-            made = _route(x, tokens, k, mask, self.options, random_route, generator)
-        if self.routing_token is None:
-            return made
-        return made._replace(scores=with_zero_gradient(made.scores, self.routing_token))
+            made = _route(x, routing_tokens if given else own, k, mask, self.options, random_route, generator)
+        return made if own is None else made._replace(scores=with_zero_gradient(made.scores, own))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"
