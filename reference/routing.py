@@ -68,12 +68,12 @@ def _route(
     if random_route:
         # In float32 whatever the default dtype: half precision draws ties.
         keys = torch.rand(logits.shape, generator=generator, device=x.device, dtype=torch.float32)
-    width = options.route_block_size or n
-    blocks = -(-n // width)
-    k_block = -(-k // blocks)
+    width = options.route_block_size
+    starts = [0] if width is None else range(0, n, width)
+    k_block = -(-k // len(starts))
     indices, soft = [], []
-    for start in range(0, n, width):
-        block = slice(start, min(start + width, n))
+    for start in starts:
+        block = slice(start, n if width is None else min(start + width, n))
         length = block.stop - start
         indices.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
         if length <= k_block or random_route:
