@@ -4,11 +4,11 @@
 `reference.testing` compares a kernel of your own with them.
 """
 
+from reference.contract import RouterOptions, Routes
 from reference.local_attention import local_attention
 from reference.mixture import MixtureOfAttention, combine
 from reference.routed_attention import routed_attention
-from reference.routing import Router, Routes, capped_simplex, coordinate_descent, route, select
-from reference.validation import RouterOptions
+from reference.routing import Router, capped_simplex, coordinate_descent, route, select
 
 __all__ = [
     "MixtureOfAttention",

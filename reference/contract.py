@@ -107,7 +107,7 @@ def tensor(
     """
     if not isinstance(value, Tensor):
         reject(argument, f"a tensor of shape ({', '.join(map(str, shape))})", describe(value), TypeError)
-    _not_distributed(argument, value)
+    ordinary(argument, value)
     if value.dtype not in dtypes:
         reject(argument, f"dtype {' or '.join(map(str, dtypes))}", value, TypeError)
     if value.ndim != len(shape) or any(
@@ -131,11 +131,12 @@ def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, wh
     and gathers its parameters right before that.
     """
     if parameter is not None:
-        _not_distributed(what, parameter)
+        ordinary(what, parameter)
         tensor(argument, value, *value.shape, beside=parameter, dtype_of=(what, parameter))
 
 
-def _not_distributed(argument: str, value: Tensor) -> None:
+def ordinary(argument: str, value: Tensor) -> None:
+    """No DTensor: the layer computes with the tensors of one process."""
     if type(value) is Tensor or type(value) is nn.Parameter or not torch.distributed.is_available():
         return
     from torch.distributed.tensor import DTensor  # costs a second, and ordinary tensors never come here
@@ -171,15 +172,6 @@ def held_or_given_tokens(argument: str, tokens: Any, x: Tensor, experts: int, di
         reject(argument, "a tensor, since learned_routing_tokens=True", None)
     else:
         routing_tokens(argument, tokens, x, experts, dim)
-
-
-def randomness(x: Tensor, random_route: Any, generator: Any) -> None:
-    """`random_route` is a flag, and `generator` belongs to it and to x's kind of device."""
-    flag("random_route", random_route)
-    if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
-        reject("generator", "a torch.Generator, with random_route=True only", describe(generator))
-    if generator is not None and generator.device.type != x.device.type:
-        reject("generator", f"a generator on {x.device}", f"one on {generator.device}")
 
 
 def routes(argument: str, value: Any, batch: int, experts: int, n: int, beside: Tensor) -> None:
@@ -225,6 +217,108 @@ def rotary(rotary_emb: Any, x: Tensor, dim_head: int) -> None:
         reject("rotary_emb", "angles that need no gradient", "requires_grad=True")
     if dim_head % 2:
         reject("dim_head", "an even number with rotary embeddings", dim_head)
+
+
+# The stages as functions
+
+
+def route_input(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator: Any) -> None:
+    tensor("x", x, "B", "N", "D")
+    routing_tokens("tokens", tokens, x, "E", x.shape[2])
+    positive_int("k", k)
+    token_mask("mask", mask, x)
+    randomness(x, random_route, generator)
+
+
+def randomness(x: Tensor, random_route: Any, generator: Any) -> None:
+    """`random_route` is a flag, and `generator` belongs to it and to x's kind of device."""
+    flag("random_route", random_route)
+    if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
+        reject("generator", "a torch.Generator, with random_route=True only", describe(generator))
+    if generator is not None and generator.device.type != x.device.type:
+        reject("generator", f"a generator on {x.device}", f"one on {generator.device}")
+
+
+def select_input(logits: Any, k: Any, mask: Any) -> None:
+    tensor("logits", logits, "B", "E", "N")
+    positive_int("k", k)
+    token_mask("mask", mask, logits, dim=2)
+    if k > logits.shape[-1]:
+        reject("k", f"at most N = {logits.shape[-1]}", k)
+
+
+def solver_input(logits: Any, k: Any, mask: Any) -> None:
+    tensor("logits", logits, "B", "E", "N")
+    number("k", k, "a finite number > 0", lambda v: v > 0)
+    token_mask("mask", mask, logits, dim=2)
+
+
+def attention_input(
+    x: Any,
+    context: Any,
+    q_routes: Any,
+    kv_routes: Any,
+    null_kv: Any,
+    weights: dict[str, Any],
+    rotary_emb: Any,
+    dropout: Any,
+) -> None:
+    """Of `routed_attention`; weights: w_q, w_kv, w_out, gamma, context_gamma."""
+    tensor("x", x, "B", "N", "D")
+    tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
+    tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
+    if 0 in null_kv.shape:
+        reject("null_kv", "at least one expert, head and channel", null_kv)
+    _, experts, heads, dim_head = null_kv.shape
+    inner, dim, dim_context = heads * dim_head, x.shape[2], context.shape[2]
+    for name, *sizes in (("w_q", inner, dim), ("w_kv", 2 * inner, dim_context), ("w_out", dim, inner)):
+        tensor(name, weights[name], experts, *sizes, beside=x, dtype_of=("x", x))
+    for name, size in (("gamma", dim), ("context_gamma", dim_context)):
+        if weights[name] is not None:
+            tensor(name, weights[name], experts, size, beside=x)
+    routes("q_routes", q_routes, x.shape[0], experts, x.shape[1], x)
+    routes("kv_routes", kv_routes, x.shape[0], experts, context.shape[1], x)
+    rotary(rotary_emb, x, dim_head)
+    if rotary_emb is not None and context.shape[1] != x.shape[1]:
+        reject("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
+    probability("dropout", dropout)
+
+
+def local_input(x: Any, window_size: Any, mask: Any, causal: Any, heads: Any, weights: dict[str, Any]) -> None:
+    """Of `local_attention`; weights: w_qkv, w_out, norm_weight, norm_bias."""
+    tensor("x", x, "B", "N", "D")
+    positive_int("window_size", window_size)
+    token_mask("mask", mask, x)
+    flag("causal", causal)
+    positive_int("heads", heads)
+    dim = x.shape[2]
+    tensor("w_out", weights["w_out"], dim, "H*d", beside=x, dtype_of=("x", x))
+    inner = weights["w_out"].shape[1]
+    if inner == 0 or inner % (2 * heads):
+        reject("w_out", f"H*d columns with H = {heads} and an even d (rotary embedding)", weights["w_out"])
+    tensor("w_qkv", weights["w_qkv"], 3 * inner, dim, beside=x, dtype_of=("x", x))
+    for name in ("norm_weight", "norm_bias"):
+        if weights[name] is not None:
+            tensor(name, weights[name], dim, beside=x)
+    if weights["norm_bias"] is not None and weights["norm_weight"] is None:
+        reject("norm_bias", "None, since norm_weight is None", weights["norm_bias"])
+
+
+def combine_input(
+    y: Any, q_routes: Any, n: Any, local: Any, average_routed: Any, null_routed_token: Any, mask: Any
+) -> None:
+    tensor("y", y, "B", "E", "Kq", "D")
+    n = integer("n", n, least=0)
+    batch, experts, _, dim = y.shape
+    routes("q_routes", q_routes, batch, experts, n, y)
+    tensor("y", y, *q_routes.indices.shape, dim)
+    flag("average_routed", average_routed)
+    if local is not None:
+        tensor("local", local, batch, n, dim, beside=y)
+    if null_routed_token is not None:
+        tensor("null_routed_token", null_routed_token, dim, beside=y)
+    if mask is not None:
+        tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
 
 
 # What a layer is told when it is made

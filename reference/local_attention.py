@@ -5,21 +5,18 @@ Letters: B batch, N tokens, D model dimension, H heads, d head dimension, w wind
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from reference import contract
 from reference.routed_attention import rotate
-from reference.validation import (
-    check_bool,
-    check_int,
-    check_mask,
-    check_same_dtype,
-    check_tensor,
-    fail,
-)
+from reference.routing import widen
 
 ROWS = 512  # queries at a time: bounds memory, and has no influence on the result
 
@@ -42,12 +39,28 @@ def local_attention(
     rotary embedding at absolute positions (theta 10000), softmax(q k^T / sqrt(d)) v, output projection. Masked
     tokens are attended by none and get 0. Returns (B, N, D) in x's dtype. Raises TypeError or ValueError.
     """
-    check_local_input(x, window_size, mask, causal, w_qkv, w_out, heads, norm_weight, norm_bias)
-    n, window_size, heads = x.shape[1], int(window_size), int(heads)
+    weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    contract.local_input(x, window_size, mask, causal, heads, weights)
+    norm = nn.Identity() if norm_weight is None else partial(layer_norm, weight=norm_weight, bias=norm_bias)
+    to_qkv, to_out = partial(F.linear, weight=w_qkv), partial(F.linear, weight=w_out)
+    return attend_locally(x, window_size, mask, causal, int(heads), norm, to_qkv, to_out)
+
+
+def attend_locally(
+    x: Float[Tensor, "B N D"],
+    window_size: int,
+    mask: Bool[Tensor, "B N"] | None,
+    causal: bool,
+    heads: int,
+    norm: Callable[[Tensor], Tensor],
+    to_qkv: Callable[[Tensor], Tensor],
+    to_out: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "B N D"]:
+    """`local_attention` of checked arguments, by the maps of a module or of weights."""
+    n, window_size = x.shape[1], contract.positive_int("window_size", window_size)
     valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     x = x.masked_fill(~valid[..., None], 0)
-    normed = x if norm_weight is None else layer_norm(x, norm_weight, norm_bias)
-    q, k, v = rearrange(F.linear(normed, w_qkv), "b n (three h d) -> three b h n d", three=3, h=heads)
+    q, k, v = rearrange(to_qkv(norm(x)), "b n (three h d) -> three b h n d", three=3, h=heads)
     angles = rotary_angles(n, q.shape[-1], x.device)
     q, k = rotate(q, angles), rotate(k, angles)
 
@@ -61,19 +74,19 @@ def local_attention(
         visible = visible & valid[:, None, None, near]
         # A masked query sees itself so that its softmax stays finite; its output is zeroed below.
         visible = visible | (distance == 0)
-        logits = (q[:, :, rows] @ k[:, :, near].mT).to(torch.promote_types(q.dtype, torch.float32))
+        logits = widen(q[:, :, rows] @ k[:, :, near].mT)
         probs = (logits * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1)
         out.append(probs.to(v.dtype) @ v[:, :, near])
     heads_out = torch.cat(out, dim=2) if out else q
-    out = F.linear(rearrange(heads_out, "b h n d -> b n (h d)"), w_out)
+    out = to_out(rearrange(heads_out, "b h n d -> b n (h d)").to(x.dtype))
     return out.masked_fill(~valid[..., None], 0).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """LayerNorm (eps 1e-5) in at least float32, returned in x's dtype."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    bias = None if bias is None else bias.to(dtype)
-    return F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias).to(x.dtype)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm in at least float32, returned in x's dtype."""
+    wide = widen(x)
+    bias = None if bias is None else bias.to(wide.dtype)
+    return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias, eps).to(x.dtype)
 
 
 def rotary_angles(n: int, dim_head: int, device: torch.device) -> Float[Tensor, "N d"]:
@@ -83,38 +96,20 @@ def rotary_angles(n: int, dim_head: int, device: torch.device) -> Float[Tensor, 
     return torch.cat((angles, angles), dim=-1)
 
 
-def check_local_input(
-    x: Tensor,
-    window_size: int,
-    mask: Tensor | None,
-    causal: bool,
-    w_qkv: Tensor,
-    w_out: Tensor,
-    heads: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-) -> None:
-    check_tensor("x", x, ("B", "N", "D"))
-    check_int("window_size", window_size)
-    check_mask("mask", mask, x)
-    check_bool("causal", causal)
-    check_int("heads", heads)
-    dim = x.shape[2]
-    check_tensor("w_out", w_out, (dim, "H*d"), like=x)
-    if w_out.shape[1] == 0 or w_out.shape[1] % (2 * heads):
-        fail("w_out", f"H*d columns with heads = {heads} and an even d (rotary embedding)", tuple(w_out.shape))
-    check_tensor("w_qkv", w_qkv, (3 * w_out.shape[1], dim), like=x)
-    check_same_dtype("w_qkv", w_qkv, "x", x)
-    check_same_dtype("w_out", w_out, "x", x)
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor is not None:
-            check_tensor(name, tensor, (dim,), like=x)
-    if norm_bias is not None and norm_weight is None:
-        fail("norm_bias", "None, since norm_weight is None", norm_bias)
+class LayerNorm(nn.LayerNorm):
+    """Of x (B, N, D), by `layer_norm`."""
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        weight, bias = self.weight, self.bias
+        contract.ordinary("weight", weight)
+        return layer_norm(x, weight, bias, self.eps)
 
 
 class LocalAttention(nn.Module):
-    """Parameters of `local_attention`: norm.{weight,bias} (D) with prenorm, to_qkv (3Hd, D), to_out (D, Hd)."""
+    """`local_attention` by modules that are called once: norm (with prenorm), to_qkv, to_out.
+
+    State: norm.weight, norm.bias (D), to_qkv.weight (3 H d, D), to_out.weight (D, H d).
+    """
 
     def __init__(
         self,
@@ -130,7 +125,7 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.window_size, self.heads = window_size, heads
         where = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **where) if prenorm else None
+        self.norm = LayerNorm(dim, **where) if prenorm else None
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **where)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **where)
         self.register_load_state_dict_pre_hook(_drop_inv_freq)
@@ -141,16 +136,9 @@ class LocalAttention(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
-        return local_attention(
-            x,
-            self.window_size,
-            mask,
-            w_qkv=self.to_qkv.weight,
-            w_out=self.to_out.weight,
-            heads=self.heads,
-            norm_weight=None if self.norm is None else self.norm.weight,
-            norm_bias=None if self.norm is None else self.norm.bias,
-        )
+        """Arguments are checked by the layer."""
+        norm = nn.Identity() if self.norm is None else self.norm
+        return attend_locally(x, self.window_size, mask, False, self.heads, norm, self.to_qkv, self.to_out)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, heads={self.heads}"

@@ -10,38 +10,15 @@ Letters: B batch, N tokens, E experts, K slots per expert, D model dimension, T 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from reference.validation import (
-    RouterOptions,
-    check_bool,
-    check_int,
-    check_mask,
-    check_real,
-    check_same_dtype,
-    check_tensor,
-    describe,
-    fail,
-)
-
-
-class Routes(NamedTuple):
-    """What a router decided. Within a row, indices are distinct: valid tokens ascending, then masked ones."""
-
-    indices: Int64[Tensor, "B E K"]
-    mask: Bool[Tensor, "B E K"]  # False: the slot holds a masked token and takes part in nothing
-    scores: Float[Tensor, "B E K"]
-    logits: Float[Tensor, "B E N"]
-
-    @property
-    def load(self) -> Int64[Tensor, "B E"]:
-        """Number of valid tokens that each expert received."""
-        return self.mask.sum(dim=-1)
+from reference import contract
+from reference.contract import RouterOptions, Routes
 
 
 def route(
@@ -58,33 +35,15 @@ def route(
 
     x (B, N, D); tokens (E, D) or (B, E, D), one per expert; mask (B, N) bool, False for padding. `router_options`
     as in `RouterOptions`. Everything is computed in at least float32, under autocast too. If N <= k there is nothing
-    to choose: all tokens in order, score 1 (0 where masked), no gradient. `random_route` draws valid tokens
-    uniformly (torch.rand of shape (B, E, N) takes the logits' place), the negative control; scores are then constant.
+    to choose: all tokens in order, score 1 (0 where masked), no gradient. `random_route` draws valid tokens uniformly
+    (a float32 torch.rand of shape (B, E, N) takes the logits' place), the negative control; scores are then constant.
 
     Returns Routes of int64, bool and >= float32. A NaN logit of a valid token makes all scores of its row NaN.
     Raises TypeError or ValueError naming the argument.
     """
-    options = RouterOptions.parse(router_options, stage=True)
-    check_router_input(x, tokens, k, mask, random_route, generator)
-    return _route(x, tokens, int(k), mask, options, random_route, generator)
-
-
-def check_router_input(
-    x: Tensor, tokens: Tensor, k: int, mask: Tensor | None, random_route: bool, generator: object
-) -> None:
-    check_tensor("x", x, ("B", "N", "D"))
-    batched = isinstance(tokens, Tensor) and tokens.ndim == 3
-    check_tensor("tokens", tokens, (x.shape[0], "E", x.shape[2]) if batched else ("E", x.shape[2]), like=x)
-    check_same_dtype("tokens", tokens, "x", x)
-    if tokens.shape[-2] == 0:
-        fail("tokens", "at least one expert", tokens)
-    check_int("k", k)
-    check_mask("mask", mask, x)
-    check_bool("random_route", random_route)
-    if generator is not None and not (random_route and isinstance(generator, torch.Generator)):
-        fail("generator", "a torch.Generator together with random_route=True", describe(generator))
-    if generator is not None and generator.device.type != x.device.type:
-        fail("generator", f"a generator on {x.device}", f"one on {generator.device}")
+    options = RouterOptions.of_stage(router_options)
+    contract.route_input(x, tokens, k, mask, random_route, generator)
+    return _route(x, tokens, contract.positive_int("k", k), mask, options, random_route, generator)
 
 
 def _route(
@@ -107,12 +66,14 @@ def _route(
 
     keys = logits
     if random_route:
-        keys = torch.rand(logits.shape, generator=generator, device=x.device)
-    width = options.route_block_size or n
-    k_block = math.ceil(k / math.ceil(n / width))
+        # In float32 whatever the default dtype: half precision draws ties.
+        keys = torch.rand(logits.shape, generator=generator, device=x.device, dtype=torch.float32)
+    width = options.route_block_size
+    starts = [0] if width is None else range(0, n, width)
+    k_block = -(-k // len(starts))
     indices, soft = [], []
-    for start in range(0, n, width):
-        block = slice(start, min(start + width, n))
+    for start in starts:
+        block = slice(start, n if width is None else min(start + width, n))
         length = block.stop - start
         indices.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
         if length <= k_block or random_route:
@@ -132,6 +93,11 @@ def _route(
     poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
     scores = torch.where(poisoned, float("nan"), torch.where(slot_mask, scores, 0.0))
     return Routes(chosen, slot_mask, scores, logits)
+
+
+def widen(t: Tensor) -> Tensor:
+    """In at least float32."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def routing_logits(
@@ -173,9 +139,9 @@ def coordinate_descent(
 
     `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
     """
-    check_solver_input(logits, k, mask)
+    contract.solver_input(logits, k, mask)
     RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)  # raises where one is impossible
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid, logits, 0)
     counted = valid | ~valid.any(dim=-1, keepdim=True)  # a row without valid tokens stays finite
@@ -200,9 +166,9 @@ def capped_simplex(
     adds tokens to the saturated set and stops after finitely many steps (capping, Warmuth & Kuzmin 2008; constrained
     softmax, Martins & Kreutzer 2017). Differentiating the last step with the set held fixed is the implicit gradient.
     """
-    check_solver_input(logits, k, mask)
+    contract.solver_input(logits, k, mask)
     RouterOptions(eps=eps)  # raises where it is impossible
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid & ~logits.isnan(), logits, 0)
     saturated = valid & (valid.sum(dim=-1, keepdim=True) <= k)
@@ -221,12 +187,6 @@ def capped_simplex(
     return _zero_masked_spread_nan(scores, logits, valid)
 
 
-def check_solver_input(logits: Tensor, k: float, mask: Tensor | None) -> None:
-    check_tensor("logits", logits, ("B", "E", "N"))
-    check_real("k", k, "a finite number > 0", lambda v: v > 0)
-    check_mask("mask", mask, logits.transpose(1, 2))
-
-
 def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
     poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
     return torch.where(valid, torch.where(poisoned, float("nan"), scores), 0)
@@ -239,11 +199,7 @@ def select(
 
     NaN ranks below every number; -0.0 and 0.0 tie. Returned ascending by index, valid tokens first.
     """
-    check_tensor("logits", logits, ("B", "E", "N"))
-    check_int("k", k)
-    check_mask("mask", mask, logits.transpose(1, 2))
-    if k > logits.shape[-1]:
-        fail("k", f"at most N = {logits.shape[-1]}", k)
+    contract.select_input(logits, k, mask)
     s = logits.detach()
     valid = torch.ones_like(s, dtype=torch.bool) if mask is None else mask[:, None].expand_as(s)
     tier = torch.where(valid, s.isnan().long(), 2)
@@ -270,9 +226,10 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_experts = check_int("dim", dim), check_int("num_experts", num_experts)
+        self.dim = contract.positive_int("dim", dim)
+        self.num_experts = contract.positive_int("num_experts", num_experts)
         if not isinstance(options, RouterOptions):
-            fail("options", "RouterOptions", describe(options), TypeError)
+            contract.reject("options", "RouterOptions", contract.describe(options), TypeError)
         self.options = options
         token = None
         if not options.learned_routing_tokens:
@@ -292,28 +249,45 @@ class Router(nn.Module):
         routing_tokens: Float[Tensor, "*B E D"] | None = None,
         random_route: bool = False,
         generator: torch.Generator | None = None,
+        routes: Routes | None = None,
     ) -> Routes:
-        """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True."""
-        check_tensor("x", x, ("B", "N", self.dim), like=self.routing_token)
-        if self.routing_token is not None:
-            check_same_dtype("x", x, "the routing token", self.routing_token)
-        tokens = self.tokens("routing_tokens", routing_tokens, x)
-        check_router_input(x, tokens, k, mask, random_route, generator)
-        return _route(x, tokens, int(k), mask, self.options, random_route, generator)
+        """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True.
 
-    def tokens(self, argument: str, routing_tokens: Tensor | None, x: Tensor) -> Tensor:
-        """The routing tokens to use; raises if they are missing or given where the module holds its own."""
-        if self.routing_token is not None:
+        routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
+        no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
+        """
+        own = self.routing_token  # read once: a parametrization computes it
+        contract.tensor("x", x, "B", "N", self.dim)
+        contract.beside_parameters("x", x, own, "the routing token")
+        k = contract.positive_int("k", k)
+        contract.token_mask("mask", mask, x)
+        contract.randomness(x, random_route, generator)
+        if routes is not None:
             if routing_tokens is not None:
-                fail(argument, "None, since learned_routing_tokens=False", routing_tokens)
-            return self.routing_token
-        if routing_tokens is None:
-            fail(argument, "a tensor, since learned_routing_tokens=True", "None")
-        batched = isinstance(routing_tokens, Tensor) and routing_tokens.ndim == 3
-        shape = (self.num_experts, self.dim)
-        check_tensor(argument, routing_tokens, (x.shape[0], *shape) if batched else shape, like=x)
-        check_same_dtype(argument, routing_tokens, "x", x)
-        return routing_tokens
+                contract.reject("routing_tokens", "None with injected routes", routing_tokens)
+            contract.routes("routes", routes, x.shape[0], self.num_experts, x.shape[1], x)
+            made = restrict(routes, mask)
+        else:
+            given = self.options.learned_routing_tokens
+            contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
+            made = _route(x, routing_tokens if given else own, k, mask, self.options, random_route, generator)
+        return made if own is None else made._replace(scores=with_zero_gradient(made.scores, own))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"
+
+
+def restrict(routes: Routes, mask: Bool[Tensor, "B N"] | None) -> Routes:
+    """Injected routes, less the slots that hold masked tokens."""
+    if mask is None:
+        return routes
+    by_expert = mask[:, None].expand(-1, routes.mask.shape[1], -1)
+    return routes._replace(mask=routes.mask & by_expert.gather(-1, routes.indices))
+
+
+def with_zero_gradient(scores: Float[Tensor, "B E K"], tokens: Float[Tensor, "E D"]) -> Float[Tensor, "B E K"]:
+    """The scores plus an empty sum of routing tokens: these get a gradient of zeros, not None, where they had no say.
+
+    So every parameter has a gradient in every step, as DistributedDataParallel expects.
+    """
+    return scores + tokens[..., :0].sum().to(scores.dtype)

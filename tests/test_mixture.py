@@ -419,13 +419,13 @@ def test_average_divides_by_the_number_of_terms(implementation: ModuleType, devi
 
 
 @BOTH
-def test_nothing_to_choose_leaves_the_routers_without_gradient(
+def test_nothing_to_choose_gives_the_routers_a_gradient_of_zeros(
     implementation: ModuleType, device: torch.device
 ) -> None:
     layer = build(implementation, replace(CASE, k_q=60, k_kv=40), device)
     layer(CASE.inputs()["x"].to(device)).square().sum().backward()
-    assert layer.query_router.routing_token.grad is None
-    assert layer.key_value_router.routing_token.grad is None
+    for router in (layer.query_router, layer.key_value_router):
+        check_identical(router.routing_token.grad, torch.zeros_like(router.routing_token))
     assert layer.attn.to_q.weight.grad.any()
 
 
