@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import optimized  # noqa: E402
 from optimized._measure import hardware, versions  # noqa: E402
-from optimized.backends import REGISTRY, Backend, Request, choose  # noqa: E402
+from optimized.plan import REGISTRY, Backend, Request, choose  # noqa: E402
 
 STAGES = ("routed_attention", "local_attention")
 DROPOUTS = (0.0, 0.1)

@@ -36,7 +36,7 @@ from optimized import _plot, _report, _text, ops
 from optimized._measure import Measured, measure
 from optimized._report import Compared, Row, picked
 from optimized.attention import module_name
-from optimized.backends import Request, choose, obstacle
+from optimized.plan import Request, choose, obstacle
 from optimized.mixture import _combine
 from optimized.routed_attention import attend_rows, gather, rotate
 from optimized.routing import Routes, route_both

@@ -45,7 +45,8 @@ def local_attention(
     since in float32 position 100000 is off by 0.004 radians. Returns (B, N, D) in x's dtype.
     Raises TypeError or ValueError naming the argument.
     """
-    _check(x, window_size, mask, causal, w_qkv, w_out, heads, norm_weight, norm_bias)
+    weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    contract.local_input(x, window_size, mask, causal, heads, weights)
     plan = _plan(x, mask, w_out.shape[1] // heads)
     hidden = _hide(x, mask)
     if norm_weight is not None:
@@ -104,36 +105,6 @@ def _by_flex(qkv: Tensor, mask: Tensor | None, window_size: int, causal: bool, p
     q, k = (ops.rotary(t, *tables, None, False, plan.dispatch) for t in (q, k))
     # A window beyond either end needs no clipping: blocks are clipped.
     return flex_window.attend(q, k, v, window_size, mask, causal)
-
-
-def _check(
-    x: Any,
-    window_size: Any,
-    mask: Any,
-    causal: Any,
-    w_qkv: Any,
-    w_out: Any,
-    heads: Any,
-    norm_weight: Any,
-    norm_bias: Any,
-) -> None:
-    contract.tensor("x", x, "B", "N", "D")
-    contract.positive_int("window_size", window_size)
-    contract.token_mask("mask", mask, x)
-    contract.flag("causal", causal)
-    contract.positive_int("heads", heads)
-    dim = x.shape[2]
-    contract.tensor("w_out", w_out, dim, "H*d", beside=x, dtype_of=("x", x))
-    inner = w_out.shape[1]
-    if inner == 0 or inner % (2 * heads):
-        contract.reject("w_out", f"H*d columns with H = {heads} and an even d (rotary embedding)", w_out)
-    contract.tensor("w_qkv", w_qkv, 3 * inner, dim, beside=x, dtype_of=("x", x))
-    if norm_weight is not None:
-        contract.tensor("norm_weight", norm_weight, dim, beside=x)
-    if norm_bias is not None:
-        contract.tensor("norm_bias", norm_bias, dim, beside=x)
-        if norm_weight is None:
-            contract.reject("norm_bias", "None, since norm_weight is None", norm_bias)
 
 
 class LayerNorm(nn.LayerNorm):

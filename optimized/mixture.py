@@ -14,9 +14,9 @@ from optimized.local_attention import LocalAttention
 from optimized.plain import obstacle_to_fusion, plain
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import RMSNorm, RoutedAttention
-from optimized.routing import Router, Routes, cosine_scale, in_order, restrict, solver_of, without_decision
+from optimized.routing import Router, Routes, cosine_scale, in_order, solver_of
 from reference import contract
-from reference.contract import Call, Config
+from reference.contract import Call, Config, Side
 
 
 def _of_config(name: str) -> Any:
@@ -197,9 +197,11 @@ class MixtureOfAttention(nn.Module):
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
         q, kv, attn = call.queries, call.keys_values, self.attn
         tokens = [
-            router.tokens_for(side.x, side.tokens)
+            side.tokens if router.routing_token is None else router.routing_token
             for router, side in ((self.query_router, q), (self.key_value_router, kv))
         ]
+        contract.beside_parameters("x", q.x, self.query_router.routing_token, "the routing token")
+        contract.beside_parameters("x", q.x, self.key_value_router.routing_token, "the routing token")
         gammas = [None if norm is None else norm.gamma for norm in (attn.norm, attn.context_norm)]
         options = self.query_router.options
         how = options.route_block_size, cosine_scale(options), *solver_of(options)
@@ -220,15 +222,11 @@ class MixtureOfAttention(nn.Module):
         """By the routers, called as modules, or as injected."""
         sides = call.queries, call.keys_values
         routers = self.query_router, self.key_value_router
-        if call.routes is None:
-            q_routes, kv_routes = (
-                router(side.x, side.k, side.mask, side.tokens, **({"plan": plan} if _is(router, Router) else {}))
-                for router, side in zip(routers, sides)
-            )
-            return q_routes, kv_routes
-        q_routes, kv_routes = (restrict(routes, side.mask) for routes, side in zip(call.routes, sides))
-        tokens = (getattr(router, "routing_token", None) for router in routers)
-        return without_decision(q_routes, *tokens), kv_routes
+        q_routes, kv_routes = (
+            _decide(router, side, routes, plan)
+            for router, side, routes in zip(routers, sides, call.routes or (None, None))
+        )
+        return q_routes, kv_routes
 
     def _obstacle_to_fusion(self, call: Call, plan: Plan) -> str | None:
         """Why the modules before the attention are called one by one; None where one operator does the same."""
@@ -286,6 +284,15 @@ class MixtureOfAttention(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
 
+def _decide(router: nn.Module, side: Side, injected: Routes | None, plan: Plan) -> Routes:
+    """A router of this package is called with injected routes too: hooks and FSDP see every call."""
+    if _is(router, Router):
+        return router(side.x, side.k, side.mask, side.tokens, routes=injected, plan=plan)
+    if injected is None:
+        return router(side.x, side.k, side.mask, side.tokens)
+    return router(side.x, side.k, side.mask, routes=injected)
+
+
 def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether it takes what only a layer's own modules take: a class that FSDP or a user derived does, too."""
     return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in vars(module)
@@ -312,18 +319,8 @@ def combine(
     dtype.
     Raises TypeError or ValueError naming the argument.
     """
-    contract.tensor("y", y, "B", "E", "Kq", "D")
+    contract.combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
     n = contract.integer("n", n, least=0)
-    batch, experts, _, dim = y.shape
-    contract.routes("q_routes", q_routes, batch, experts, n, y)
-    contract.tensor("y", y, *q_routes.indices.shape, dim)
-    if local is not None:
-        contract.tensor("local", local, batch, n, dim, beside=y)
-    contract.flag("average_routed", average_routed)
-    if null_routed_token is not None:
-        contract.tensor("null_routed_token", null_routed_token, dim, beside=y)
-    if mask is not None:
-        contract.tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
     inverse = ops.inverse_map(q_routes.indices, q_routes.mask, n)
     ones = torch.ones_like(q_routes.scores)  # y has its scores already
     triton = choose("mixture", Request(y.device, y.dtype)).triton

@@ -10,7 +10,7 @@ Kkv slots of an expert, R = E B rows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,8 @@ def routed_attention(
     Returns (B, E, Kq, D) in x's dtype. Norms, rotations, softmax and scores are computed in at least float32.
     Raises TypeError or ValueError naming the argument.
     """
-    _check(x, context, q_routes, kv_routes, w_q, w_kv, w_out, null_kv, gamma, context_gamma, rotary_emb, dropout)
+    given = {"w_q": w_q, "w_kv": w_kv, "w_out": w_out, "gamma": gamma, "context_gamma": context_gamma}
+    contract.attention_input(x, context, q_routes, kv_routes, null_kv, given, rotary_emb, dropout)
     stages = ("dispatch", "routed_attention")
     plan = bind(Kind(x.device, x.dtype, stages, null_kv.shape[-1], masked=True, dropout=float(dropout)))
     kv_routes = pack(kv_routes)
@@ -119,41 +120,6 @@ def _fused(
     return ops.expert_attention(
         queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
     )[0]
-
-
-def _check(
-    x: Any,
-    context: Any,
-    q_routes: Any,
-    kv_routes: Any,
-    w_q: Any,
-    w_kv: Any,
-    w_out: Any,
-    null_kv: Any,
-    gamma: Any,
-    context_gamma: Any,
-    rotary_emb: Any,
-    dropout: Any,
-) -> None:
-    contract.tensor("x", x, "B", "N", "D")
-    contract.tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
-    contract.tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
-    if 0 in null_kv.shape:
-        contract.reject("null_kv", "at least one expert, head and channel", null_kv)
-    _, experts, heads, dim_head = null_kv.shape
-    dim, dim_context, inner = x.shape[2], context.shape[2], heads * dim_head
-    weights = {"w_q": (w_q, inner, dim), "w_kv": (w_kv, 2 * inner, dim_context), "w_out": (w_out, dim, inner)}
-    for name, (weight, rows, columns) in weights.items():
-        contract.tensor(name, weight, experts, rows, columns, beside=x, dtype_of=("x", x))
-    for name, scale, size in (("gamma", gamma, dim), ("context_gamma", context_gamma, dim_context)):
-        if scale is not None:
-            contract.tensor(name, scale, experts, size, beside=x)
-    contract.routes("q_routes", q_routes, x.shape[0], experts, x.shape[1], x)
-    contract.routes("kv_routes", kv_routes, x.shape[0], experts, context.shape[1], x)
-    contract.rotary(rotary_emb, x, dim_head)
-    if rotary_emb is not None and context.shape[1] != x.shape[1]:
-        contract.reject("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
-    contract.probability("dropout", dropout)
 
 
 class RMSNorm(nn.Module):

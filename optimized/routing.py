@@ -42,18 +42,10 @@ def route(
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
-    _check(x, tokens, k, mask)
-    contract.randomness(x, random_route, generator)
+    contract.route_input(x, tokens, k, mask, random_route, generator)
     keys = _random_keys(x, tokens, generator) if random_route else None
     triton = bind(Kind(x.device, x.dtype, ("routing",))).routing
     return in_order(_route(x, tokens, contract.positive_int("k", k), mask, options, keys, triton), mask)
-
-
-def _check(x: Any, tokens: Any, k: Any, mask: Any) -> None:
-    contract.tensor("x", x, "B", "N", "D")
-    contract.routing_tokens("tokens", tokens, x, "E", x.shape[2])
-    contract.positive_int("k", k)
-    contract.token_mask("mask", mask, x)
 
 
 def _random_keys(x: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -109,38 +101,12 @@ def restrict(routes: Routes, mask: Bool[Tensor, "B N"] | None) -> Routes:
     return routes._replace(mask=routes.mask & tokens.gather(-1, routes.indices), scores=scores)
 
 
-class _Undecided(torch.autograd.Function):
-    """Hands scores on; parameters that took no decision get gradient 0, so that DDP and FSDP have one to reduce."""
+def with_zero_gradient(scores: Float[Tensor, "B E K"], tokens: Float[Tensor, "E D"]) -> Float[Tensor, "B E K"]:
+    """The scores plus an empty sum of routing tokens: these get a gradient of zeros, not None, where they had no say.
 
-    @staticmethod
-    def forward(scores: Tensor, *parameters: Tensor) -> Tensor:
-        return scores.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        wanted = ctx.needs_input_grad[1:]
-        return grad, *(torch.zeros_like(p) if want else None for p, want in zip(ctx.saved_tensors, wanted))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, scores: Tensor, *parameters: Tensor) -> tuple:
-        first, *rest = in_dims
-        if first is None:
-            scores, first = scores.expand(info.batch_size, *scores.shape), 0
-        scores = scores.movedim(first, 0)
-        rows = (p if dim is None else p.movedim(dim, 0) for p, dim in zip(parameters, rest))
-        return _Undecided.apply(scores, *rows), 0
-
-
-def without_decision(routes: Routes, *parameters: Tensor | None) -> Routes:
-    """Injected routes, with gradient 0 for the routing tokens that they replaced."""
-    held = [p for p in parameters if p is not None and p.requires_grad]
-    if not held or not torch.is_grad_enabled():
-        return routes
-    return routes._replace(scores=_Undecided.apply(routes.scores, *held))
+    So every parameter has a gradient in every step, as DistributedDataParallel expects.
+    """
+    return scores + tokens[..., :0].sum().to(scores.dtype)
 
 
 def coordinate_descent(
@@ -154,7 +120,7 @@ def coordinate_descent(
     eps_decay: float = 0.7,
 ) -> Float[Tensor, "B E N"]:
     """Soft top-k scores in [0, 1] of mass about k, 0 where masked; see `ops.coordinate_descent`."""
-    _check_solver(logits, k, mask)
+    contract.solver_input(logits, k, mask)
     o = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     triton = _by_triton(wide)
@@ -165,7 +131,7 @@ def capped_simplex(
     logits: Float[Tensor, "B E N"], k: float, mask: Bool[Tensor, "B N"] | None = None, *, eps: float = 0.03
 ) -> Float[Tensor, "B E N"]:
     """The limit of `coordinate_descent` at temperature eps, of mass min(k, valid tokens); see `ops.capped_simplex`."""
-    _check_solver(logits, k, mask)
+    contract.solver_input(logits, k, mask)
     options = RouterOptions(eps=eps)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return ops.capped_simplex(wide, mask, float(k), options.eps, _by_triton(wide))[0]
@@ -175,21 +141,11 @@ def _by_triton(logits: Tensor) -> bool:
     return choose("routing", Request(logits.device, logits.dtype)).triton
 
 
-def _check_solver(logits: Any, k: Any, mask: Any) -> None:
-    contract.tensor("logits", logits, "B", "E", "N")
-    contract.number("k", k, "a finite number > 0", lambda v: v > 0)
-    contract.token_mask("mask", mask, logits, dim=2)
-
-
 def select(
     logits: Float[Tensor, "B E N"], k: int, mask: Bool[Tensor, "B N"] | None = None
 ) -> tuple[Int64[Tensor, "B E K"], Bool[Tensor, "B E K"]]:
     """Indices and slot mask of the k best: valid before masked, larger logit, smaller index; see `ops.select`."""
-    contract.tensor("logits", logits, "B", "E", "N")
-    contract.positive_int("k", k)
-    contract.token_mask("mask", mask, logits, dim=2)
-    if k > logits.shape[-1]:
-        contract.reject("k", f"at most N = {logits.shape[-1]}", k)
+    contract.select_input(logits, k, mask)
     keys = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     return ops.select(keys, mask, contract.positive_int("k", k), _by_triton(keys))[:2]
 
@@ -235,34 +191,48 @@ class Router(nn.Module):
         routing_tokens: Float[Tensor, "*B E D"] | None = None,
         random_route: bool = False,
         generator: torch.Generator | None = None,
+        routes: Routes | None = None,
         *,
         plan: Plan | None = None,
     ) -> Routes:
         """See `route`. routing_tokens, (E, D) or (B, E, D), exactly when learned_routing_tokens=True.
 
+        routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
+        no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
         plan: of a layer that has checked the arguments and chosen the backends.
         """
+        own = self.routing_token  # read once: a parametrization computes it
         if plan is None:
-            contract.tensor("x", x, "B", "N", self.dim)
-            self.check_tokens("routing_tokens", routing_tokens, x)
-            contract.randomness(x, random_route, generator)
-        tokens = self.tokens_for(x, routing_tokens)
-        if plan is None:
-            _check(x, tokens, k, mask)
-            plan = bind(Kind(x.device, x.dtype, ("routing",), allow_triton=self.use_triton))
-        keys = _random_keys(x, tokens, generator) if random_route else None
-        return in_order(_route(x, tokens, contract.positive_int("k", k), mask, self.options, keys, plan.routing), mask)
+            plan = self._plan(x, k, mask, routing_tokens, random_route, generator, routes)
+        contract.beside_parameters("x", x, own, "the routing token")
+        if routes is not None:
+            made = restrict(routes, mask)
+        else:
+            tokens = routing_tokens if own is None else own
+            assert tokens is not None
+            keys = _random_keys(x, tokens, generator) if random_route else None
+            k = contract.positive_int("k", k)
+            made = in_order(_route(x, tokens, k, mask, self.options, keys, plan.routing), mask)
+        if own is None or (routes is None and not random_route):  # an operator that had them gives a gradient
+            return made
+        return made._replace(scores=with_zero_gradient(made.scores, own))
 
-    def tokens_for(self, x: Tensor, routing_tokens: Tensor | None) -> Tensor:
-        """Its own routing tokens, on x's device and in a dtype that goes with x's, or those of the caller."""
-        contract.beside_parameters("x", x, self.routing_token, "the routing token")
-        tokens = routing_tokens if self.routing_token is None else self.routing_token
-        assert tokens is not None
-        return tokens
-
-    def check_tokens(self, argument: str, tokens: Any, x: Tensor) -> None:
-        by_caller = self.options.learned_routing_tokens
-        contract.held_or_given_tokens(argument, tokens, x, self.num_experts, self.dim, given=by_caller)
+    def _plan(
+        self, x: Any, k: Any, mask: Any, routing_tokens: Any, random_route: Any, generator: Any, routes: Any
+    ) -> Plan:
+        """Of a call of its own, whose arguments it checks."""
+        contract.tensor("x", x, "B", "N", self.dim)
+        contract.positive_int("k", k)
+        contract.token_mask("mask", mask, x)
+        contract.randomness(x, random_route, generator)
+        if routes is None:
+            given = self.options.learned_routing_tokens
+            contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
+        else:
+            if routing_tokens is not None:
+                contract.reject("routing_tokens", "None with injected routes", routing_tokens)
+            contract.routes("routes", routes, x.shape[0], self.num_experts, x.shape[1], x)
+        return bind(Kind(x.device, x.dtype, ("routing",), allow_triton=self.use_triton))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import optimized
-from optimized.backends import Request, obstacle
+from optimized.plan import Request, obstacle
 from reference.testing import Match, assert_identical, assert_matches
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

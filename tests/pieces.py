@@ -477,7 +477,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
     parser.add_argument("--brief", action="store_true", help="one of each kind, in float32")
     given = parser.parse_args()
-    from optimized.backends import Request, obstacle
+    from optimized.plan import Request, obstacle
 
     torch.set_num_threads(1)
     why = obstacle("routing", "triton_interpreted", Request(torch.device("cpu"), torch.float32))

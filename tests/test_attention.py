@@ -33,7 +33,7 @@ from torch import Tensor
 
 from optimized import ops
 from optimized.attention import adapter, module_name
-from optimized.backends import Request, obstacle
+from optimized.plan import Request, obstacle
 from optimized.kernels.null_slot import ROWS
 
 LENGTHS = ("none", "random", "some_empty", "full")

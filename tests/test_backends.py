@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 import reference
-from optimized.explain import StageReport
+from optimized.plan import StageReport
 
 ROOT = Path(optimized.__file__).parent.parent
 ATTENTION = optimized.backends()["routed_attention"]

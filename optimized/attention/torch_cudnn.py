@@ -12,7 +12,7 @@ from optimized.attention.request import Request, flash
 aten = torch.ops.aten
 # Its backward takes keys in tiles of so many. Where the last one is exactly half full, its other half is not hidden
 # before exp(0 - lse); that overflows in rows whose log-sum-exp is below -88.7, and 0 * inf makes dq NaN. Seen with
-# torch 2.11 and cuDNN 9.19 on an H100 and an H200, for every head dimension, dtype and number of queries that was tried,
+# torch 2.11 and cuDNN 9.19 on an H100 and an H200, for every head dimension, dtype and number of queries tried,
 # and with no other number of keys (each multiple of 8 up to 512, and odd ones); nothing but dq is wrong.
 TILE = 128
 
