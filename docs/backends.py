@@ -18,7 +18,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import optimized  # noqa: E402
 from optimized.backends import REGISTRY, Backend, Request, choose  # noqa: E402
 from optimized.prove.environment import hardware, version, versions  # noqa: E402
 from tests import record  # noqa: E402
+from tests.benchmarks.measure import peak_bytes  # noqa: E402
 
 STAGES = ("routed_attention", "local_attention")
 DROPOUTS = (0.0, 0.1)
@@ -52,22 +53,6 @@ def make_mask(kind: str, n: int, device: str) -> Tensor | None:
     if kind == "suffix":
         return (torch.arange(n, device=device) < n - n // 4).expand(2, n)
     return torch.rand(2, n, device=device) > 0.25
-
-
-def peak_of(call: Callable[[], Any], device: str) -> int:
-    """Bytes above the start, by the allocator's own count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(in_use)
 
 
 def run_layer(stage: str, dropout: float, mask: str, dtype: torch.dtype, device: str, n: int, slots: int) -> list[int]:
@@ -88,7 +73,7 @@ def run_layer(stage: str, dropout: float, mask: str, dtype: torch.dtype, device:
             assert t is None or t.isfinite().all(), "not finite"
 
     step()
-    return peak_of(step, device)
+    return peak_bytes(step, torch.device(device))
 
 
 @contextlib.contextmanager
