@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import zlib
@@ -27,7 +25,7 @@ if not {"--device=cuda", "cuda"} & set(sys.argv) and "PYTEST_XDIST_WORKER" not i
 import harness  # noqa: E402
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
-from benchmarks.environment import hardware, tree_hash, versions  # noqa: E402
+from record import REPORTS, hardware, read, tree_hash, versions, write  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -42,6 +40,7 @@ pytest_plugins = ["tests.conformance.plugin"]  # --impl, --impl-report
 FILE_BUDGET_SECONDS = {
     "test_testing.py": 5,
     "test_meta.py": 5,
+    "test_docs.py": 5,
     "test_bands.py": 15,
     "test_campaign.py": 40,
     "test_interpreter.py": 5,
@@ -278,8 +277,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines.append(f"device: {config.option.device}, " + ", ".join(hardware(torch.device(config.option.device)).values()))
     lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
     lines.append(f"reference and optimized imported from {ROOT}")
-    for path in sorted((ROOT / "tests" / "reports").glob("*.json")):
-        report = json.loads(path.read_text())
+    for path in sorted(REPORTS.glob("*.json")):
+        report = read(path)
         stale = [folder for folder, value in report["hashes"].items() if tree_hash(folder) != value]
         state = f"STALE, {' and '.join(stale)} changed since" if stale else "current"
         lines.append(f"report {path.stem} ({report['hardware']['name']}): {state}")
@@ -386,21 +385,7 @@ def write_report(
             key = f"{row['stage']} {row['dtype']}"
             worst[key] = max(worst.get(key, 0.0), row["worst"])
     outcomes = {k: len(reporter.stats.get(k, [])) for k in ("passed", "failed", "error", "skipped", "deselected")}
-    describe = [
-        "git",
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--exclude=*",
-        "--dirty=, with changes: the hashes decide",
-    ]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    report = {
-        "device": config.option.device,
-        "hardware": hardware(torch.device(config.option.device)),
-        "versions": versions(),
-        "commit": commit.stdout.strip() or None,
-        "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},
+    report = made(torch.device(config.option.device), ("optimized", "tests")) | {
         "outcomes": outcomes,
         "seconds": round(time.time() - _start_time(reporter), 1),
         "cpu_seconds_by_file": {file: round(taken, 1) for file, taken in sorted(seconds.items())},
@@ -409,8 +394,7 @@ def write_report(
         "worst_fraction": {key: round(value, 4) for key, value in sorted(worst.items())},
         "properties": [{**r, "seconds": round(r["seconds"], 2)} for r in rows],
     }
-    config.option.report.parent.mkdir(parents=True, exist_ok=True)
-    config.option.report.write_text(json.dumps(report, indent=1) + "\n")
+    write(config.option.report, report)
 
 
 def _start_time(reporter: Any) -> float:

@@ -1,8 +1,8 @@
 """Which backend serves each combination of dropout, mask and dtype: run, recorded, and its memory watched.
 
-    python docs/backends.py --out cpu.json                                # every cell, on the CPU
-    python docs/backends.py --device cuda --out gpu.json                  # or on a GPU, with the flash-attn installed
-    python docs/backends.py --table docs/backends.md cpu.json gpu.json    # written into that file, a section for each
+    python docs/backends.py --out cpu.json                    # every cell, on the CPU
+    python docs/backends.py --device cuda --out gpu.json      # or on a GPU, with the flash-attn installed
+    python docs/backends.py --table docs/generated/backends.md cpu.json gpu.json     # into it, a section for each
 
 A cell is a layer, forward and backward. The backend is what the registry chose in that very call. Its peak memory is
 measured at N tokens and at 2 N, the slots doubled too: nothing N x N, nor slots x slots, may appear. Backends that
@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import importlib.metadata
 import itertools
-import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +30,12 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+
 import optimized  # noqa: E402
-from optimized._measure import hardware, versions  # noqa: E402
 from optimized.plan import REGISTRY, Backend, Request, choose  # noqa: E402
+from optimized.prove.environment import hardware, version, versions  # noqa: E402
+from tests import record  # noqa: E402
+from tests.benchmarks.measure import peak_bytes  # noqa: E402
 
 STAGES = ("routed_attention", "local_attention")
 DROPOUTS = (0.0, 0.1)
@@ -53,22 +53,6 @@ def make_mask(kind: str, n: int, device: str) -> Tensor | None:
     if kind == "suffix":
         return (torch.arange(n, device=device) < n - n // 4).expand(2, n)
     return torch.rand(2, n, device=device) > 0.25
-
-
-def peak_of(call: Callable[[], Any], device: str) -> int:
-    """Bytes above the start, by the allocator's own count."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(in_use)
 
 
 def run_layer(stage: str, dropout: float, mask: str, dtype: torch.dtype, device: str, n: int, slots: int) -> list[int]:
@@ -89,7 +73,7 @@ def run_layer(stage: str, dropout: float, mask: str, dtype: torch.dtype, device:
             assert t is None or t.isfinite().all(), "not finite"
 
     step()
-    return peak_of(step, device)
+    return peak_bytes(step, torch.device(device))
 
 
 @contextlib.contextmanager
@@ -131,13 +115,7 @@ def run_cell(stage: str, dropout: float, mask: str, dtype: str, device: str) -> 
 
 
 def flash_packages() -> str:
-    found = []
-    for name in ("flash-attn", "flash-attn-4"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    if not found:
-        with contextlib.suppress(ImportError, AttributeError):  # unpacked, not installed
-            found.append(f"flash-attn {importlib.import_module('flash_attn').__version__}")
+    found = [f"{name} {v}" for name in ("flash-attn", "flash-attn-4") if (v := version(name))]
     return ", ".join(found) or "no flash-attn"
 
 
@@ -195,12 +173,11 @@ Written by `python docs/backends.py`, one section for each device and installati
 def section(report: dict[str, Any]) -> str:
     """Heading and table of a report."""
     cells = {(c["stage"], c["dropout"], c["mask"], c["dtype"]): c for c in report["cells"]}
-    lines = [["stage", "dropout", "mask", *DTYPES]]
-    lines.append(["---"] * len(lines[0]))
+    rows = []
     for key in itertools.product(STAGES, DROPOUTS, MASKS):
         stage, *rest = map(str, key)
-        lines.append([stage.replace("_", " "), *rest, *(describe(cells[(*key, dtype)]) for dtype in DTYPES)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([stage.replace("_", " "), *rest, *(describe(cells[(*key, dtype)]) for dtype in DTYPES)])
+    table = record.table(["stage", "dropout", "mask", *DTYPES], rows)
     control = f"`math` with its slots doubled, as a control: {report['control']:.2f}"
     said = f"{report['versions']}. {len(cells)} cells, {report['seconds']} s. {control}."
     return f"## {title(report)}\n\n{said}\n\n{table}\n"
@@ -212,7 +189,7 @@ def title(report: dict[str, Any]) -> str:
 
 def describe(cell: dict[str, Any]) -> str:
     if "error" in cell:
-        return f"FAILED {cell.get('backend', '')}: {cell['error'].replace('|', ' ')}"
+        return f"FAILED {cell.get('backend', '')}: {cell['error']}"
     star = "\\*" if cell["backend"] in SQUARE else ""
     return f"`{cell['backend']}`{star} {cell['growth']:.2f}"
 
@@ -235,11 +212,11 @@ def main() -> int:
     parser.add_argument("reports", type=Path, nargs="*", metavar="REPORT", help="JSON written by --out")
     given = parser.parse_args()
     if given.table and given.reports:
-        reports = [json.loads(path.read_text()) for path in given.reports]
+        reports = [record.read(path) for path in given.reports]
         render(given.table, reports)
     elif given.out:
         reports = [run_all(given.device)]
-        given.out.write_text(json.dumps(reports[0], indent=1) + "\n")
+        record.write(given.out, reports[0])
     else:
         parser.error("expected --out FILE, or --table FILE and reports")
     blind = any(report["control"] <= GROWTH for report in reports)

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, its plots and the table of README.md, from tests/reports/benchmarks-*.json.
+"""docs/generated/benchmarks.md, its plots and the table of speed in README.md, from tests/reports/benchmarks-*.json.
 
 Run from the repository root after `python -m tests.benchmarks --device cuda --out tests/reports/benchmarks-h100.json`
 and `python -m tests.benchmarks --device cpu --out tests/reports/benchmarks-cpu.json`; either will do.
@@ -6,11 +6,9 @@ and `python -m tests.benchmarks --device cpu --out tests/reports/benchmarks-cpu.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.record import REPORTS, read, table, write_between  # noqa: E402
+
 FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
 Report = dict[str, Any]
 
@@ -56,7 +58,7 @@ PART_STAGE = {"attention": "attention", "local attention": "attention", "copy": 
 def load(folder: Path) -> list[Report]:
     """GPUs' reports first."""
     paths = sorted(folder.glob("benchmarks-*.json"), key=lambda path: path.stem)
-    return sorted((json.loads(path.read_text()) for path in paths), key=lambda report: report["device"] != "cuda")
+    return sorted((read(path) for path in paths), key=lambda report: report["device"] != "cuda")
 
 
 def leading(reports: list[Report]) -> list[Report]:
@@ -91,15 +93,8 @@ def in_order(report: Report) -> list[str]:
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
-    """Markdown, padded to be read as it is; the first `left` columns to the left. rows: the heading first."""
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths)))
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([line(rows[0]), f"|{rule}|", *(line(row) for row in rows[1:])])
+    """The heading first. Where nothing follows it, nothing was measured."""
+    return table(rows[0], rows[1:], left) if len(rows) > 1 else "Not measured."
 
 
 def milliseconds(value: float) -> str:
@@ -148,7 +143,7 @@ def group_table(report: Report, cases: list[str]) -> str:
                 columns = (("tflops", ".3g"), ("over_floor", ".2f"), ("peak_mib", ".0f"), ("kernels", "d"))
                 figures = [pair(rows, *column) for column in (*columns, ("copies", "d"), ("host_ms", ".3f"))]
                 lines.append([case, competitor, *map(timing, rows), *figures])
-    return aligned(lines, 2) if len(lines) > 1 else "Nothing of this was measured."
+    return aligned(lines, 2)
 
 
 def missing_table(report: Report) -> str:
@@ -166,7 +161,7 @@ def missing_table(report: Report) -> str:
     lines = [["competitor", "reason", "cases"]]
     for (competitor, reason), by_case in reasons.items():
         cases = (name if len(d) == len(DIRECTIONS) else f"{name} ({d[0]})" for name, d in by_case.items())
-        lines.append([competitor, reason.replace("|", "\\|"), ", ".join(cases)])
+        lines.append([competitor, reason, ", ".join(cases)])
     return aligned(lines, 3)
 
 
@@ -175,7 +170,7 @@ def floor_table(report: Report, cases: list[str]) -> str:
     for case in cases:
         for part, ms in report["floors"].get(case, {}).get(BOTH, {}).get("parts", {}).items():
             lines.append([case, part, milliseconds(ms)])
-    return aligned(lines, 2) if len(lines) > 1 else "Not measured."
+    return aligned(lines, 2)
 
 
 def backends_table(report: Report) -> str:
@@ -184,7 +179,7 @@ def backends_table(report: Report) -> str:
         chosen = find(report, case, "optimized", FORWARD).get("backends")
         if chosen:
             lines.append([case, ", ".join(f"{stage} `{backend}`" for stage, backend in chosen.items())])
-    return aligned(lines, 2) if len(lines) > 1 else "Not measured."
+    return aligned(lines, 2)
 
 
 INTRODUCTION = """# Benchmarks
@@ -193,15 +188,16 @@ Times are medians in ms (20th and 80th percentile in brackets) of calls on rando
 CUDA events around each call; on the CPU by the clock. Forward is without gradients; fwd+bwd ends with the gradients of
 x and of all parameters. Where two figures stand, they are forward / forward+backward.
 
-- TFLOP/s: of the explicit count in [flops.py](../tests/benchmarks/flops.py), each competitor its own work.
+- TFLOP/s: of the explicit count in [flops.py](../../tests/benchmarks/flops.py), each competitor its own work.
 - x floor: over the floor, which is the batched products, the fastest attention that is installed, and one read of x
-  and one write of the result, each measured bare in the same run and summed ([floor.py](../tests/benchmarks/floor.py)).
+  and one write of the result, each measured bare in the same run and summed
+  ([floor.py](../../tests/benchmarks/floor.py)).
 - peak MiB: of the allocator, above inputs and parameters. A CUDA graph keeps a pool of its own: no figure.
 - kernels and copies (memcpy, memset) of a call, by the profiler. host ms: until a call is enqueued. The
   reference checks routes by value, which waits for the device: its host time is all of its time.
 - deterministic: PyTorch's mode as it is by default, which fills fresh memory besides.
 
-Competitors: [competitors.py](../tests/benchmarks/competitors.py). All of a report ran in one process.
+Competitors: [competitors.py](../../tests/benchmarks/competitors.py). All of a report ran in one process.
 Written by `python docs/benchmarks.py`.
 """
 PLOTS = {
@@ -223,6 +219,7 @@ def section(report: Report) -> str:
             f" In the same run a product of 8192 x 8192 matrices reached {ceilings['product_tflops']:.0f} "
             f"TFLOP/s in bfloat16, a copy of 1 GiB {ceilings['copy_tbs']:.2f} TB/s."
         )
+    parts.append(summary(report))
     found = groups(report)
     for group, cases in found.items():
         parts += [f"### {group}", "\n".join(f"- {name}: {shape(report['cases'][name])}" for name in cases)]
@@ -233,43 +230,31 @@ def section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def readme_table(reports: list[Report]) -> str:
-    """What stands between the markers of README.md."""
-    if not reports:
-        return "Not measured yet: `python -m tests.benchmarks --help`."
+def summary(report: Report) -> str:
+    """The layer beside what it may replace."""
     columns = {"this layer": "optimized", "as a CUDA graph": "optimized graph", "dense attention": "dense"}
     columns |= {"mixture-of-attention 0.0.25": "upstream", "reference": "reference"}
-    parts = []
-    for report in reports:
-        found = groups(report)
-        cases = found.get("standard", []) if report["device"] == "cuda" else in_order(report)
-        shown = {
-            heading: name
-            for heading, name in columns.items()
-            if any("p50" in find(report, case, name, d) for case in cases for d in DIRECTIONS)
-        }
-        lines = [["ms", *shown, *(f"x floor: {name}" for name in OURS if name in shown), "peak MiB: layer, dense"]]
-        for case in cases:
-            rows_of = {
-                name: [find(report, case, competitor, d) for d in DIRECTIONS] for name, competitor in shown.items()
-            }
-            cells = [both([milliseconds(r["p50"]) if "p50" in r else "-" for r in rows]) for rows in rows_of.values()]
-            peaks = [number(find(report, case, name, BOTH), "peak_mib", ".0f") for name in ("optimized", "dense")]
-            if set(cells) != {"-"}:
-                floors = [pair(rows_of[name], "over_floor", ".2f") for name in OURS if name in shown]
-                lines.append([case, *cells, *floors, ", ".join(peaks)])
-        parts.append(aligned(lines))
-        parts.append(
-            f"*{report['hardware']['name']}, torch {report['versions']['torch']}: forward / forward+backward.*"
-        )
-    parts.append(
-        "Shapes, percentiles, TFLOP/s, kernels, every backend, torch.compile, longer sequences, and what the floor is: "
-        "[docs/benchmarks.md](docs/benchmarks.md). Measured by `python -m tests.benchmarks`, written by "
-        "`python docs/benchmarks.py`."
-    )
-    if any(has_lines(report) for report in reports):
-        parts.append("![Time against the number of tokens](docs/speed.png)")
-    return "\n\n".join(parts)
+    cases = groups(report).get("standard", []) if report["device"] == "cuda" else in_order(report)
+    shown = {
+        heading: name
+        for heading, name in columns.items()
+        if any("p50" in find(report, case, name, d) for case in cases for d in DIRECTIONS)
+    }
+    lines = [["ms", *shown, *(f"x floor: {name}" for name in OURS if name in shown), "peak MiB: layer, dense"]]
+    for case in cases:
+        rows_of = {name: [find(report, case, competitor, d) for d in DIRECTIONS] for name, competitor in shown.items()}
+        cells = [both([milliseconds(r["p50"]) if "p50" in r else "-" for r in rows]) for rows in rows_of.values()]
+        peaks = [number(find(report, case, name, BOTH), "peak_mib", ".0f") for name in ("optimized", "dense")]
+        if set(cells) != {"-"}:
+            floors = [pair(rows_of[name], "over_floor", ".2f") for name in OURS if name in shown]
+            lines.append([case, *cells, *floors, ", ".join(peaks)])
+    return aligned(lines)
+
+
+def readme_table(report: Report) -> str:
+    """What stands between the markers of README.md."""
+    where = f"{report['hardware']['name']}, torch {report['versions']['torch']}"
+    return f"{summary(report)}\n\n*{where}: forward / forward+backward.*"
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
@@ -387,29 +372,20 @@ def draw_stages(path: Path, report: Report) -> None:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def between_markers(text: str, content: str) -> str:
-    """Raises ValueError without the markers."""
-    new, count = re.subn(
-        r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.S
-    )
-    if count != 1:
-        raise ValueError("README.md: expected <!-- benchmarks --> and <!-- /benchmarks --> once")
-    return new
-
-
 def render(reports: list[Report], docs: Path, readme: Path) -> None:
     shown = leading(reports)
-    draw_against_n(docs / "speed.png", shown, "p50", "time, ms")
-    draw_against_n(docs / "memory.png", shown, "peak_mib", "peak memory above inputs, MiB")
-    for report in shown[:1]:
-        draw_stages(docs / "stages.png", report)
-    pictures = [f"![{title}]({name})" for name, title in PLOTS.items() if (docs / name).exists()]
-    (docs / "benchmarks.md").write_text("\n\n".join([INTRODUCTION.rstrip(), *pictures, *map(section, reports)]) + "\n")
-    readme.write_text(between_markers(readme.read_text(), readme_table(shown)))
+    generated, pictures = docs / "generated", docs / "pictures"
+    draw_against_n(pictures / "speed.png", shown, "p50", "time, ms")
+    draw_against_n(pictures / "memory.png", shown, "peak_mib", "peak memory above inputs, MiB")
+    draw_stages(pictures / "stages.png", shown[0])
+    drawn = [f"![{title}](../pictures/{name})" for name, title in PLOTS.items() if (pictures / name).exists()]
+    parts = [INTRODUCTION.rstrip(), *drawn, *map(section, reports)]
+    (generated / "benchmarks.md").write_text("\n\n".join(parts) + "\n")
+    write_between(readme, "benchmarks", readme_table(shown[0]))
 
 
 def main() -> int:
-    reports = load(ROOT / "tests" / "reports")
+    reports = load(REPORTS)
     if not reports:
         print("expected tests/reports/benchmarks-*.json, written by python -m tests.benchmarks --out FILE")
         return 1

@@ -1,4 +1,4 @@
-"""Rewrites the table of README.md and draws docs/error_bands.png from tests/reports/*.json.
+"""Rewrites the table of proof in README.md and draws docs/pictures/error_bands.png from tests/reports/*.json.
 
 Run from the repository root after `pytest --report=tests/reports/cpu.json` and, on a GPU,
 `pytest --device cuda --report=tests/reports/h100.json`, and once more with each flash-attn installed. The bands of the
@@ -7,32 +7,35 @@ first picture: `python -m tests.bands`.
 
 from __future__ import annotations
 
-import json
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from reference.testing import STAGES
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from reference.testing import STAGES  # noqa: E402
+from tests.record import REPORTS, read, write_between  # noqa: E402
+from tests.record import table as markdown_table  # noqa: E402
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 COLOURS = dict(zip(DTYPES, ("tab:blue", "tab:green", "tab:orange", "tab:red")))
-ROOT = Path(__file__).parent.parent
 
 
 def load() -> dict[str, dict[str, Any]]:
     """Reports by name, the CPU's first."""
-    paths = sorted((ROOT / "tests" / "reports").glob("*.json"), key=lambda p: (p.stem != "cpu", p.stem))
-    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    paths = sorted(REPORTS.glob("*.json"), key=lambda p: (p.stem != "cpu", p.stem))
+    reports = {path.stem: read(path) for path in paths}
     return {name: report for name, report in reports.items() if "kind" not in report}
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
     """Worst of all reports of the same hardware."""
     devices = dict.fromkeys(report["hardware"]["name"] for report in reports.values())
-    lines = []
+    rows = []
     for stage in STAGES:
         cells = []
         for dtype in DTYPES:
@@ -41,8 +44,8 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
                 fractions = (r["worst_fraction"] for r in reports.values() if r["hardware"]["name"] == device)
                 values.append(max(f.get(f"{stage} {dtype}", -1.0) for f in fractions))
             cells.append(" / ".join("-" if v < 0 else f"{v:.2f}" for v in values))
-        lines.append(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([stage.replace("_", " "), *cells])
+    return markdown_table(("stage", *DTYPES), rows)
 
 
 def draw(reports: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
@@ -56,7 +59,7 @@ def draw(reports: dict[str, dict[str, Any]], measured: dict[str, Any]) -> None:
         axis = figure.add_subplot(grid[1 + i // 2, i % 2])
         draw_properties(axis, name, report)
         axis.tick_params(labelleft=i % 2 == 0)
-    figure.savefig(ROOT / "docs" / "error_bands.png", dpi=110)
+    figure.savefig(ROOT / "docs" / "pictures" / "error_bands.png", dpi=110)
 
 
 def rows_of_stages(axis: Axes) -> None:
@@ -108,15 +111,8 @@ def draw_properties(axis: Axes, name: str, report: dict[str, Any]) -> None:
 
 def main() -> None:
     reports = load()
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- worst:begin -->\n).*?(<!-- worst:end -->)",
-        lambda m: m[1] + table(reports) + "\n" + m[2],
-        readme.read_text(),
-        flags=re.S,
-    )
-    readme.write_text(text)
-    draw(reports, json.loads((ROOT / "tests" / "reports" / "bands-cpu.json").read_text()))
+    write_between(ROOT / "README.md", "worst", table(reports))
+    draw(reports, read(REPORTS / "bands-cpu.json"))
     for name, report in reports.items():
         print(f"{name}: {report['hardware']['name']}, {report['outcomes']}, {report['seconds']} s")
 

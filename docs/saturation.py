@@ -1,4 +1,4 @@
-"""Draws docs/saturation.png: how far 20 iterations of coordinate descent are from a soft top-k.
+"""Draws docs/pictures/saturation.png: how far 20 iterations of coordinate descent are from a soft top-k.
 
 Run from the repository root.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     right.set(xscale="log", xlabel="iterations (default 20)", ylabel="mass", title="Total mass against iterations")
     right.legend(fontsize=8)
     figure.suptitle(f"N = {N} tokens, K = 1024 slots, target mass K * 9/8 = {K:g}, Gaussian logits")
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110)
+    figure.savefig(Path(__file__).parent / "pictures" / "saturation.png", dpi=110)
 
 
 if __name__ == "__main__":

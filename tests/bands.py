@@ -1,7 +1,7 @@
 """The band of every error budget: how much of it correct results use, and how much the faintest of known faults does.
 
     python -m tests.bands --examples 10000 --out tests/reports/bands-cpu.json    # resumes where FILE ends
-    python -m tests.bands --table docs/testing.md                                # the table there, from the report
+    python -m tests.bands --table docs/generated/bands.md                        # the table there, from the report
 
 The suite's own properties run, under the suite's own strategies, with the comparator told to return fractions beyond 1
 instead of failing. Each example is compared as it is, then with faults of `RESULTS` in its result; the first chunks run
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import re
 import statistics
@@ -44,13 +43,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("bands")
 
 import harness  # noqa: E402
+import record  # noqa: E402
 import runs  # noqa: E402
 import test_local_attention  # noqa: E402
 import test_mixture  # noqa: E402
 import test_routed_attention  # noqa: E402
 import test_routing  # noqa: E402
-from benchmarks.environment import hardware, tree_hash, versions  # noqa: E402
-from markers import write_between  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 import optimized  # noqa: E402
@@ -488,11 +486,11 @@ def jobs(chunks: int, fault_chunks: int) -> Iterator[Job]:
 
 def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: float, only: str) -> None:
     """Every chunk is written as soon as it is done, and what the file has is not measured again."""
-    report = json.loads(out.read_text()) if out.exists() else {"kind": "bands", "seed": seed, "chunks": {}}
-    hashes = {folder: tree_hash(folder) for folder in ("optimized", "reference")}
-    if report["seed"] != seed or report.get("hashes", hashes) != hashes:
+    report = record.read(out) if out.exists() else {"kind": "bands", "seed": seed, "chunks": {}}
+    made = record.made(DEVICE, ("optimized", "reference"))
+    if report["seed"] != seed or report.get("hashes", made["hashes"]) != made["hashes"]:
         raise SystemExit(f"{out}: of another seed or another state of the code; remove it to start anew")
-    report |= {"device": "cpu", "hardware": hardware(DEVICE), "versions": versions(), "hashes": hashes}
+    report |= made
     torch.set_num_threads(1)
     fault_chunks = -(-fault_examples // CHUNK)
     every = jobs(-(-examples // CHUNK), fault_chunks)
@@ -511,16 +509,9 @@ def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: f
             }
             if done.beyond or (job.fault is None and done.otherwise):
                 progress.console.print(f"[red]{job.name}: {done.otherwise} failed otherwise, beyond: {done.beyond}")
-            _write(out, report)
+            record.write(out, report | {"bands": bands(report["chunks"])}, indent=0)
             if time.monotonic() - start > 60 * minutes:
                 break
-
-
-def _write(out: Path, report: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(report | {"bands": bands(report["chunks"])}, indent=0) + "\n")
-    partial.replace(out)
 
 
 # --- what was measured -----------------------------------------------------------------------------------------------
@@ -569,8 +560,8 @@ def weakest(faults: dict[str, Any]) -> tuple[str, float]:
 
 def render(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = ["| stage | dtype | c, floor | correct at worst | cases | weakest fault rejected | not rejected |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    heading = ("stage", "dtype", "c, floor", "correct at worst", "cases", "weakest fault rejected", "not rejected")
+    rows = []
     for stage, budget in STAGES.items():
         for dtype in ("float64", "float32", "bfloat16", "float16"):
             if (cell := report["bands"].get(f"{stage} {dtype}")) is None:
@@ -583,25 +574,23 @@ def render(report: dict[str, Any]) -> str:
                 if f["fraction"] > 1 and f["rejected"] < f["runs"]
             ]
             words = (stage.replace("_", " "), dtype, f"{budget.c:g}, {budget.floor:g}", f"{cell['worst']:.2f}")
-            lines.append(
-                f"| {' | '.join(words)} | {cell['examples']} | {fraction:.3g}: {name} | {'; '.join(below) or '-'} |"
-            )
-    return "\n".join(lines)
+            rows.append((*words, cell["examples"], f"{fraction:.3g}: {name}", "; ".join(below) or "-"))
+    return record.table(heading, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=10000, help="of each property and dtype (default: 10000)")
     parser.add_argument("--fault-examples", type=int, default=300, help="of each fault in a computation (default: 300)")
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "reports" / "bands-cpu.json", metavar="FILE")
+    parser.add_argument("--out", type=Path, default=record.REPORTS / "bands-cpu.json", metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after the chunk that passes this")
     parser.add_argument("--only", default="", metavar="PATTERN", help="chunks whose names match, as in FILE")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing: write the table of --out into it")
     given = parser.parse_args()
     if given.table:
-        report = json.loads(given.out.read_text())
-        write_between(given.table, "bands", render(report | {"bands": bands(report["chunks"])}))
+        report = record.read(given.out)
+        record.write_between(given.table, "bands", render(report | {"bands": bands(report["chunks"])}))
     else:
         measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
 

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time, which needs no GPU, and reads registers, spills and shared memory.
 
     python tests/compilation.py --target sm_90 --out FILE.json     # one target; --brief: fewer
-    python tests/compilation.py --table docs/compilation.md        # all targets, as a table
+    python tests/compilation.py --table docs/generated/compilation.md        # all targets, as a table
 
 The wrappers of `optimized.kernels` run on small CPU tensors with the launch of a kernel replaced by a recorder, so that
 what is compiled is what they launch. Recording needs the compiler's kernels, not the interpreter's, and the decorator
@@ -15,7 +15,6 @@ import contextlib
 import importlib
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -33,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import record  # noqa: E402
 
 
 class Target(NamedTuple):
@@ -360,7 +362,7 @@ def compile_in_child(name: str, folder: Path, brief: bool = False) -> dict[str, 
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
-    return json.loads(out.read_text())
+    return record.read(out)
 
 
 # The table.
@@ -375,7 +377,7 @@ not compile, needs too much shared memory, or spills much more than here.
 
 No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).
 
-Written by `python tests/compilation.py --table docs/compilation.md`.
+Written by `python tests/compilation.py --table docs/generated/compilation.md`.
 
 Each cell: the most over all configurations of **registers** of a thread, bytes of a thread that are **spilled** from
 registers to memory, and bytes of **shared memory** of a program. A spill is correct but slow; shared memory beyond the
@@ -394,17 +396,17 @@ These compile but can't be launched there.
 
 
 def render_table(reports: dict[str, dict[str, Any]]) -> str:
-    """The Markdown of docs/compilation.md."""
+    """The Markdown of docs/generated/compilation.md."""
     first = next(iter(reports.values()))
     parts = [INTRODUCTION.format(triton=first["triton"], count=len(first["rows"]))]
-    parts.append(_markdown(["kernel", "configurations", *map(_heading, reports)], _kernel_lines(reports)))
+    parts.append(record.table(["kernel", "configurations", *map(_heading, reports)], _kernel_lines(reports)))
     parts.append(SPILLS)
-    parts.append(_markdown(["kernel", "dtypes", "blocks", *reports], _spill_lines(reports)))
+    parts.append(record.table(["kernel", "dtypes", "blocks", *reports], _spill_lines(reports)))
     if excessive := [(name, row) for name, report in reports.items() for row in excesses(report)]:
         lines = [[name, _code(row["kernel"]), _types(row), _blocks(row), str(row["shared"])] for name, row in excessive]
         parts.append(BEYOND)
-        parts.append(_markdown(["target", "kernel", "dtypes", "blocks", "bytes"], lines))
-    return "\n".join(parts)
+        parts.append(record.table(["target", "kernel", "dtypes", "blocks", "bytes"], lines))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def excesses(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -454,11 +456,6 @@ def _blocks(row: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in sizes.items())
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def write_table(path: Path) -> None:
     reports = {}
     for name in TARGETS:
@@ -480,7 +477,7 @@ def main() -> None:
     if given.table:
         write_table(given.table)
     elif given.target and given.out:
-        given.out.write_text(json.dumps(compile_all(given.target, given.jobs, given.brief), indent=1) + "\n")
+        record.write(given.out, compile_all(given.target, given.jobs, given.brief))
     else:
         parser.error("expected --table FILE, or --target and --out FILE")
 

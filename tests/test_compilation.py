@@ -38,7 +38,9 @@ KNOWN_SPILLS = {
 @pytest.mark.parametrize("target", TARGETS)
 def test_defect_08_compiles_for_every_dtype(target: str, tmp_path: Path) -> None:
     """Every kernel that is launched, every dtype; fits in shared memory; spills nothing, or what is known."""
-    brief = target != "sm_90"  # for which there is a GPU to test on; docs/compilation.md is made with all of them
+    brief = (
+        target != "sm_90"
+    )  # for which there is a GPU to test on; docs/generated/compilation.md is made with all of them
     report = compile_in_child(target, tmp_path, brief)
     rows = report["rows"]
     assert not [row for row in rows if "error" in row]

@@ -39,7 +39,7 @@ def test_documented_example(implementation: ModuleType, extra: dict, device: tor
 @BOTH
 @pytest.mark.parametrize("extra", EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_twin_that_routes(implementation: ModuleType, extra: dict, device: torch.device) -> None:
-    """N = 400 > K = 100. Cosine routing: raw dot products at D = 512 saturate, as the README says."""
+    """N = 400 > K = 100. Cosine routing: raw dot products at D = 512 saturate, as docs/layer.md says."""
     dim = 512
     model = implementation.MixtureOfAttention(
         dim, num_routed_queries=100, num_routed_key_values=100, num_experts=4, cosine_sim_routing=True, **extra

@@ -20,9 +20,9 @@ from torch import Tensor
 
 import optimized
 import reference
-from optimized import __main__ as program
-from optimized import _plot, _text
 from optimized.kernels import combine, coordinate_descent, gather_norm, null_slot
+from optimized.prove import arguments, decisions, interpreter, job, setup
+from optimized.prove import text as texts
 
 SMALL = ("--dim", "16", "--heads", "1", "--experts", "2", "--window", "9", "--device", "cpu")
 STAGES = (
@@ -47,7 +47,7 @@ def run(*argv: str) -> tuple[int, str]:
     """Exit status and what was printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = program.main(argv)
+        status = job.main(argv)
     return status, printed.getvalue()
 
 
@@ -78,7 +78,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the kernels, which take the longest."""
-    monkeypatch.setattr(program, "run_kernels", lambda setup: ("not run", [], None))
+    monkeypatch.setattr(job, "run_kernels", lambda setup: ("not run", [], None))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_every_stage_is_within_budget(passed: tuple[str, Path]) -> None:
 
 def test_output_describes_the_run(passed: tuple[str, Path], book: str) -> None:
     printed = re.sub(r"\s+", " ", passed[0])
-    n = len(_text.read(Path(book), 9999).tokens)
+    n = len(texts.read(Path(book), 9999).tokens)
     assert f"all {n} tokens (fewer than the 9999 asked for)" in printed
     assert f"2 experts, {n // 8} slots" in printed
     assert f"torch {torch.__version__}" in printed
@@ -180,8 +180,8 @@ def test_kernels_in_a_process_of_their_own(book: str) -> None:
 
 def test_an_interpreter_that_fails_is_reported(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.6 with NumPy 2.4 or newer."""
-    monkeypatch.setattr(program, "CHILD", "print('\"Triton is out of order\"')")
-    monkeypatch.setattr(program, "obstacle", lambda *_: "needs TRITON_INTERPRET=1")
+    monkeypatch.setattr(interpreter, "CHILD", "print('\"Triton is out of order\"')")
+    monkeypatch.setattr(interpreter, "obstacle", lambda *_: "needs TRITON_INTERPRET=1")
     status, printed = run(book, *SMALL, "--tokens", "256")
     assert status == 0
     assert "(not run: Triton is out of order)" in re.sub(r"\s+", " ", printed)
@@ -216,10 +216,10 @@ def test_a_wrong_kernel_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, name, scale_result(getattr(module, name), factor))
-    setup = program.prepare(*program.parse((book, *SMALL, "--tokens", "256", "--device", device.type)))
-    _, rows, broken = program.run_kernels(setup)
+    parsed = arguments.parse((book, *SMALL, "--tokens", "256", "--device", device.type))
+    _, rows, broken = interpreter.run_kernels(setup.prepare(*parsed))
     assert broken is None
-    assert [row.stage for row in rows if not row.within(program.KERNEL_BOUND)] == stages
+    assert [row.stage for row in rows if not row.equal] == stages
 
 
 def test_a_wrong_kernel_fails_the_job(book: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +243,9 @@ def test_a_wrong_kernel_fails_the_job(book: str, device: torch.device, monkeypat
 def test_kernels_that_do_not_run_fail_the_job(
     child: str, message: str, book: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(program, "CHILD", child)
-    monkeypatch.setattr(program, "CHILD_SECONDS", 1)
-    monkeypatch.setattr(program, "run_kernels", lambda setup: ("child", *program._run_in_child(setup)))
+    monkeypatch.setattr(interpreter, "CHILD", child)
+    monkeypatch.setattr(interpreter, "CHILD_SECONDS", 1)
+    monkeypatch.setattr(job, "run_kernels", lambda setup: ("child", *interpreter._run_in_child(setup)))
     status, printed = run(book, *SMALL, "--tokens", "256")
     assert status == 1
     assert message in printed
@@ -324,16 +324,16 @@ def routes(logits: list[float], k: int) -> reference.Routes:
 def test_selection_may_differ_only_within_rounding() -> None:
     exact = routes([1.0, 3.0, 2.0, 2.0 - 1e-9], 2)
     pair = (exact, exact)
-    assert program.check_selection(pair, pair) == ("identical", None)
+    assert decisions.check_selection(pair, pair) == ("identical", None)
     rounded = routes([1.0, 3.0, 2.0, 2.0 + 1e-9], 2)
-    assert program.check_selection((exact, rounded), pair) == ("2 near ties", None)
+    assert decisions.check_selection((exact, rounded), pair) == ("2 near ties", None)
     for fault, message in (
         (rounded._replace(logits=exact.logits), "chosen otherwise"),
         (exact._replace(indices=exact.indices.flip(-1)), "declared order"),
         (exact._replace(scores=0.5 * exact.scores), "straight-through"),
         (exact._replace(mask=~exact.mask), "masked"),
     ):
-        verdict, failure = program.check_selection((exact, fault), pair)
+        verdict, failure = decisions.check_selection((exact, fault), pair)
         assert verdict == "FAIL"
         assert failure.startswith("selection key_value")
         assert message in failure
@@ -357,7 +357,7 @@ def test_selection_may_differ_only_within_rounding() -> None:
 )
 def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        program.main(argv)
+        job.main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -371,15 +371,15 @@ def test_unusable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (binary, "expected a readable UTF-8 file"),
     ):
         with pytest.raises(SystemExit) as stop:
-            program.main([str(path)])
+            job.main([str(path)])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as stop:
-        program.main(["--plot", "map.png"])
+        job.main(["--plot", "map.png"])
     assert stop.value.code == 2
     assert "[plots]" in capsys.readouterr().err
 
@@ -387,7 +387,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        program.main(["--device", "cuda"])
+        job.main(["--device", "cuda"])
     assert stop.value.code == 2
     assert "got 'cuda' without CUDA" in capsys.readouterr().err
 
@@ -404,22 +404,22 @@ def test_on_a_gpu(book: str) -> None:
 
 def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        program.main(["--help"])
+        job.main(["--help"])
     assert stop.value.code == 0
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    for option in vars(program.parse([])[0]):
+    for option in vars(arguments.parse([])[0]):
         assert (f"--{option}".replace("_", "-") if option != "file" else "FILE") in text
     assert text.count("default:") == 10
 
 
 def test_default_text_is_long_enough() -> None:
-    text = _text.read(None, 8192)
+    text = texts.read(None, 8192)
     assert len(text.tokens) == len(text.spaced) == 8192 < text.total
     assert len(set(text.tokens)) > 1000
 
 
 def test_tokens() -> None:
-    text = _text.tokenize("", "Don't  stop -- ever (he\nsaid)!!", 8)
+    text = texts.tokenize("", "Don't  stop -- ever (he\nsaid)!!", 8)
     assert text.tokens == ["Don't", "stop", "--", "ever", "(", "he", "said", ")"]
     assert text.spaced == [False, True, True, True, True, False, True, False]
     assert text.total == 9
@@ -427,21 +427,11 @@ def test_tokens() -> None:
 
 def test_embedding_tells_all_tokens_apart() -> None:
     tokens = ["routing", "router", "tree", "routing", ",", "tree"] * 50
-    x = _text.embed(tokens, 32, seed=0)
+    x = texts.embed(tokens, 32, seed=0)
     assert x.shape == (300, 32)
     assert len(x.bfloat16().unique(dim=0)) == 300
-    assert torch.equal(x, _text.embed(tokens, 32, seed=0))
-    assert not torch.equal(x, _text.embed(tokens, 32, seed=1))
-    routing, router, tree = x[:3] - _text.embed(["x"] * 3, 32, seed=0)
+    assert torch.equal(x, texts.embed(tokens, 32, seed=0))
+    assert not torch.equal(x, texts.embed(tokens, 32, seed=1))
+    routing, router, tree = x[:3] - texts.embed(["x"] * 3, 32, seed=0)
     near = torch.cosine_similarity(routing, router, dim=0)
     assert near > torch.cosine_similarity(routing, tree, dim=0) + 0.1
-
-
-def test_only_the_program_needs_the_reference() -> None:
-    folder = Path(optimized.__file__).parent
-    importing = [
-        path.name
-        for path in sorted(folder.rglob("*.py"))
-        if re.search(r"^\s*(from|import) reference\b", path.read_text(), re.MULTILINE)
-    ]
-    assert importing == ["__main__.py"]

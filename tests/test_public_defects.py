@@ -1,7 +1,7 @@
 """Known defects of public packages, each as a property that this layer has and the defect breaks.
 
 Where it is cheap the defect is re-enacted, and the property must reject it: a check that can't fail proves nothing.
-Numbers are those of the table in README.md. Each configuration is one in which the other defects can't fire.
+Numbers are those of the table in docs/differences.md. Each configuration is one in which the other defects can't fire.
 """
 
 from __future__ import annotations

@@ -7,5 +7,5 @@
 
 One file each: `shapes` (what is measured), `flops` (the explicit count), `competitors` and `attentions` (who takes
 part), `measure` (time, memory, kernels), `stages` (whose kernel is it), `floor` (what the bare library calls cost),
-`session` (the run), `environment` (where it ran).
+`session` (the run).
 """

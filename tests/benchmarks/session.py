@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -13,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import environment, flops
+from tests import record
+
+from . import flops
 from .attentions import UnavailableError
 from .competitors import DIRECTIONS, Steps, enter
 from .floor import Floor
@@ -63,8 +63,6 @@ class Session:
         effort: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.device, self.out, self.budget = device, out, budget
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
         self.effort = effort or EFFORT[device.type]
         self.start = time.monotonic()
         self.clock = clock_of(device)
@@ -72,7 +70,7 @@ class Session:
         self.lost: str | None = None
         self.report: dict[str, Any] = {
             "kind": "benchmarks",
-            **environment.described(device, commit),
+            **record.made(device, ("optimized", "reference", "tests/benchmarks"), commit),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "budget": budget,
             "complete": False,
@@ -186,16 +184,13 @@ class Session:
             torch.cuda.empty_cache()
 
     def _save(self) -> None:
-        """In one step: a run that is killed leaves the report of what came before."""
         for row in self.report["rows"]:
             floor = self.report["floors"].get(row["case"], {}).get(row["direction"])
             if floor and "p50" in row and row["competitor"].startswith(OF_THE_LAYER):
                 row["over_floor"] = row["p50"] / floor["ms"]
         self.report["seconds"] = round(self.elapsed, 1)
         if self.out is not None:
-            partial = self.out.with_name(self.out.name + ".part")
-            partial.write_text(json.dumps(rounded(self.report), indent=1) + "\n")
-            os.replace(partial, self.out)
+            record.write(self.out, rounded(self.report))
 
 
 def rounded(value: Any) -> Any:

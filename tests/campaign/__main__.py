@@ -116,7 +116,7 @@ def _report(states: list[Path], asked: argparse.Namespace) -> int:
         report.picture(runs, asked.picture)
     if asked.table:
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-        from markers import write_between
+        from record import write_between
 
         write_between(asked.table, "campaign", report.markdown(runs))
     return int(any(part.tally.failures for _, parts in runs for part in parts.values()))

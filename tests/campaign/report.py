@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.record import table as markdown_table
+
 from . import plots
 from .state import Part, as_ranges
 from .tally import Band, Tally
@@ -189,7 +191,7 @@ def html(runs: Sequence[Run]) -> str:
 
 def markdown(runs: Sequence[Run]) -> str:
     """A table for a page: counts, and the worst of every quantity and dtype."""
-    lines = ["| kind | where | distinct cases | failures | worst error, of its budget |", "|---|---|---|---|---|"]
+    rows = []
     for kind in KINDS:
         places = dict.fromkeys(place(header) for header, _ in of_kind(runs, kind))
         for where in places:
@@ -198,8 +200,8 @@ def markdown(runs: Sequence[Run]) -> str:
             told = "; ".join(f"{name.replace(', ' + where, '')}: {f:.2f}" for name, f in worst_of.items())
             told = "exact" if kind == "selection" and not any(worst_of.values()) else told
             count, failed = distinct(here, kind), len(merged(here, kind).failures)
-            lines.append(f"| {kind} | {where} | {count:,} | {failed} | {told} |")
-    return "\n".join(lines)
+            rows.append((kind, where, f"{count:,}", failed, told))
+    return markdown_table(("kind", "where", "distinct cases", "failures", "worst error, of its budget"), rows)
 
 
 def picture(runs: Sequence[Run], path: Path) -> None:

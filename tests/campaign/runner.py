@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks.environment import described, tree_hash  # noqa: E402
+from record import made  # noqa: E402
 
 from .kind import Setting  # noqa: E402
 from .state import State  # noqa: E402
@@ -215,13 +215,12 @@ def snippet_of(job: Job, setting: Setting) -> str:
 
 def header(setting: Setting, commit: str | None = None) -> dict[str, Any]:
     """Of a state file: what must be the same for a run to go on, and where it runs."""
-    environment = described(setting.device, commit)
-    del environment["hashes"]
+    environment = made(setting.device, ("optimized", "reference", "tests/campaign"), commit)
     return {
         "device": setting.device.type,
         "kernels": setting.kernels,
         "seed": setting.seed,
-        "hashes": {folder: tree_hash(folder) for folder in ("optimized", "reference", "tests/campaign")}
+        "hashes": environment.pop("hashes")
         | {"the layer's properties": _hash_of("strategies", "runs", "harness", "test_mixture")},
         "environment": environment,
     }

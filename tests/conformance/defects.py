@@ -1,6 +1,6 @@
 """The reference with one thing wrong at a time: for every property a layer that breaks it, and little else.
 
-Those that public packages have are marked by the number of the table in README.md.
+Those that public packages have are marked by the number of the table in docs/differences.md.
 """
 
 from __future__ import annotations

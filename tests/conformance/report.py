@@ -13,7 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from optimized.prove.environment import version
 from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict
+from tests.record import table as markdown_table
 
 SUFFIXES = (".md", ".json", ".html")
 STYLES = {HOLDS: "green", FAILS: "bold red", NOT_OFFERED: "dim"}
@@ -28,15 +30,8 @@ def versions_of(spec: str) -> dict[str, str]:
         for requirement in importlib.metadata.requires(distribution) or ():
             name = re.match(r"[\w.-]+", requirement)
             if name and "extra ==" not in requirement:
-                found.setdefault(name[0], _installed(name[0]))
+                found.setdefault(name[0], version(name[0]) or "")
     return {name: version for name, version in found.items() if version}
-
-
-def _installed(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def summary(verdicts: list[Verdict]) -> str:
@@ -69,14 +64,13 @@ def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
         + ".",
         "",
-        "| property | verdict | reason |",
-        "|---|---|---|",
     ]
+    rows = []
     for v in verdicts:
         name = f"[{v.title}](#{v.title.replace(' ', '-')})" if v.verdict == FAILS else v.title
         verdict = f"**{FAILS}**" if v.verdict == FAILS else v.verdict
-        reason = (v.reason.splitlines() or [""])[0].replace("|", "\\|")
-        lines.append(f"| {name} | {verdict} | {reason} |")
+        rows.append((name, verdict, (v.reason.splitlines() or [""])[0]))
+    lines.append(markdown_table(("property", "verdict", "reason"), rows))
     failures = [v for v in verdicts if v.verdict == FAILS]
     if failures:
         lines += ["", "Each snippet runs from the root of this repository and raises the error shown above it."]

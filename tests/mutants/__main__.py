@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from functools import partial
@@ -19,7 +18,6 @@ from .registry import MUTANTS
 from .runner import SECONDS, ControlError, Result, Runner
 
 ROOT = Path(__file__).parent.parent.parent
-REPORTS = ROOT / "tests" / "reports"
 STATE = ROOT / ".mutants" / "results.json"
 
 
@@ -56,7 +54,7 @@ def main(given: list[str] | None = None) -> int:
         "--seconds", type=int, default=SECONDS, help="of one core for each, at most (default: %(default)s)"
     )
     parser.add_argument(
-        "--report", action="store_true", help="write tests/reports/mutants-DEVICE.json and docs/mutants.png"
+        "--report", action="store_true", help="write tests/reports/mutants-DEVICE.json and docs/pictures/mutants.png"
     )
     asked = parser.parse_args(given)
     console = Console()
@@ -79,17 +77,12 @@ def main(given: list[str] | None = None) -> int:
 def save(results: dict[str, Result], device: str) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
-    from benchmarks.environment import hardware, tree_hash, versions
+    from record import REPORTS, made, read, write
 
-    about = {
-        "device": device,
-        "hardware": hardware(torch.device(device)),
-        "versions": versions(),
-        "hashes": {folder: tree_hash(folder) for folder in ("optimized", "tests")},
-    }
-    matrix.write(REPORTS / f"mutants-{device}.json", matrix.report(MUTANTS, results, about))
-    found = [json.loads(path.read_text()) for path in sorted(REPORTS.glob("mutants-*.json"))]
-    matrix.draw(matrix.joined(found), ROOT / "docs" / "mutants.png")
+    about = made(torch.device(device), ("optimized", "tests"))
+    write(REPORTS / f"mutants-{device}.json", matrix.report(MUTANTS, results, about))
+    found = [read(path) for path in sorted(REPORTS.glob("mutants-*.json"))]
+    matrix.draw(matrix.joined(found), ROOT / "docs" / "pictures" / "mutants.png")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,10 +101,6 @@ def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         others = [other for found in reports for other in found["mutants"] if other["name"] == row["name"]]
         rows.append(next((other for other in others if other["outcome"] not in WITHOUT_RESULT), row))
     return reports[0] | {"totals": dict(sorted(Counter(row["outcome"] for row in rows).items())), "mutants": rows}
-
-
-def write(path: Path, found: dict[str, Any]) -> None:
-    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

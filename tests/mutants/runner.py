@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -22,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from tests import record
 
 from .mutant import Mutant
 from .profiles import Profile
@@ -63,7 +64,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._lock = Lock()
         self._running: set[subprocess.Popen] = set()
-        self._known: dict[str, dict[str, Any]] = json.loads(self.state.read_text()) if self.state.exists() else {}
+        self._known: dict[str, dict[str, Any]] = record.read(self.state) if self.state.exists() else {}
 
     def run(
         self, mutants: Sequence[Mutant], told: Callable[[str, Result], None] = lambda name, result: None
@@ -113,10 +114,7 @@ class Runner:
         made = {"code": code, "tests": tests, "by": self._digest_of(result.test), "result": asdict(result)}
         with self._lock:
             self._known[subject] = made
-            self.state.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.state.with_suffix(".new")
-            fresh.write_text(json.dumps(self._known, indent=1))
-            fresh.replace(self.state)
+            record.write(self.state, self._known)
         return result
 
     def _digest(self, *paths: Path) -> str:
@@ -186,7 +184,7 @@ def _judged(code: int | None, copy: Path, package: str) -> Result:
         return Result("timeout")
     if not written.exists():
         return Result("crashed", error=f"exit status {code}: " + (copy.parent / "output").read_text()[-300:])
-    found = json.loads(written.read_text())
+    found = record.read(written)
     failure = found["failure"] or {"test": "", "when": "", "asserted": False, "error": ""}
     seconds = round(found["cpu"], 1)
     strangers = [file for file in found["loaded"].values() if copy not in Path(file).resolve().parents]

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 TOKEN = re.compile(r"\w+(?:['\u2019]\w+)*|([^\w\s])\1*")
+MIN_TOKENS = 256  # of a text; fewer show little
 MAX_GRAM = 4
 BUCKETS = 2**14  # few n-grams share one; those that do make two words a little more alike
 POSITION = 0.5  # size of the position signal; that of a word is 1, so that what a word says outweighs where it stands

@@ -1,12 +1,9 @@
-"""Time and peak memory of a call, and what it ran on: for `python -m optimized`."""
+"""Time and peak memory of a call."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-PACKAGES = ("triton", "flash-attn", "flash-attn-4", "numpy", "verified-mixture-of-attention")
 
 
 class Measured(NamedTuple):
@@ -68,21 +63,3 @@ def peak(device: torch.device) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     return None
-
-
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def versions() -> str:
-    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)

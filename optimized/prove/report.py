@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,8 +13,11 @@ from rich.table import Table
 from rich.text import Text as Styled
 from torch import Tensor
 
-from optimized._measure import Measured, hardware, versions
-from optimized._text import Text, typical
+from optimized.prove.decisions import picked
+from optimized.prove.environment import hardware, versions
+from optimized.prove.kernels import BOUND, Compared
+from optimized.prove.stages import Row
+from optimized.prove.text import Text, typical
 from optimized.routing import Routes
 
 EXCERPT = 120  # tokens
@@ -24,36 +25,8 @@ COLOURS = ("#3b8fd9", "#e8842c", "#3fa34d", "#c44fc4", "#d64550", "#1fa3a0", "#a
 SUPERSCRIPT = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 
-@dataclass
-class Row:
-    """A stage compared. verdict: largest fraction of the budget that an error took, or what else was found."""
-
-    stage: str
-    backend: str
-    dtype: str
-    verdict: str
-    failure: str | None = None
-    measured: tuple[Measured, Measured] | None = None  # reference, optimized
-
-
-class Compared(NamedTuple):
-    """Kernels of ours beside PyTorch's: the largest relative difference of values and of gradients."""
-
-    stage: str
-    kernels: str
-    values: float
-    gradients: float
-
-    def within(self, bound: float) -> bool:
-        return self.values <= bound and self.gradients <= bound  # False for NaN
-
-
 def colour(expert: int) -> str:
     return COLOURS[expert % len(COLOURS)]
-
-
-def picked(routes: Routes) -> Bool[Tensor, "B E N"]:
-    return torch.zeros_like(routes.logits, dtype=torch.bool).scatter_(-1, routes.indices, True)
 
 
 def make_console(color: bool) -> Console:
@@ -109,10 +82,10 @@ def results(rows: list[Row], device: torch.device) -> Table:
     return table
 
 
-def kernels(rows: list[Compared], where: str, bound: float) -> Table:
+def kernels(rows: list[Compared], where: str) -> Table:
     caption = (
-        f"Largest difference over the largest element, forward and backward, in float64; the bound is {bound:g}. "
-        "Their registers and shared memory: docs/compilation.md."
+        f"Largest difference over the largest element, forward and backward, in float64; the bound is {BOUND:g}. "
+        "Their registers and shared memory: docs/generated/compilation.md."
     )
     title = f"Our Triton kernels against PyTorch's ({where})"
     table = Table(title=title, title_justify="left", caption=caption if rows else None, caption_justify="left")
@@ -121,7 +94,7 @@ def kernels(rows: list[Compared], where: str, bound: float) -> Table:
     for name in ("values", "gradients", "verdict"):
         table.add_column(name, justify="right")
     for row in rows:
-        verdict = Styled("pass", style="green") if row.within(bound) else Styled("FAIL", style="bold red")
+        verdict = Styled("pass", style="green") if row.equal else Styled("FAIL", style="bold red")
         table.add_row(row.stage, row.kernels, f"{row.values:.1e}", f"{row.gradients:.1e}", verdict)
     return table
 

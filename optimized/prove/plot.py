@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimized._report import colour, picked
-from optimized._text import Text
+from optimized.prove.decisions import picked
+from optimized.prove.report import colour
+from optimized.prove.text import Text
 from optimized.routing import Routes
 
-SUFFIXES = (".png", ".pdf", ".svg")
 BINS = 64
-
-
-def obstacle(path: Path) -> str | None:
-    """Why no plot can be written there, or None."""
-    if path.suffix.lower() not in SUFFIXES:
-        return f"expected a name that ends in {', '.join(SUFFIXES)}, got {path}"
-    if not path.parent.is_dir():
-        return f"expected a file in an existing folder, got {path}"
-    if importlib.util.find_spec("matplotlib") is None:
-        return "expected matplotlib to be installed: pip install 'verified-mixture-of-attention[plots]'"
-    return None
 
 
 def draw(path: Path, text: Text, queries: Routes, keys_values: Routes, soft: Tensor, mass: float) -> None:

@@ -1,0 +1,135 @@
+"""Every stage of the layer in one dtype against the reference in float64.
+
+Three parties compute the same: the reference in float64 (oracle), the reference in the dtype under test (baseline), and
+this package. `reference.testing` says how far the last may be from the first. Decisions are compared apart from values,
+and then the oracle and the baseline are handed those of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import optimized
+import reference
+from optimized.prove.arguments import DTYPES
+from optimized.prove.decisions import SIDES, check_selection, decide
+from optimized.prove.measure import Measured, measure
+from optimized.prove.party import Decision, Party
+from optimized.prove.setup import Setup
+from optimized.routing import Routes
+from reference.testing import assert_matches
+
+STEPS = 7  # that `tick` is told of
+
+
+@dataclass
+class Row:
+    """A stage compared. verdict: largest fraction of the budget that an error took, or what else was found."""
+
+    stage: str
+    backend: str
+    dtype: str
+    verdict: str
+    failure: str | None = None
+    measured: tuple[Measured, Measured] | None = None  # reference, optimized
+
+
+class Proof(NamedTuple):
+    """rows: one for each stage. routes: the package's, without graph. soft: its query soft scores (1, E, N), which aim
+    at a sum of mass. backends: of the layer's own call, in words.
+    """
+
+    rows: list[Row]
+    routes: tuple[Routes, Routes]
+    soft: Tensor
+    mass: float
+    backends: str
+
+
+def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
+    """Compare all stages in one dtype. `tick` is told what comes next, STEPS times."""
+    dtype = DTYPES[name]
+    oracle, baseline = (Party(reference, d, dtype, setup) for d in (torch.float64, dtype))
+    actual = Party(optimized, dtype, dtype, setup)
+    rows: list[Row] = []
+
+    def compare(call: Callable[[Party], Any]) -> tuple[list[Any], tuple[Measured, Measured]]:
+        """Results of the three parties, actual first, and the figures of (reference, optimized)."""
+        base, mine = (measure(partial(call, party), setup.device) for party in (baseline, actual))
+        return [mine.value, call(oracle), base.value], (base, mine)
+
+    def handed(party: Party) -> list[Decision] | None:
+        return None if party is actual else decisions
+
+    def add(stage: str, part: str, result: tuple[str, str | None], measured: Any = None) -> None:
+        rows.append(Row(stage, backends[part].backend, name, *result, measured))
+
+    tick("warming up")
+    for party in (baseline, actual):
+        party.warm_up()
+    backends = optimized.explain(actual.layer, actual.x).stages
+    own_call = ", ".join(f"{part} {report.backend}" for part, report in backends.items())
+    with torch.no_grad():
+        tick("routing")
+        routes, measured = compare(Party.route)
+        logits = [by_side(r.logits for r in pair) for pair in routes]
+        add("routing logits", "routing", fraction("logits", *logits))
+        soft = [by_side(party.soft_scores(pair)) for party, pair in zip((actual, oracle, baseline), routes)]
+        decisions, failure = decide(actual, *routes[:2])
+        result = fraction("scores", *soft)
+        add("routing scores", "routing", ("FAIL", failure) if failure and not result[1] else result)
+        add("selection", "routing", check_selection(*routes[:2]), measured)
+
+        tick("routed attention")
+        injected = tuple(map(actual.fixed, decisions))
+        # Injected routes may hold masked slots, which not every backend can hide.
+        backends = optimized.explain(actual.layer, actual.x, routes=injected).stages
+        y, measured = compare(lambda party: party.routed_attention(decisions))
+        add("routed attention", "routed_attention", fraction("routed_attention", *({"y": t} for t in y)), measured)
+        tick("local attention")
+        local, measured = compare(Party.local_attention)
+        add("local attention", "local_attention", fraction("local_attention", *({"y": t} for t in local)), measured)
+        tick("combination")
+        terms = [exact.to(dtype) for exact in (y[1], local[1])]
+        del y, local
+        out, measured = compare(lambda party: party.combine(*terms, decisions[0]))
+        add("combination", "mixture", fraction("combine", *({"out": t} for t in out)), measured)
+
+        tick("layer, forward")
+        forward = [measure(partial(party.forward, handed(party)), setup.device) for party in (baseline, actual)]
+    tick("layer, forward and backward")
+    runs, measured = compare(lambda party: party.backward(handed(party)))
+    add("layer output", "mixture", fraction("mixture", *({"out": out} for out, _ in runs)), forward)
+    routers = [parameter for parameter in setup.state if "router" in parameter]
+    for title, stage, names in (
+        ("gradients (x)", "mixture_gradient", ["x"]),
+        ("gradients (parameters)", "mixture_gradient", [p for p in setup.state if p not in routers]),
+        ("gradients (routers)", "router_gradient", routers),
+    ):
+        add(title, "mixture", fraction(stage, *({n: gradients[n] for n in names} for _, gradients in runs)))
+    rows[-1].measured = measured
+    return Proof(rows, tuple(routes[0]), soft[0]["query"], actual.mass, own_call)
+
+
+def fraction(stage: str, *groups: dict[str, Tensor]) -> tuple[str, str | None]:
+    """Verdict and failure for tensors by name: actual, oracle, baseline."""
+    used = {}
+    failures = []
+    for name in groups[0]:
+        try:
+            used[name] = assert_matches(*(group[name] for group in groups), stage=stage, name=name).fraction
+        except AssertionError as error:
+            failures.append(str(error))
+    if failures:
+        return "FAIL", "\n".join(failures)
+    return f"{max(used.values()):.2f}", None
+
+
+def by_side(values: Iterable[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(SIDES, values))

@@ -1,0 +1,118 @@
+"""What a report says of where it was made, its file, and tables in Markdown: for all that writes or reads one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimized.prove.environment import processor, version
+
+ROOT = Path(__file__).parent.parent
+REPORTS = ROOT / "tests" / "reports"
+PACKAGES = (
+    "triton",
+    "flash-attn",
+    "flash-attn-4",
+    "mixture-of-attention",
+    "CoLT5-attention",
+    "numpy",
+    "hypothesis",
+    "pytest",
+)
+
+
+def made(device: torch.device, folders: Iterable[str], commit: str | None = None) -> dict[str, Any]:
+    """Where, by what and of which sources. commit: where the files lie outside of git, as copied ones do."""
+    return {
+        "device": device.type,
+        "hardware": hardware(device),
+        "versions": versions(),
+        "commit": commit or _command("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"),
+        "hashes": {folder: tree_hash(folder) for folder in folders},
+    }
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {"name": processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    found = torch.cuda.get_device_properties(device)
+    fields = ("driver_version", "clocks.max.sm", "power.limit")
+    query = [f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    told = (_command("nvidia-smi", *query) or "").split(", ")
+    said = dict(zip(fields, told)) if len(told) == len(fields) else {}
+    return {
+        "name": found.name,
+        "SMs": str(found.multi_processor_count),
+        "memory": f"{found.total_memory / 2**30:.1f} GiB",
+        "driver": said.get("driver_version", "unknown"),
+        "clock": said.get("clocks.max.sm", "unknown"),
+        "power": said.get("power.limit", "unknown"),
+        "host": f"{processor()}, {os.cpu_count()} cores",
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {package: version(package) or "not installed" for package in PACKAGES}
+    if torch.version.cuda:
+        found |= {"CUDA": torch.version.cuda, "cuDNN": str(torch.backends.cudnn.version())}
+    return found
+
+
+def tree_hash(folder: str) -> str:
+    """sha256 over names and contents of the Python files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _command(*words: str) -> str | None:
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def write(path: Path, report: Any, indent: int = 1) -> None:
+    """In one step: a run that is killed leaves the report of what came before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=indent) + "\n")
+    partial.replace(path)
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[Any]], left: int | None = None) -> str:
+    """Markdown. left: padded to be read as it is, that many columns to the left and numbers to the right of theirs."""
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (heading, *rows)]
+    if left is None:
+        rule = ["---"] * len(heading)
+    else:
+        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(heading))]
+        pads = [str.ljust if i < left else str.rjust for i in range(len(heading))]
+        lines = [[pad(cell, w) for pad, cell, w in zip(pads, line, widths)] for line in lines]
+        rule = ["-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, f"|{'|'.join(rule)}|", *body])
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Into a page, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError where these are not there once."""
+    page = path.read_text()
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{path}: expected {begin.strip()} and {end} once")
+    path.write_text(f"{page.split(begin)[0]}{begin}{text}\n{end}{page.split(end)[1]}")
