@@ -93,7 +93,7 @@ def _rows(x: Tensor, norms: Tensor, group: Taken) -> Tensor:
 
 
 def input_gradient(x: Tensor, norms: Tensor, groups: tuple[Taken, ...], gradients: tuple[Tensor, ...]) -> Tensor:
-    """dx in at least float32, by PyTorch, from the gradients (E, B, K, D) of the rows. All with gamma, or none."""
+    """dx in at least float32, by PyTorch, from gradients (E, B, K, D) of the rows. All groups have gamma, or none."""
     parts = [
         add_rows(_wide(g) if group.gamma is None else _wide(g) * _gamma(group.gamma, x), group.inverse)
         for group, g in zip(groups, gradients)
