@@ -68,7 +68,7 @@ FILE_BUDGET_SECONDS = {
     "test_main.py": 70,
     "test_benchmarks.py": 30,
     "test_conformance.py": 25,
-    "test_defects.py": 60,
+    "test_faults.py": 60,
     "test_impl_option.py": 20,
     "test_registry.py": 5,
     "test_runner.py": 20,
