@@ -56,9 +56,7 @@ def test_bad_values(options: dict[str, object], message: str) -> None:
 @pytest.mark.cpu  # whatever the device, the child runs on the CPU; what it shrinks to is that of a Hypothesis
 def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across processes too. The snippets of the report raise what they say, without pytest."""
-    (tmp_path / "theirs.py").write_text(
-        "from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n"
-    )
+    (tmp_path / "theirs.py").write_text("from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n")
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of this run, which --impl may refuse

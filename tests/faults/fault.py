@@ -33,7 +33,7 @@ def named(function: Callable[..., Any]) -> str:
 
 
 def package(layer: Callable[..., Any], functions: Mapping[str, Callable[..., Any]]) -> ModuleType:
-    """In place of an implementation: the layer, the functions, the reference's others, and what `optimized` has alone."""
+    """In place of an implementation: the layer, the functions, then the reference, then what `optimized` alone has."""
     made = ModuleType("faulty")
     for source in (optimized, reference):
         vars(made).update({name: getattr(source, name) for name in source.__all__})

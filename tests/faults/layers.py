@@ -93,7 +93,9 @@ class breaks:
             return reference.routed_attention(*changed, rotary_emb=angles, **options)
 
         def spoil(layer: MixtureOfAttention, arguments: Arguments) -> None:
-            layer.attn.register_forward_pre_hook(lambda _, args, kwargs: (change(*args, **kwargs), {}), with_kwargs=True)
+            layer.attn.register_forward_pre_hook(
+                lambda _, args, kwargs: (change(*args, **kwargs), {}), with_kwargs=True
+            )
 
         return self._register(change, spoil, routed_attention=attend)
 
@@ -204,9 +206,7 @@ def with_an_eighth_of_the_norms(*args: Any, **options: Any) -> Tensor:
     return reference.routed_attention(*args, **options | eighths)
 
 
-@breaks(
-    "norms_have_unit_rms", why="zetascale 2.8.8 (2)", functions={"routed_attention": with_an_eighth_of_the_norms}
-)
+@breaks("norms_have_unit_rms", why="zetascale 2.8.8 (2)", functions={"routed_attention": with_an_eighth_of_the_norms})
 def norms_scale_by_the_wrong_power(layer: MixtureOfAttention, arguments: Arguments) -> None:
     """By 1 / D too little. (Here by 1 / 8, which rounds nothing.)"""
 
