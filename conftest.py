@@ -69,6 +69,7 @@ FILE_BUDGET_SECONDS = {
     "test_benchmarks.py": 30,
     "test_conformance.py": 25,
     "test_faults.py": 60,
+    "test_taxonomy.py": 5,
     "test_impl_option.py": 20,
     "test_registry.py": 5,
     "test_runner.py": 20,
