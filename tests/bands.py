@@ -4,9 +4,9 @@
     python -m tests.bands --table docs/generated/bands.md                        # the table there, from the report
 
 The suite's own properties run, under the suite's own strategies, with the comparator told to return fractions beyond 1
-instead of failing. Each example is compared as it is, then with faults of `RESULTS` in its result; the first chunks run
-again with faults of `COMPUTATIONS` inside the reference, which then stands for the implementation. Chunks of 100
-examples, as many as an ordinary run has; the same seed draws the same ones.
+instead of failing. Each example is compared as it is, then with the faint faults of `tests/faults/results.py` in its
+result; the first chunks run again with those of `tests/faults/computations.py` inside the reference, which then stands
+for the implementation. Chunks of 100 examples, as many as an ordinary run has; the same seed draws the same ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -52,262 +52,12 @@ import test_routing  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 import optimized  # noqa: E402
-import reference  # noqa: E402
 from reference.testing import STAGES, assert_matches  # noqa: E402
+from tests.faults.computations import COMPUTATIONS  # noqa: E402
+from tests.faults.results import RESULTS  # noqa: E402
 
 HUGE = 2.0**200  # budgets are linear in c and floor: with both as many times as large nothing fails
-LOWER = {torch.float64: torch.float32, torch.float32: torch.bfloat16, torch.float16: torch.bfloat16}
 DEVICE = torch.device("cpu")
-SOFTMAX = Tensor.softmax
-
-
-# --- faults of a result ----------------------------------------------------------------------------------------------
-
-
-def _rows(t: Tensor) -> Tensor:
-    """A copy as the rows that the comparator takes."""
-    width = next((size for size in reversed(t.shape) if size > 1), 1)
-    return t.clone().reshape(-1, width) if t.ndim > 1 else t.clone().reshape(1, -1)
-
-
-def _row_zeroed(t: Tensor) -> Tensor:
-    """That of the median size, of those that are not zero."""
-    rows = _rows(t)
-    sizes = rows.double().norm(dim=-1)
-    rows[(sizes - sizes[sizes > 0].median()).abs().argmin()] = 0
-    return rows.view(t.shape)
-
-
-def _rows_exchanged(t: Tensor) -> Tensor | None:
-    """The first two that are not zero."""
-    rows = _rows(t)
-    found = rows.any(-1).nonzero().flatten()[:2]
-    if len(found) < 2 or torch.equal(rows[found[0]], rows[found[1]]):
-        return None
-    rows[found] = rows[found.flip(0)]
-    return rows.view(t.shape)
-
-
-def _element_lost(t: Tensor) -> Tensor:
-    """The largest."""
-    out = t.clone()
-    out.view(-1)[out.abs().argmax()] = 0
-    return out
-
-
-RESULTS: dict[str, Callable[[Tensor], Tensor | None]] = {
-    "a row of median size zeroed": _row_zeroed,
-    "two rows exchanged": _rows_exchanged,
-    "the largest element zeroed": _element_lost,
-    "1% too large": lambda t: t * 1.01,
-    "10% too large": lambda t: t * 1.1,
-    "the next lower precision": lambda t: t.to(LOWER[t.dtype]).to(t.dtype) if t.dtype in LOWER else None,
-}
-
-
-# --- faults of a computation -----------------------------------------------------------------------------------------
-
-
-def _softmax(change: Callable[[Tensor], Tensor]) -> Any:
-    return mock.patch.object(Tensor, "softmax", lambda t, dim: SOFTMAX(change(t), dim))
-
-
-def _column(t: Tensor, column: int, amount: float) -> Tensor:
-    shift = torch.zeros(t.shape[-1], dtype=t.dtype)
-    shift[column] = amount
-    return t + shift if t.shape[-1] > 1 else t
-
-
-def _weights_without_the_sum(t: Tensor, dim: int) -> Tensor:
-    p = SOFTMAX(t, dim).detach()
-    shift = torch.where(p > 0, t - t.detach(), 0)
-    return p + p * shift
-
-
-def _rounded_weights(t: Tensor, dim: int) -> Tensor:
-    p = SOFTMAX(t, dim)
-    return p.to(LOWER[p.dtype]).to(p.dtype)
-
-
-def _norm(eps: float, detached: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
-    def rms_norm(x: Tensor, gamma: Tensor | None) -> Tensor:
-        if gamma is None:
-            return x
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        size = (wide.square().mean(-1, keepdim=True) + eps).sqrt()
-        size = size.detach() if detached else size
-        normed = torch.where(size > 0, wide / size.clamp_min(1e-30), 0)
-        return (normed * gamma[:, None].to(wide.dtype)).to(x.dtype)
-
-    return rms_norm
-
-
-EINSUM, COMBINE = torch.einsum, reference.combine
-ATTEND = sys.modules["reference.routed_attention"].attend  # the function has the module's name
-
-
-def _summed_in_half(equation: str, x: Tensor, w: Tensor) -> Tensor:
-    """Of the reference's products over channels, with a sum that is rounded after each term."""
-    low = torch.float16 if x.dtype == torch.float16 else torch.bfloat16
-    total = EINSUM(equation, x[..., :1], w[..., :1]).to(low)
-    for i in range(1, x.shape[-1]):
-        total = (total + EINSUM(equation, x[..., i : i + 1], w[..., i : i + 1])).to(low)
-    return total.to(x.dtype)
-
-
-def _scores(side: int, change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    def attend(x: Tensor, context: Tensor, q_routes: Any, kv_routes: Any, *rest: Any) -> Tensor:
-        pair = [r._replace(scores=change(r.scores)) if i == side else r for i, r in enumerate((q_routes, kv_routes))]
-        return ATTEND(x, context, *pair, *rest)
-
-    return attend
-
-
-def _without_gradient(t: Tensor) -> Tensor:
-    return t.detach() + torch.where(t.isfinite(), 0 * t, 0)
-
-
-def _one_expert_at_one(scores: Tensor) -> Tensor:
-    return torch.cat((torch.ones_like(scores[:, :1]), scores[:, 1:]), 1)
-
-
-def _without_last_slot(y: Tensor, routes: Any, n: int, **options: Any) -> Tensor:
-    slots = torch.cat((routes.mask[..., :-1], torch.zeros_like(routes.mask[..., -1:])), -1)
-    return COMBINE(y, routes._replace(mask=slots), n, **options)
-
-
-def _twice_last_slot(y: Tensor, routes: Any, n: int, **options: Any) -> Tensor:
-    factor = torch.ones(y.shape[2], 1, dtype=y.dtype)
-    factor[-1:] = 2
-    return COMBINE(y * factor, routes, n, **options)
-
-
-def _terms_in_half(y: Tensor, routes: Any, n: int, **options: Any) -> Tensor:
-    """Of the wide sum: each term is rounded to the next lower precision."""
-    return COMBINE(y.to(LOWER.get(y.dtype, y.dtype)).to(y.dtype), routes, n, **options)
-
-
-def _attention(name: str, replacement: Any) -> Any:
-    return mock.patch.object(sys.modules["reference.routed_attention"], name, replacement)
-
-
-def _everywhere(name: str, replacement: Any) -> Any:
-    """A function that the layer's modules import by name."""
-    stack = contextlib.ExitStack()
-    for module in [reference] + [m for key, m in sys.modules.items() if key.startswith("reference.")]:
-        if callable(vars(module).get(name)):
-            stack.enter_context(mock.patch.object(module, name, replacement))
-    return stack
-
-
-def _layer_norm() -> Any:
-    norm = torch.nn.functional.layer_norm
-    return mock.patch.object(torch.nn.functional, "layer_norm", lambda *args: norm(*args[:4], 1e-3))
-
-
-class Fault(NamedTuple):
-    """patch: a context in which the reference computes with the fault."""
-
-    stages: str  # a pattern of the properties' stages
-    patch: Callable[[], Any]
-    not_in: tuple[str, ...] = ()
-
-
-ATTENTION = "attention|mixture"
-ROUTED = "routed_attention|mixture"
-SOLVER = "scores|solver_gradient|router_gradient"
-WIDE_ONLY = ("bfloat16", "float16")
-
-
-def _options(**change: Callable[[Any], Any]) -> Any:
-    """The solvers and `route` with other options; those not given have their defaults."""
-    stack = contextlib.ExitStack()
-    defaults = {"eps": 0.03, "n_iters": 20}
-
-    def changed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            new = {n: f(options.get(n, defaults[n])) for n, f in change.items()}
-            return function(*args, **options | new)
-
-        return call
-
-    for name in ("route", "coordinate_descent", "capped_simplex"):
-        if name != "capped_simplex" or "n_iters" not in change:
-            stack.enter_context(mock.patch.object(reference, name, changed(getattr(reference, name))))
-    return stack
-
-
-def _route(change: Callable[[Tensor], Tensor]) -> Any:
-    route = reference.route
-    return mock.patch.object(reference, "route", lambda x, *args, **options: route(change(x), *args, **options))
-
-
-COMPUTATIONS: dict[str, Fault] = {
-    "attention logits 1% too large": Fault(ATTENTION, lambda: _softmax(lambda t: t * 1.01)),
-    "softmax to base 2": Fault(ATTENTION, lambda: _softmax(lambda t: t * math.log(2))),
-    "first key weighs twice": Fault(ATTENTION, lambda: _softmax(lambda t: _column(t, 0, math.log(2)))),
-    "last key lost": Fault(ATTENTION, lambda: _softmax(lambda t: _column(t, -1, -30.0))),
-    "weights in the next lower precision": Fault(
-        ATTENTION, lambda: mock.patch.object(Tensor, "softmax", _rounded_weights), WIDE_ONLY
-    ),
-    "softmax gradient without its sum": Fault(
-        "(attention|mixture)_gradient", lambda: mock.patch.object(Tensor, "softmax", _weights_without_the_sum)
-    ),
-    "RMSNorm with eps 1e-5": Fault(ROUTED, lambda: _attention("rms_norm", _norm(1e-5, False))),
-    "RMSNorm gradient without its second term": Fault(
-        "(routed_attention|mixture)_gradient", lambda: _attention("rms_norm", _norm(0.0, True))
-    ),
-    "products summed in half precision": Fault(ROUTED, lambda: mock.patch.object(torch, "einsum", _summed_in_half)),
-    "query score of one expert ignored": Fault(ROUTED, lambda: _attention("attend", _scores(0, _one_expert_at_one))),
-    "key/value score of one expert ignored": Fault(
-        ROUTED, lambda: _attention("attend", _scores(1, _one_expert_at_one))
-    ),
-    "no gradient of the key/value scores": Fault(
-        "(routed_attention|mixture)_gradient", lambda: _attention("attend", _scores(1, _without_gradient))
-    ),
-    "LayerNorm with eps 1e-3": Fault("local_attention|mixture", _layer_norm),
-    "last slot not combined": Fault("combine|mixture", lambda: _everywhere("combine", _without_last_slot)),
-    "last slot combined twice": Fault("combine|mixture", lambda: _everywhere("combine", _twice_last_slot)),
-    "terms in the next lower precision": Fault(
-        "combine", lambda: _everywhere("combine", _terms_in_half), ("bfloat16",)
-    ),
-    "temperature 1% too high": Fault(SOLVER, lambda: _options(eps=lambda v: 1.01 * v)),
-    "one iteration more": Fault("scores|router_gradient", lambda: _options(n_iters=lambda v: v + 1)),
-    "x in the next lower precision": Fault("logits", lambda: _route(lambda x: x.to(LOWER[x.dtype]).to(x.dtype))),
-    "the last channel of x lost": Fault(
-        "logits", lambda: _route(lambda x: torch.cat((x[..., :-1], torch.zeros_like(x[..., -1:])), -1))
-    ),
-}
-
-
-class Faulty(ModuleType):
-    """In place of `optimized`: the reference, computing under a patch."""
-
-    OURS = ("route", "routed_attention", "local_attention", "combine", "coordinate_descent", "capped_simplex")
-
-    def __init__(self, patch: Callable[[], Any]) -> None:
-        super().__init__("faulty")
-        self.Routes = reference.Routes
-        for name in self.OURS:
-            setattr(self, name, self._under(patch, name))
-
-        class Layer(reference.MixtureOfAttention):
-            def forward(self, *args: Any, **keywords: Any) -> Any:
-                with patch():
-                    return super().forward(*args, **keywords)
-
-        self.MixtureOfAttention = Layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(optimized, name)
-
-    @staticmethod
-    def _under(patch: Callable[[], Any], name: str) -> Callable[..., Any]:
-        def call(*args: Any, **keywords: Any) -> Any:
-            with patch():
-                return getattr(reference, name)(*args, **keywords)
-
-        return call
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -404,10 +154,11 @@ class Recorder:
             self.beyond.append([stage, dtype, rest.get("name", ""), fraction, self.case])
         ordinary = rest.get("expect") is None and oracle.isfinite().all() and actual.isfinite().all()
         if self.spoil and ordinary:
-            for name, spoil in RESULTS.items():
-                spoiled = spoil(actual.detach().contiguous())
+            given = actual.detach().contiguous()
+            for fault in filter(lambda fault: fault.faint, RESULTS.values()):
+                spoiled = fault.change(given, given)
                 if spoiled is not None:
-                    self._enter((stage, dtype, name), _fraction(spoiled, oracle, baseline, stage, rest))
+                    self._enter((stage, dtype, fault.name), _fraction(spoiled, oracle, baseline, stage, rest))
 
     def _enter(self, key: tuple[str, str, str], fraction: float) -> None:
         self.worst[key] = max(self.worst.get(key, 0.0), fraction)
@@ -446,7 +197,7 @@ def run_chunk(which: Property, parameters: dict[str, Any], seed: int, fault: str
                 if hasattr(module, "check"):
                     stack.enter_context(mock.patch.object(module, "check", recorder.check))
             if fault is not None:
-                faulty = Faulty(COMPUTATIONS[fault].patch)
+                faulty = COMPUTATIONS[fault].package()
                 stack.enter_context(mock.patch.object(which.module, "optimized", faulty))
             torch.manual_seed(seed)
             hypothesis.seed(seed)(property_)(**parameters, device=DEVICE)
@@ -520,8 +271,7 @@ def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: f
 def possible(name: str, stage: str, dtype: str) -> bool:
     if name in RESULTS:  # a float32 gradient of a bfloat16 chain may well be rounded to bfloat16
         return name != "the next lower precision" or dtype != "bfloat16"
-    fault = COMPUTATIONS[name]
-    return dtype not in fault.not_in and re.search(fault.stages, stage) is not None
+    return COMPUTATIONS[name].possible(stage, dtype)
 
 
 def bands(chunks: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from campaign.state import Part, State, as_ranges, read
 from campaign.tally import Band, Failure, Tally
 from harness import check, check_identical, expectation
 
-import optimized
 import reference
 from optimized import ops
 from reference import oracle
 from reference.testing import assert_matches
+from tests.faults.operators import OPERATORS
 
 SETTING = Setting(torch.device("cpu"), "torch")
 BATCHED = (selection, solver)
@@ -272,51 +272,14 @@ def test_fractions_are_those_of_the_comparator() -> None:
 # --- what a run finds ------------------------------------------------------------------------------------------------
 
 
-def later_of_equals(logits: Any, mask: Any, k: int, triton: bool) -> Any:
-    """Selection that breaks ties the wrong way."""
-    return SELECT(logits + 1e-7 * torch.arange(logits.shape[-1]), mask, k, triton)
-
-
-def a_step_more(logits: Any, mask: Any, k: float, n_iters: int, *rest: Any) -> Any:
-    return DESCEND(logits, mask, k, n_iters + 1, *rest)[0], *DESCEND(logits, mask, k, n_iters, *rest)[1:]
-
-
-def one_percent_more(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
-    return CAP(logits, mask, 1.01 * k, *rest)
-
-
-def half_the_gradient(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
-    scores, a, counts = DESCEND(logits, mask, k, *rest)
-    return scores / 2 + scores.detach() / 2, a, counts
-
-
-def iterates_off(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
-    """Right scores, and the tokens of another step said to be saturated."""
-    scores, a, counts = DESCEND(logits, mask, k, *rest)
-    return scores, a + 0.3, counts
-
-
-def masked_tokens_score(logits: Any, mask: Any, k: float, *rest: Any) -> Any:
-    """Next to nothing: within every budget, but not 0."""
-    scores, threshold = CAP(logits, mask, k, *rest)
-    return scores if mask is None else scores.masked_fill(~mask[:, None], 1e-30), threshold
-
-
-def slot_of_a_masked_token(logits: Any, mask: Any, k: int, triton: bool) -> Any:
-    """In the inverse map."""
-    indices, slots, _ = SELECT(logits, mask, k, triton)
-    return indices, slots, ops.inverse_map(indices, torch.ones_like(slots), logits.shape[-1])
-
-
-SELECT, DESCEND, CAP = ops.select, ops.descend, ops.cap
 FAULTS = [
-    (selection, "select", later_of_equals, "indices: "),
-    (selection, "select", slot_of_a_masked_token, "inverse map: "),
-    (solver, "descend", a_step_more, "scores: "),
-    (solver, "descend", half_the_gradient, "gradient: "),
-    (solver, "descend", iterates_off, "changed sides"),
-    (solver, "cap", one_percent_more, "scores: "),
-    (solver, "cap", masked_tokens_score, "not 0 where masked"),
+    (selection, "the later of equals is picked", "indices: "),
+    (selection, "the inverse map holds masked tokens", "inverse map: "),
+    (solver, "values of a step more", "scores: "),
+    (solver, "half the gradient of the scores", "gradient: "),
+    (solver, "iterates are off", "changed sides"),
+    (solver, "the mass is a percent too large", "scores: "),
+    (solver, "masked tokens have scores", "not 0 where masked"),
 ]
 
 
@@ -327,19 +290,13 @@ def command_of(failure: Failure) -> list[str]:
     return words[3:]
 
 
-@pytest.mark.parametrize(("kind", "name", "fault", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(("kind", "fault", "words"), FAULTS, ids=[fault.replace(" ", "-") for _, fault, _ in FAULTS])
 def test_a_fault_is_found_and_its_snippet_shows_it(
-    kind: ModuleType,
-    name: str,
-    fault: Any,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    kind: ModuleType, fault: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setting = Setting(SETTING.device, SETTING.kernels, seed=4)
     assert kind.run(0, 100, setting).failures == []
-    with monkeypatch.context() as patch:
-        patch.setattr(ops, name, fault)
+    with OPERATORS[fault].put_in():
         failures = kind.run(0, 100, setting).failures
         assert len(failures) > 2
         assert any(words in failure.message for failure in failures)
@@ -348,26 +305,12 @@ def test_a_fault_is_found_and_its_snippet_shows_it(
     assert command.main(command_of(failures[-1])) == 0
 
 
-def test_an_error_is_a_failure_of_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sometimes(logits: Any, *rest: Any) -> Any:
-        if logits.shape[-1] == 32:
-            raise ValueError("32")
-        return SELECT(logits, *rest)
-
-    monkeypatch.setattr(ops, "select", sometimes)
-    tally = selection.run(0, 100, SETTING)
+def test_an_error_is_a_failure_of_its_case() -> None:
+    with OPERATORS["selection raises at 32"].put_in():
+        tally = selection.run(0, 100, SETTING)
     assert len(tally.failures) == sum(selection.draw(0, i).configuration.n == 32 for i in range(100)) > 0
     assert all("ValueError('32')" in failure.message for failure in tally.failures)
     assert sum(tally.cases.values()) == 100
-
-
-class WithoutGamma(optimized.MixtureOfAttention):
-    """No gradient of the queries' norm."""
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        if self.attn.norm is not None:
-            self.attn.norm.gamma.register_hook(torch.zeros_like)
-        return super().forward(*args, **options)
 
 
 def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
@@ -376,8 +319,7 @@ def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
     monkeypatch.setattr(layer, "KEPT", tmp_path)
     assert layer.run_kept(SETTING).failures == []
     sound = layer.run(0, 50, SETTING)
-    with monkeypatch.context() as patch:
-        patch.setattr(optimized, "MixtureOfAttention", WithoutGamma)
+    with OPERATORS["the norm of queries has no gradient"].put_in():
         tally = layer.run(0, 50, SETTING)
         (failure,) = tally.failures
         assert "prenorm=True" in failure.message
@@ -497,13 +439,13 @@ def test_a_state_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sum(read(kept.path)[1]["selection"].tally.cases.values()) == 500
 
 
-def test_time_and_failures_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_and_failures_end_a_run(tmp_path: Path) -> None:
     state = State(tmp_path / "state", HEADER)
     assert runner.run(["selection"], 10**9, SETTING, state, jobs=0, seconds=0.3) == []
     assert 0 < len(state.done("selection")) < 100
-    monkeypatch.setattr(ops, "select", later_of_equals)
     failing = State(tmp_path / "failing", HEADER)
-    assert runner.ENOUGH <= len(runner.run(["selection"], 10**9, SETTING, failing, jobs=0, seconds=60)) < 500
+    with OPERATORS["the later of equals is picked"].put_in():
+        assert runner.ENOUGH <= len(runner.run(["selection"], 10**9, SETTING, failing, jobs=0, seconds=60)) < 500
     assert len(failing.done("selection")) == 1
 
 

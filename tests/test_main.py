@@ -8,21 +8,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton
-from torch import Tensor
 
 import optimized
 import reference
-from optimized.kernels import combine, coordinate_descent, gather_norm, null_slot
 from optimized.prove import arguments, decisions, interpreter, job, setup
 from optimized.prove import text as texts
+from tests.faults.operators import OPERATORS
 
 SMALL = ("--dim", "16", "--heads", "1", "--experts", "2", "--window", "9", "--device", "cpu")
 STAGES = (
@@ -188,43 +186,25 @@ def test_an_interpreter_that_fails_is_reported(book: str, monkeypatch: pytest.Mo
     assert kernel_verdicts(printed) == {}
 
 
-def scale_result(original: Any, factor: float) -> Any:
-    """Its first tensor, if there are several."""
-
-    def call(*args: Any) -> Any:
-        found = original(*args)
-        return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
-
-    return call
-
-
 @pytest.mark.parametrize(
-    ("module", "name", "factor", "stages"),
+    ("fault", "stages"),
     [
-        (coordinate_descent, "coordinate_descent_backward", float("nan"), ["routing"]),
-        (gather_norm, "gather_norm", 1 + 1e-9, ["dispatch", "both at once"]),
-        (null_slot, "merge_backward", 1.01, ["experts"]),
+        ("the gradient of the descent is NaN", ["routing"]),
+        ("gathered tokens a billionth too large", ["dispatch", "both at once"]),
+        ("a gradient of the null slot a percent off", ["experts"]),
     ],
 )
-def test_a_wrong_kernel_is_named(
-    module: Any,
-    name: str,
-    factor: float,
-    stages: list[str],
-    book: str,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, name, scale_result(getattr(module, name), factor))
-    parsed = arguments.parse((book, *SMALL, "--tokens", "256", "--device", device.type))
-    _, rows, broken = interpreter.run_kernels(setup.prepare(*parsed))
+def test_a_wrong_kernel_is_named(fault: str, stages: list[str], book: str, device: torch.device) -> None:
+    prepared = setup.prepare(*arguments.parse((book, *SMALL, "--tokens", "256", "--device", device.type)))
+    with OPERATORS[fault].put_in():
+        _, rows, broken = interpreter.run_kernels(prepared)
     assert broken is None
     assert [row.stage for row in rows if not row.equal] == stages
 
 
-def test_a_wrong_kernel_fails_the_job(book: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(combine, "combine", scale_result(combine.combine, 0.5))
-    status, printed = run(book, *SMALL, "--tokens", "256", "--device", device.type)
+def test_a_wrong_kernel_fails_the_job(book: str, device: torch.device) -> None:
+    with OPERATORS["half of the sum over experts"].put_in():
+        status, printed = run(book, *SMALL, "--tokens", "256", "--device", device.type)
     assert status == 1
     assert kernel_verdicts(printed) == {**dict.fromkeys(KERNELS, "pass"), "combination": "FAIL"}
     assert "kernels of combination: unlike PyTorch's" in printed
@@ -252,61 +232,26 @@ def test_kernels_that_do_not_run_fail_the_job(
     assert re.search(r"^FAIL  1 of 11 rows", printed, re.MULTILINE)
 
 
-def scale(factor: float) -> Callable[[Any], Any]:
-    return lambda original: lambda *args, **kwargs: original(*args, **kwargs) * factor
-
-
-def drop_an_expert(original: Any) -> Any:
-    def combine(y: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return original(torch.cat((y[:-1], torch.zeros_like(y[-1:]))), *rest, **options)
-
-    return combine
-
-
-def pick_the_least(original: Any) -> Any:
-    return lambda logits, *rest: original(-logits, *rest)
-
-
-def scale_the_first(original: Any) -> Any:
-    def descend(*args: Any) -> tuple[Tensor, ...]:
-        scores, *rest = original(*args)
-        return scores * 0.99, *rest
-
-    return descend
-
-
-def widen(original: Any) -> Any:
-    return lambda q, k, v, w, *rest: original(q, k, v, w + 1, *rest)
-
-
 LAYER = {"layer output", "gradients (x)", "gradients (parameters)", "gradients (routers)"}
+ROUTED = {"gradients (x)", "gradients (routers)"}
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "fault", "stage", "others"),
+    ("fault", "stage", "others"),
     [
-        ("mixture", "_combine", drop_an_expert, "combination", LAYER),
-        ("routed_attention", "rms_norm", scale(16**-0.5), "routed attention", LAYER),
-        ("local_attention", "_banded", widen, "local attention", LAYER),
-        ("ops", "select", pick_the_least, "selection", set()),
-        ("ops", "descend", scale_the_first, "routing scores", {"gradients (x)", "gradients (routers)"}),
-        (
-            "routing",
-            "_logits",
-            scale(1.001),
-            "routing logits",
-            {"routing scores", "gradients (x)", "gradients (routers)"},
-        ),
+        ("the last expert is dropped", "combination", LAYER),
+        ("RMSNorm without the root of D", "routed attention", LAYER),
+        ("the band is one too wide", "local attention", LAYER),
+        ("the least are picked", "selection", set()),
+        ("scores a percent too small", "routing scores", ROUTED),
+        ("logits a thousandth too large", "routing logits", ROUTED | {"routing scores"}),
     ],
 )
 @pytest.mark.usefixtures("no_kernels")
-def test_a_broken_stage_is_named(
-    place: str, name: str, fault: Any, stage: str, others: set[str], book: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_stage_is_named(fault: str, stage: str, others: set[str], book: str) -> None:
     """The stage fails, and beside it at most what is computed from it: decisions and inputs are the oracle's."""
-    module = sys.modules[f"optimized.{place}"]
-    monkeypatch.setattr(module, name, fault(getattr(module, name)))
-    status, printed = run(book, *SMALL, "--tokens", "256")
+    with OPERATORS[fault].put_in():
+        status, printed = run(book, *SMALL, "--tokens", "256")
     assert status == 1
     failed = {row.removesuffix(" float32") for row, verdict in verdicts(printed).items() if verdict == "FAIL"}
     assert stage in failed

@@ -12,7 +12,10 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = sorted(
-    [*TESTS.glob("*.py"), *(p for folder in ("campaign", "conformance") for p in (TESTS / folder).rglob("*.py"))]
+    [
+        *TESTS.glob("*.py"),
+        *(p for folder in ("campaign", "conformance", "faults") for p in (TESTS / folder).rglob("*.py")),
+    ]
 )
 TOLERANT = {"allclose", "assert_close", "assert_allclose", "isclose", "approx", "assert_almost_equal"}
 SIZES = {"abs", "norm", "vector_norm"}
@@ -93,10 +96,9 @@ TOLERANCES: dict[str, str] = {
     "test_backends.py::test_meta_construction_and_reset": BOUND,
     "test_routed_attention.py::test_dropout_is_unbiased_and_fresh": STATISTICS,
     "test_public_defects.py::test_defect_10_negative_control": STATISTICS,
-    "test_public_defects.py::assert_unit_rms": UPSTREAM,
-    "test_public_defects.py::assert_one_combination_rule": UPSTREAM,
-    "test_public_defects.py::assert_padding_invariance": UPSTREAM,
-    "test_public_defects.py::assert_relative_positions": UPSTREAM,
+    "test_public_defects.py::test_defect_02_unit_rms": UPSTREAM,
+    "test_public_defects.py::test_defect_04_one_combination_rule": UPSTREAM,
+    "test_public_defects.py::test_defect_05_padding_invariance": UPSTREAM,
     "test_public_defects.py::test_defect_06_relative_position": UPSTREAM,
     "test_public_defects.py::test_defect_15_batch_isolation_and_invariance": UPSTREAM,
     "test_backends.py::test_state_dict_both_ways": SAME_LAYER,

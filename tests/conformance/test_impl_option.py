@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from tests.conformance import plugin, report
-from tests.conformance.defects import DEFECTS
 from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict, examine
 from tests.conformance.properties import PROPERTIES
 from tests.conformance.subject import NotOffered, Subject, call
+from tests.faults.layers import LAYERS
 
 ROOT = Path(__file__).parents[2]
 MIXED = "experts_read_their_own_tokens"
@@ -54,11 +54,9 @@ def test_bad_values(options: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.cpu  # whatever the device, the child runs on the CPU; what it shrinks to is that of a Hypothesis
-def test_a_run_on_a_defective_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Across processes too. The snippets of the report raise what they say, without pytest."""
-    (tmp_path / "theirs.py").write_text(
-        "from tests.conformance.defects import DEFECTS\nLayer = DEFECTS['experts_are_mixed']\n"
-    )
+    (tmp_path / "theirs.py").write_text("from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n")
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of this run, which --impl may refuse
@@ -87,7 +85,7 @@ def test_verdicts() -> None:
     def refuse(dim: int, **arguments: object) -> torch.nn.Module:
         if "solver" in arguments:
             raise TypeError("unexpected keyword argument 'solver'")
-        return DEFECTS["half_precision_raises"](dim, **arguments)
+        return LAYERS["half precision raises"](dim, **arguments)
 
     subject = Subject(refuse)
     exact = examine(PROPERTIES["the_exact_solver_returns_the_limit"], subject, "a:b", 5)
@@ -102,7 +100,7 @@ def test_verdicts() -> None:
     def only_one_head(dim: int, **arguments: object) -> torch.nn.Module:
         if arguments["heads"] != 1:
             raise TypeError("one head only")
-        return DEFECTS["half_precision_raises"](dim, **arguments)
+        return LAYERS["half precision raises"](dim, **arguments)
 
     partly = examine(PROPERTIES["one_expert_equals_the_reference"], Subject(only_one_head), "a:b", 20)
     assert partly.verdict == HOLDS

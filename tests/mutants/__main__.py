@@ -51,12 +51,25 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
     parser.add_argument(
-        "--seconds", type=int, default=SECONDS, help="of one core for each, at most (default: %(default)s)"
+        "--seconds",
+        type=int,
+        default=SECONDS,
+        help="of one core for each, at most: more on a slower machine (default: %(default)s)",
     )
     parser.add_argument(
-        "--report", action="store_true", help="write tests/reports/mutants-DEVICE.json and docs/pictures/mutants.png"
+        "--report",
+        type=Path,
+        nargs="?",
+        const=REPORTS,
+        metavar="FILE",
+        help="write a report; without FILE tests/reports/mutants-DEVICE.json, and from those there docs/pictures/mutants.png",
     )
     asked = parser.parse_args(given)
+    for name in ("jobs", "seconds"):
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name}: expected an integer >= 1, got {getattr(asked, name)}")
+    if asked.report and not asked.report.parent.is_dir():
+        parser.error(f"--report: expected a file in an existing folder, got {asked.report}")
     console = Console()
     mutants = chosen(asked.only, asked.device)
     try:
@@ -70,19 +83,21 @@ def main(given: list[str] | None = None) -> int:
     for line in wrong:
         console.print(line, style="red", markup=False)
     if asked.report:
-        save(results, asked.device)
+        save(results, asked.device, asked.report)
     return int(bool(wrong))
 
 
-def save(results: dict[str, Result], device: str) -> None:
+def save(results: dict[str, Result], device: str, path: Path) -> None:
+    """path: of the report; the folder REPORTS stands for that of its own name there, and draws the picture anew."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
     from record import REPORTS, made, read, write
 
-    about = made(torch.device(device), ("optimized", "tests"))
-    write(REPORTS / f"mutants-{device}.json", matrix.report(MUTANTS, results, about))
-    found = [read(path) for path in sorted(REPORTS.glob("mutants-*.json"))]
-    matrix.draw(matrix.joined(found), ROOT / "docs" / "pictures" / "mutants.png")
+    about, own = made(torch.device(device), ("optimized", "tests")), path == REPORTS
+    write(path / f"mutants-{device}.json" if own else path, matrix.report(MUTANTS, results, about))
+    if own:
+        found = [read(path) for path in sorted(REPORTS.glob("mutants-*.json"))]
+        matrix.draw(matrix.joined(found), ROOT / "docs" / "pictures" / "mutants.png")
 
 
 if __name__ == "__main__":

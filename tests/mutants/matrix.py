@@ -9,7 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .mutant import CLASSES, Mutant
+from tests.faults.taxonomy import CLASSES, described
+
+from .mutant import Mutant
 from .runner import OUTCOMES, Result
 
 COLOURS = {"killed": "green", "survived": "red", "raised": "yellow", "broken": "magenta", "crashed": "magenta"}
@@ -83,7 +85,8 @@ def report(mutants: Sequence[Mutant], results: dict[str, Result], about: dict[st
         result = results.get(m.name)
         rows.append(
             {
-                **{name: getattr(m, name) for name in ("name", "bug", "file", "public", "device", "equivalent")},
+                **{name: getattr(m, name) for name in ("name", "bug", "file", "device", "equivalent")},
+                "public": described(m.public),
                 "outcome": verdict(m, result),
                 "test": result.test if result else "",
                 "error": result.error.split("\n")[0] if result else "",

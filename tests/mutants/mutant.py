@@ -1,50 +1,22 @@
-"""What a mutant is, and the classes of bugs that this layer can have."""
+"""What a mutant is."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-CLASSES = (
-    "missing gradient",
-    "stride and layout",
-    "tail mask",
-    "uninitialised output",
-    "masked rows and sentinels",
-    "masked tokens leak",
-    "32-bit index",
-    "log-sum-exp and scale",
-    "window",
-    "causality",
-    "configuration",
-    "stale saved tensor",
-    "dropout",
-    "ties and signed zeros",
-    "NaN order",
-    "empty input",
-    "fake tensors",
-    "expert mix-up",
-    "batch mix-up",
-    "precision",
-    "host synchronisation",
-    "rotary",
-    "in-place modification",
-    "straight-through",
-    "mass",
-    "combination",
-    "transforms",
-    "choice of backend",
-    "validation",
-)
+from tests.faults.taxonomy import classify
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One fault. `old` stands exactly once in `file`.
 
-    public: the public bug that it re-enacts, or "own". device: "cuda" where a CPU can't tell it from the original.
-    equivalent: why no test can tell it from the original; such a mutant is run, and must survive.
+    bug, public: its class and the public bug that it re-enacts, of `tests/faults/taxonomy.py`, or "own". device: "cuda"
+    where a CPU can't tell it from the original. equivalent: why no test can tell it from the original; such a mutant is
+    run, and must survive.
     """
 
     name: str
@@ -69,3 +41,13 @@ class Mutant:
 
     def digest(self) -> str:
         return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()
+
+
+Edits = dict[str, dict[str, Callable[[str, str], Mutant]]]  # by file, by name
+
+
+def edit(
+    old: str, new: str, why: str, bug: str = "", *, device: str = "cpu", equivalent: str = ""
+) -> Callable[[str, str], Mutant]:
+    """A mutant but for its name and file. why, bug: see `taxonomy.classify`."""
+    return lambda name, file: Mutant(name, file, old, new, *classify(why, bug), device, equivalent)

@@ -99,7 +99,8 @@ class Runner:
         """From the state: a kill stands while its test does, all else while no test of the profile changed."""
         subject = hashlib.sha256(repr((self.device, mutant.digest() if mutant else profile)).encode()).hexdigest()
         packages = [path for name in (self.package, "reference") for path in (self.root / name).rglob("*.py")]
-        shared = [path for path in (self.root / "tests").glob("*.py") if not path.name.startswith("test_")]
+        shared = [p for p in (self.root / "tests").glob("*.py") if not p.name.startswith("test_")]
+        shared += (self.root / "tests" / "faults").glob("*.py")
         files = [self.root / "tests" / file for file in profile.files]
         code = self._digest(*packages, *shared, self.root / "conftest.py")
         tests = self._digest(*files) + repr((profile, self.seconds))

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import optimized
-from mutants.mutant import CLASSES, Mutant
+from mutants.mutant import Mutant
 from mutants.profiles import PROFILES, PROFILES_ON_GPU, Profile
 from mutants.registry import MUTANTS
+from tests.faults.taxonomy import CLASSES
 
 ROOT = Path(optimized.__file__).parent.parent
 

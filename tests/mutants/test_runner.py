@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mutants import __main__ as command
 from mutants.child import is_assertion
 from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
@@ -142,6 +143,22 @@ def test_report_and_picture(tmp_path: Path) -> None:
     assert found["mutants"][0]["test"] == "tests/test_a.py::test_b[c]"
     draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_report_goes_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what can't be run or written is refused before anything runs."""
+    path = tmp_path / "own.json"
+    monkeypatch.setattr(command, "run", lambda *given: {"gather-tokens-of-item-0": Result("killed", "a::b")})
+    assert command.main(["--only", "gather-tokens", "--jobs", "3", "--report", str(path)]) == 0
+    totals = json.loads(path.read_text())["totals"]
+    assert totals["killed"] == 1
+    assert set(totals) == {"killed", "not run", "needs a GPU"}
+    for words in (["--jobs", "0"], ["--seconds", "0"], ["--report", str(tmp_path / "nowhere" / "own.json")]):
+        with pytest.raises(SystemExit):
+            command.main(words)
+        assert f"{words[0]}: expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [AssertionError(), pytest.fail.Exception("did not raise")])

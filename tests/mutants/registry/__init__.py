@@ -3,14 +3,7 @@
 from ..mutant import Mutant
 from . import attention, combination, dispatch, gpu, layer, local_attention, rows, selection, solvers
 
-MUTANTS: tuple[Mutant, ...] = (
-    *selection.MUTANTS,
-    *solvers.MUTANTS,
-    *dispatch.MUTANTS,
-    *rows.MUTANTS,
-    *attention.MUTANTS,
-    *local_attention.MUTANTS,
-    *combination.MUTANTS,
-    *layer.MUTANTS,
-    *gpu.MUTANTS,
+STAGES = (selection, solvers, dispatch, rows, attention, local_attention, combination, layer, gpu)
+MUTANTS: tuple[Mutant, ...] = tuple(
+    edit(name, file) for stage in STAGES for file, edits in stage.EDITS.items() for name, edit in edits.items()
 )

@@ -1,388 +1,216 @@
 """Faults of the attention operator, of the merged null slot, of the CPU's adapters, and of routed attention."""
 
-from ..mutant import Mutant
+from ..mutant import Edits, edit
 
-OPERATOR = "optimized/ops/attention.py"
-NULL = "optimized/kernels/null_slot.py"
-LAUNCH = "optimized/kernels/launch.py"
-MATH = "optimized/attention/math.py"
-FLASH_CPU = "optimized/attention/torch_flash_cpu.py"
-ROUTED = "optimized/routed_attention.py"
-BACKENDS = "optimized/backends.py"
-
-MUTANTS = (
-    Mutant(
-        "null-kernel-lse-of-base-2",
-        NULL,
-        "merged_lse = top + tl.log(total)",
-        "merged_lse = top + tl.log2(total)",
-        "log-sum-exp and scale",
-        "vllm-project/vllm#47079: base-2 lse in a base-e merge",
-    ),
-    Mutant(
-        "null-kernel-lse-off-by-ln-2",
-        NULL,
-        "merged_lse = top + tl.log(total)",
-        "merged_lse = top + tl.log(total * 2)",
-        "log-sum-exp and scale",
-        "pytorch/pytorch#181645: off by ln 2",
-    ),
-    Mutant(
-        "null-kernel-weights-by-the-lse",
-        NULL,
-        "    p0 /= total\n    rest /= total\n",
-        "    p0 = tl.exp(s0 - merged_lse)\n    rest = tl.exp(lse - merged_lse)\n",
-        "precision",
-    ),
-    Mutant(
-        "null-kernel-lse-of-empty-rows",
-        NULL,
-        '    if HAS_LENGTHS:\n        lse = tl.where(tl.load(lengths_ptr + row) > 0, lse, -float("inf"))\n',
-        "",
-        "masked rows and sentinels",
-        "microsoft/onnxruntime#28904: masked row is the mean of v",
-    ),
-    Mutant(
-        "null-kernel-dropout-forward-only",
-        NULL,
-        "    if HAS_KEEP:\n"
-        "        z *= tl.load(keep_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)\n",
-        "",
-        "dropout",
-        "Dao-AILab/flash-attention#1251: dropout of forward and backward differ",
-    ),
-    Mutant(
-        "null-kernel-without-delta",
-        NULL,
-        " - p0 * tl.sum(dout * out, 1)) / root",
-        ") / root",
-        "missing gradient",
-        "triton-lang/triton#5660: wrong gradient of attention",
-    ),
-    Mutant(
-        "null-kernel-gradient-unscaled",
-        NULL,
-        " - p0 * tl.sum(dout * out, 1)) / root",
-        " - p0 * tl.sum(dout * out, 1))",
-        "log-sum-exp and scale",
-    ),
-    Mutant(
-        "null-kernel-gradient-of-other-experts",
-        NULL,
-        "partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2)",
-        "partial.view(2, rows // groups * chunks, groups, heads, dim).sum(1)",
-        "expert mix-up",
-        "BobMcDear/attorch#14: all heads read head 0",
-    ),
-    Mutant(
-        "null-kernel-lse-past-the-end",
-        NULL,
-        'mask=rows < length, other=float("inf")).to(DTYPE)',
-        "mask=rows < length, other=0.0).to(DTYPE)",
-        "tail mask",
-        "thu-ml/SpargeAttn#124: lanes past the end",
-        equivalent="q and dout are 0 in lanes past the end, so p0 is 1 there and each of its products is 0",
-    ),
-    Mutant(
-        "null-kernel-tail-of-queries",
-        NULL,
-        "        chunks = cdiv(length, _rows(dim))\n",
-        "        chunks = max(length // _rows(dim), 1)\n",
-        "tail mask",
-        "pytorch/pytorch#158212: the last block",
-    ),
-    Mutant(
-        "launch-strides-kept",
-        LAUNCH,
-        "return None if t is None else t.contiguous()",
-        "return t",
-        "stride and layout",
-        "Dao-AILab/flash-attention#355: gradient that is not contiguous",
-    ),
-    Mutant(
-        "launch-lookup-ignores-alignment",
-        LAUNCH,
-        "(argument.dtype, argument.data_ptr() % 16) if",
-        "(argument.dtype,) if",
-        "stride and layout",
-    ),
-    Mutant(
-        "attention-lengths-of-the-first-rows",
-        OPERATOR,
-        "for lengths in setting.lengths.split(MOST_ROWS)]",
-        "for lengths in setting.lengths.flip(0).split(MOST_ROWS)]",
-        "batch mix-up",
-        "fla-org/flash-linear-attention#1115: missing batch offset",
-    ),
-    Mutant(
-        "launch-partial-sums-in-the-models-dtype",
-        LAUNCH,
-        "return torch.promote_types(dtype, torch.float32)",
-        "return dtype",
-        "precision",
-    ),
-    Mutant(
-        "merge-lse-of-base-2",
-        OPERATOR,
-        "merged_lse = torch.logaddexp(lse, null_logits)",
-        "merged_lse = torch.logaddexp2(lse, null_logits)",
-        "log-sum-exp and scale",
-        "sgl-project/sglang#33064: base of the lse",
-    ),
-    Mutant(
-        "merge-lse-of-empty-rows",
-        OPERATOR,
-        "        lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)\n",
-        "        pass\n",
-        "masked rows and sentinels",
-        "microsoft/onnxruntime#28904: masked row is the mean of v",
-    ),
-    Mutant(
-        "merge-output-of-empty-rows",
-        OPERATOR,
-        "out = torch.where((lse > -math.inf).transpose(1, 2)[..., None], out, 0).to(lse.dtype)",
-        "out = out.to(lse.dtype)",
-        "masked rows and sentinels",
-        "Dao-AILab/flash-attention#442: fully masked rows",
-    ),
-    Mutant(
-        "merge-null-logit-unscaled",
-        OPERATOR,
-        "(products.sum(-1) * q.shape[-1] ** -0.5)",
-        "products.sum(-1)",
-        "log-sum-exp and scale",
-    ),
-    Mutant(
-        "merge-null-logit-in-the-models-dtype",
-        OPERATOR,
-        "products = q.to(wide) * _per_row(null_k, q)[:, None].to(wide)",
-        "products = (q * _per_row(null_k, q)[:, None]).to(wide)",
-        "precision",
-    ),
-    Mutant(
-        "merge-null-of-another-expert",
-        OPERATOR,
-        "return null.repeat_interleave(q.shape[0] // null.shape[0], 0)",
-        "return null.repeat(q.shape[0] // null.shape[0], 1, 1)",
-        "expert mix-up",
-        "BobMcDear/attorch#14: all heads read head 0",
-    ),
-    Mutant(
-        "merge-dq-without-the-null-slot",
-        OPERATOR,
-        "dq = (dq.to(wide) + ds[..., None] * k0).to(dq.dtype).contiguous()",
-        "dq = dq.contiguous()",
-        "missing gradient",
-        "lucidrains/native-sparse-attention-pytorch#31: a term of the gradient",
-    ),
-    Mutant(
-        "merge-gradient-without-delta",
-        OPERATOR,
-        "(kept * (grad * v0).sum(-1) - p0 * (grad * out.to(wide)).sum(-1))",
-        "(kept * (grad * v0).sum(-1))",
-        "missing gradient",
-        "triton-lang/triton#5660: wrong gradient of attention",
-    ),
-    Mutant(
-        "merge-dropout-forward-only",
-        OPERATOR,
-        "kept = p0 if keep is None else p0 * keep.transpose(1, 2)",
-        "kept = p0",
-        "dropout",
-        "Dao-AILab/flash-attention#1251: dropout of forward and backward differ",
-    ),
-    Mutant(
-        "null-gradient-dropped",
-        OPERATOR,
-        "*((None, None) if saved[3] is None else dnull)",
-        "*(None, None)",
-        "missing gradient",
-        "unslothai/unsloth#4533: gradient of a weight None",
-    ),
-    Mutant(
-        "null-dropout-not-rescaled",
-        OPERATOR,
-        ">= dropout).to(wide) / (1 - dropout)",
-        ">= dropout).to(wide)",
-        "dropout",
-    ),
-    Mutant(
-        "null-dropout-same-for-all-heads",
-        OPERATOR,
-        "(torch.rand(lse.shape, device=q.device) >= dropout)",
-        "(torch.rand(lse[:, :1].shape, device=q.device).expand_as(lse) >= dropout)",
-        "dropout",
-        "Dao-AILab/flash-attention#314: one mask used twice",
-    ),
-    Mutant(
-        "attention-lse-differentiable",
-        OPERATOR,
-        "    ctx.mark_non_differentiable(*output[1:])\n",
-        "",
-        "missing gradient",
-        "Dao-AILab/flash-attention#1817: gradient through the lse silently zero",
-    ),
-    Mutant(
-        "attention-lse-without-keys",
-        OPERATOR,
-        "q.new_full((rows, heads, length), -math.inf, dtype=wide)",
-        "q.new_full((rows, heads, length), 0.0, dtype=wide)",
-        "empty input",
-        "Dao-AILab/flash-attention#2562: zero-length sequences",
-    ),
-    Mutant(
-        "attention-fake-lse-in-the-models-dtype",
-        OPERATOR,
-        "lse = q.new_empty(rows, heads, length, dtype=wide)",
-        "lse = q.new_empty(rows, heads, length)",
-        "fake tensors",
-        "AMD-AGI/Primus-Turbo#362: fake tensors unlike the real ones",
-    ),
-    Mutant(
-        "attention-fake-of-the-gradients-strided",
-        OPERATOR,
-        "q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
-        "q.new_empty(0) if t is None else torch.empty_like(t)",
-        "fake tensors",
-        "AMD-AGI/Primus-Turbo#362: fake strides",
-    ),
-    Mutant(
-        "math-one-hidden-key-seen",
-        MATH,
-        "(keys >= setting.lengths[:, None])",
-        "(keys > setting.lengths[:, None])",
-        "masked tokens leak",
-        "thu-ml/SpargeAttn#124: padding",
-    ),
-    Mutant(
-        "math-row-without-keys",
-        MATH,
-        "p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)",
-        "p = s.softmax(-1)",
-        "masked rows and sentinels",
-        "Dao-AILab/flash-attention#442: fully masked rows",
-    ),
-    Mutant(
-        "math-gradient-of-rows-without-keys",
-        MATH,
-        "lse.masked_fill(lse == -math.inf, 0)[..., None]",
-        "lse[..., None]",
-        "masked rows and sentinels",
-        "pytorch/pytorch#103963: NaN of fully masked rows",
-    ),
-    Mutant(
-        "math-weights-by-the-lse",
-        MATH,
-        "p = s.softmax(-1).masked_fill(",
-        "p = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().masked_fill(",
-        "precision",
-    ),
-    Mutant(
-        "math-dropout-forward-only",
-        MATH,
-        "        dropped = p * state / (1 - setting.dropout)\n",
-        "",
-        "dropout",
-        "Dao-AILab/flash-attention#1251: dropout of forward and backward differ",
-    ),
-    Mutant(
-        "math-dropout-same-for-all-heads",
-        MATH,
-        "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
-        "keep = torch.rand(p[:, :1].shape, device=p.device).expand_as(p) >= setting.dropout",
-        "dropout",
-        "Dao-AILab/flash-attention#314: one mask used twice",
-    ),
-    Mutant(
-        "math-dropout-of-a-fixed-seed",
-        MATH,
-        "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
-        "generator = torch.Generator(p.device).manual_seed(0)\n"
-        "        keep = torch.rand(p.shape, device=p.device, generator=generator) >= setting.dropout",
-        "dropout",
-        "Dao-AILab/flash-attention#314: consecutive calls share a mask",
-    ),
-    Mutant(
-        "math-dropout-not-rescaled",
-        MATH,
-        "p = p * keep / (1 - setting.dropout)",
-        "p = p * keep",
-        "dropout",
-    ),
-    Mutant(
-        "math-logits-in-the-models-dtype",
-        MATH,
-        "    wide = torch.promote_types(q.dtype, torch.float32)\n    q, k =",
-        "    wide = q.dtype\n    q, k =",
-        "precision",
-    ),
-    Mutant(
-        "flash-cpu-one-hidden-key-seen",
-        FLASH_CPU,
-        "hidden = torch.arange(k.shape[1], device=q.device) >= lengths[:, None]",
-        "hidden = torch.arange(k.shape[1], device=q.device) > lengths[:, None]",
-        "masked tokens leak",
-        "thu-ml/SpargeAttn#124: padding",
-    ),
-    Mutant(
-        "flash-cpu-finite-sentinel",
-        FLASH_CPU,
-        "masked_fill_(hidden, -math.inf)",
-        "masked_fill_(hidden, -50.0)",
-        "masked rows and sentinels",
-        "flashinfer-ai/flashinfer#4401: finite sentinel",
-    ),
-    Mutant(
-        "flash-cpu-large-finite-sentinel",
-        FLASH_CPU,
-        "masked_fill_(hidden, -math.inf)",
-        "masked_fill_(hidden, -1e4)",
-        "masked rows and sentinels",
-        "flashinfer-ai/flashinfer#4401: finite sentinel",
-    ),
-    Mutant(
-        "pack-scores-left-behind",
-        ROUTED,
-        "indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, routes.scores))",
-        "indices, mask = (t.gather(-1, order) for t in (routes.indices, routes.mask))\n    scores = routes.scores",
-        "masked rows and sentinels",
-    ),
-    Mutant(
-        "query-scores-dropped",
-        ROUTED,
-        "y = y.transpose(0, 1) * q_routes.scores[..., None]",
-        "y = y.transpose(0, 1)",
-        "missing gradient",
-        "lucidrains/CoLT5-attention#8: a gradient is lost",
-    ),
-    Mutant(
-        "masked-query-slots-not-zero",
-        ROUTED,
-        "return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)",
-        "return y.to(x.dtype)",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak",
-    ),
-    Mutant(
-        "dropout-in-eval",
-        ROUTED,
-        "self.dropout if self.training else 0.0",
-        "self.dropout",
-        "dropout",
-    ),
-    Mutant(
-        "flash-cpu-ignores-dropout",
-        BACKENDS,
-        'return "no dropout on the CPU" if r.dropout else None',
-        "return None",
-        "dropout",
-    ),
-    Mutant(
-        "attention-rows-unaligned",
-        "optimized/ops/attention.py",
-        "t if _aligned(t) else t.clone(memory_format=torch.contiguous_format)",
-        "t",
-        "stride and layout",
-        "ROCm/aiter#5067: unaligned views",
-    ),
-)
+EDITS: Edits = {
+    "optimized/kernels/null_slot.py": {
+        "null-kernel-lse-of-base-2": edit(
+            "merged_lse = top + tl.log(total)", "merged_lse = top + tl.log2(total)", "vllm-project/vllm#47079"
+        ),
+        "null-kernel-lse-off-by-ln-2": edit(
+            "merged_lse = top + tl.log(total)", "merged_lse = top + tl.log(total * 2)", "pytorch/pytorch#181645"
+        ),
+        "null-kernel-weights-by-the-lse": edit(
+            "    p0 /= total\n    rest /= total\n",
+            "    p0 = tl.exp(s0 - merged_lse)\n    rest = tl.exp(lse - merged_lse)\n",
+            "precision",
+        ),
+        "null-kernel-lse-of-empty-rows": edit(
+            '    if HAS_LENGTHS:\n        lse = tl.where(tl.load(lengths_ptr + row) > 0, lse, -float("inf"))\n',
+            "",
+            "microsoft/onnxruntime#28904",
+        ),
+        "null-kernel-dropout-forward-only": edit(
+            "    if HAS_KEEP:\n"
+            "        z *= tl.load(keep_ptr + item * length + rows, mask=rows < length, other=0.0).to(DTYPE)\n",
+            "",
+            "Dao-AILab/flash-attention#1251",
+        ),
+        "null-kernel-without-delta": edit(
+            " - p0 * tl.sum(dout * out, 1)) / root", ") / root", "triton-lang/triton#5660"
+        ),
+        "null-kernel-gradient-unscaled": edit(
+            " - p0 * tl.sum(dout * out, 1)) / root", " - p0 * tl.sum(dout * out, 1))", "log-sum-exp and scale"
+        ),
+        "null-kernel-gradient-of-other-experts": edit(
+            "partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2)",
+            "partial.view(2, rows // groups * chunks, groups, heads, dim).sum(1)",
+            "BobMcDear/attorch#14",
+        ),
+        "null-kernel-lse-past-the-end": edit(
+            'mask=rows < length, other=float("inf")).to(DTYPE)',
+            "mask=rows < length, other=0.0).to(DTYPE)",
+            "thu-ml/SpargeAttn#124",
+            "tail mask",
+            equivalent="q and dout are 0 in lanes past the end, so p0 is 1 there and each of its products is 0",
+        ),
+        "null-kernel-tail-of-queries": edit(
+            "        chunks = cdiv(length, _rows(dim))\n",
+            "        chunks = max(length // _rows(dim), 1)\n",
+            "pytorch/pytorch#158212",
+        ),
+    },
+    "optimized/kernels/launch.py": {
+        "launch-strides-kept": edit(
+            "return None if t is None else t.contiguous()", "return t", "Dao-AILab/flash-attention#355"
+        ),
+        "launch-lookup-ignores-alignment": edit(
+            "(argument.dtype, argument.data_ptr() % 16) if", "(argument.dtype,) if", "stride and layout"
+        ),
+        "launch-partial-sums-in-the-models-dtype": edit(
+            "return torch.promote_types(dtype, torch.float32)", "return dtype", "precision"
+        ),
+    },
+    "optimized/ops/attention.py": {
+        "attention-lengths-of-the-first-rows": edit(
+            "for lengths in setting.lengths.split(MOST_ROWS)]",
+            "for lengths in setting.lengths.flip(0).split(MOST_ROWS)]",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "merge-lse-of-base-2": edit(
+            "merged_lse = torch.logaddexp(lse, null_logits)",
+            "merged_lse = torch.logaddexp2(lse, null_logits)",
+            "sgl-project/sglang#33064",
+        ),
+        "merge-lse-of-empty-rows": edit(
+            "        lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)\n",
+            "        pass\n",
+            "microsoft/onnxruntime#28904",
+        ),
+        "merge-output-of-empty-rows": edit(
+            "out = torch.where((lse > -math.inf).transpose(1, 2)[..., None], out, 0).to(lse.dtype)",
+            "out = out.to(lse.dtype)",
+            "Dao-AILab/flash-attention#442",
+        ),
+        "merge-null-logit-unscaled": edit(
+            "(products.sum(-1) * q.shape[-1] ** -0.5)", "products.sum(-1)", "log-sum-exp and scale"
+        ),
+        "merge-null-logit-in-the-models-dtype": edit(
+            "products = q.to(wide) * _per_row(null_k, q)[:, None].to(wide)",
+            "products = (q * _per_row(null_k, q)[:, None]).to(wide)",
+            "precision",
+        ),
+        "merge-null-of-another-expert": edit(
+            "return null.repeat_interleave(q.shape[0] // null.shape[0], 0)",
+            "return null.repeat(q.shape[0] // null.shape[0], 1, 1)",
+            "BobMcDear/attorch#14",
+        ),
+        "merge-dq-without-the-null-slot": edit(
+            "dq = (dq.to(wide) + ds[..., None] * k0).to(dq.dtype).contiguous()",
+            "dq = dq.contiguous()",
+            "lucidrains/native-sparse-attention-pytorch#31",
+        ),
+        "merge-gradient-without-delta": edit(
+            "(kept * (grad * v0).sum(-1) - p0 * (grad * out.to(wide)).sum(-1))",
+            "(kept * (grad * v0).sum(-1))",
+            "triton-lang/triton#5660",
+        ),
+        "merge-dropout-forward-only": edit(
+            "kept = p0 if keep is None else p0 * keep.transpose(1, 2)", "kept = p0", "Dao-AILab/flash-attention#1251"
+        ),
+        "null-gradient-dropped": edit(
+            "*((None, None) if saved[3] is None else dnull)", "*(None, None)", "unslothai/unsloth#4533"
+        ),
+        "null-dropout-not-rescaled": edit(">= dropout).to(wide) / (1 - dropout)", ">= dropout).to(wide)", "dropout"),
+        "null-dropout-same-for-all-heads": edit(
+            "(torch.rand(lse.shape, device=q.device) >= dropout)",
+            "(torch.rand(lse[:, :1].shape, device=q.device).expand_as(lse) >= dropout)",
+            "Dao-AILab/flash-attention#314",
+        ),
+        "attention-lse-differentiable": edit(
+            "    ctx.mark_non_differentiable(*output[1:])\n", "", "Dao-AILab/flash-attention#1817"
+        ),
+        "attention-lse-without-keys": edit(
+            "q.new_full((rows, heads, length), -math.inf, dtype=wide)",
+            "q.new_full((rows, heads, length), 0.0, dtype=wide)",
+            "Dao-AILab/flash-attention#2562",
+        ),
+        "attention-fake-lse-in-the-models-dtype": edit(
+            "lse = q.new_empty(rows, heads, length, dtype=wide)",
+            "lse = q.new_empty(rows, heads, length)",
+            "AMD-AGI/Primus-Turbo#362",
+        ),
+        "attention-fake-of-the-gradients-strided": edit(
+            "q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
+            "q.new_empty(0) if t is None else torch.empty_like(t)",
+            "AMD-AGI/Primus-Turbo#362",
+        ),
+        "attention-rows-unaligned": edit(
+            "t if _aligned(t) else t.clone(memory_format=torch.contiguous_format)", "t", "ROCm/aiter#5067"
+        ),
+    },
+    "optimized/attention/math.py": {
+        "math-one-hidden-key-seen": edit(
+            "(keys >= setting.lengths[:, None])", "(keys > setting.lengths[:, None])", "thu-ml/SpargeAttn#124"
+        ),
+        "math-row-without-keys": edit(
+            "p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)",
+            "p = s.softmax(-1)",
+            "Dao-AILab/flash-attention#442",
+        ),
+        "math-gradient-of-rows-without-keys": edit(
+            "lse.masked_fill(lse == -math.inf, 0)[..., None]", "lse[..., None]", "pytorch/pytorch#103963"
+        ),
+        "math-weights-by-the-lse": edit(
+            "p = s.softmax(-1).masked_fill(",
+            "p = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().masked_fill(",
+            "precision",
+        ),
+        "math-dropout-forward-only": edit(
+            "        dropped = p * state / (1 - setting.dropout)\n", "", "Dao-AILab/flash-attention#1251"
+        ),
+        "math-dropout-same-for-all-heads": edit(
+            "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
+            "keep = torch.rand(p[:, :1].shape, device=p.device).expand_as(p) >= setting.dropout",
+            "Dao-AILab/flash-attention#314",
+        ),
+        "math-dropout-of-a-fixed-seed": edit(
+            "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
+            "generator = torch.Generator(p.device).manual_seed(0)\n"
+            "        keep = torch.rand(p.shape, device=p.device, generator=generator) >= setting.dropout",
+            "Dao-AILab/flash-attention#314",
+        ),
+        "math-dropout-not-rescaled": edit("p = p * keep / (1 - setting.dropout)", "p = p * keep", "dropout"),
+        "math-logits-in-the-models-dtype": edit(
+            "    wide = torch.promote_types(q.dtype, torch.float32)\n    q, k =",
+            "    wide = q.dtype\n    q, k =",
+            "precision",
+        ),
+    },
+    "optimized/attention/torch_flash_cpu.py": {
+        "flash-cpu-one-hidden-key-seen": edit(
+            "hidden = torch.arange(k.shape[1], device=q.device) >= lengths[:, None]",
+            "hidden = torch.arange(k.shape[1], device=q.device) > lengths[:, None]",
+            "thu-ml/SpargeAttn#124",
+        ),
+        "flash-cpu-finite-sentinel": edit(
+            "masked_fill_(hidden, -math.inf)", "masked_fill_(hidden, -50.0)", "flashinfer-ai/flashinfer#4401"
+        ),
+        "flash-cpu-large-finite-sentinel": edit(
+            "masked_fill_(hidden, -math.inf)", "masked_fill_(hidden, -1e4)", "flashinfer-ai/flashinfer#4401"
+        ),
+    },
+    "optimized/routed_attention.py": {
+        "pack-scores-left-behind": edit(
+            "indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, routes.scores))",
+            "indices, mask = (t.gather(-1, order) for t in (routes.indices, routes.mask))\n    scores = routes.scores",
+            "masked rows and sentinels",
+        ),
+        "query-scores-dropped": edit(
+            "y = y.transpose(0, 1) * q_routes.scores[..., None]",
+            "y = y.transpose(0, 1)",
+            "lucidrains/CoLT5-attention#8",
+        ),
+        "masked-query-slots-not-zero": edit(
+            "return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)",
+            "return y.to(x.dtype)",
+            "trymirai/lalamo#310",
+        ),
+        "dropout-in-eval": edit("self.dropout if self.training else 0.0", "self.dropout", "dropout"),
+    },
+    "optimized/backends.py": {
+        "flash-cpu-ignores-dropout": edit(
+            'return "no dropout on the CPU" if r.dropout else None', "return None", "dropout"
+        ),
+    },
+}

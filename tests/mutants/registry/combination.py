@@ -1,187 +1,104 @@
 """Faults of the combination: the kernel, its operator, and PyTorch's form."""
 
-from ..mutant import Mutant
+from ..mutant import Edits, edit
 
-KERNEL = "optimized/kernels/combine.py"
-OPERATOR = "optimized/ops/combine.py"
-LAUNCH = "optimized/kernels/launch.py"
-MIXTURE = "optimized/mixture.py"
-
-MUTANTS = (
-    Mutant(
-        "combine-kernel-rows-of-other-experts",
-        KERNEL,
-        "row = (e * batch + b) * k + slot",
-        "row = (b * experts + e) * k + slot",
-        "expert mix-up",
-        "BobMcDear/attorch#14: all heads read head 0",
-    ),
-    Mutant(
-        "combine-kernel-mask-of-item-0",
-        KERNEL,
-        "    if HAS_MASK:\n        shown = tl.load(mask_ptr + token).to(tl.int32)\n    for start",
-        "    if HAS_MASK:\n        shown = tl.load(mask_ptr + position).to(tl.int32)\n    for start",
-        "batch mix-up",
-        "fla-org/flash-linear-attention#1115: missing batch offset",
-    ),
-    Mutant(
-        "combine-kernel-local-does-not-count",
-        KERNEL,
-        "mask=inside, other=0.0).to(DTYPE)\n                terms += 1\n",
-        "mask=inside, other=0.0).to(DTYPE)\n",
-        "combination",
-    ),
-    Mutant(
-        "combine-kernel-gradient-not-averaged",
-        KERNEL,
-        "        share /= tl.maximum(terms, 1).to(DTYPE)\n",
-        "",
-        "combination",
-        "lucidrains/CoLT5-attention#8: wrong gradient",
-    ),
-    Mutant(
-        "combine-kernel-gradient-count-without-local",
-        KERNEL,
-        "    if AVERAGE:\n        terms = tl.full((), 1 if HAS_LOCAL else 0, tl.int32)\n",
-        "    if AVERAGE:\n        terms = tl.full((), 0, tl.int32)\n",
-        "combination",
-    ),
-    Mutant(
-        "combine-kernel-score-gradient-of-the-last-piece",
-        KERNEL,
-        "dot += tl.sum(g * y)",
-        "dot = tl.sum(g * y)",
-        "tail mask",
-        "lucidrains/CoLT5-attention#8: partial sums are lost",
-    ),
-    Mutant(
-        "combine-kernel-gradient-of-masked-slots",
-        KERNEL,
-        "taken = tl.load(slots_ptr + place).to(tl.int32)",
-        "taken = tl.full((), 1, tl.int32)",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak through the scatter",
-    ),
-    Mutant(
-        "combine-kernel-gradient-of-masked-tokens",
-        KERNEL,
-        "    if HAS_MASK:\n        taken = tl.where(tl.load(mask_ptr + b * n + position) != 0, taken, 0)\n",
-        "",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak through the scatter",
-    ),
-    Mutant(
-        "combine-kernel-null-gradient-of-one-token",
-        KERNEL,
-        "total += tl.where((terms == 0)[:, None], g, 0.0)",
-        "total = tl.where((terms == 0)[:, None], g, 0.0)",
-        "missing gradient",
-        "unslothai/unsloth#4533: gradient of a weight",
-    ),
-    Mutant(
-        "combine-kernel-tail-of-tokens",
-        KERNEL,
-        "chunks = cdiv(batch * n, CHUNK)",
-        "chunks = max(batch * n // CHUNK, 1)",
-        "tail mask",
-        "pytorch/pytorch#176793: gradients past the last block",
-    ),
-    Mutant(
-        "combine-kernel-gradient-strided",
-        KERNEL,
-        "g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()",
-        "y, inverse = y.contiguous(), inverse.contiguous()",
-        "stride and layout",
-        "ROCm/TransformerEngine#623: gradient of stride 0",
-    ),
-    Mutant(
-        "combine-kernel-gradient-dtype",
-        KERNEL,
-        "partial.sum(0).to(null.dtype)",
-        "partial.sum(0)",
-        "precision",
-    ),
-    Mutant(
-        "launch-arithmetic-in-float32",
-        LAUNCH,
-        "    return tl.float64 if dtype == torch.float64 else tl.float32\n",
-        "    return tl.float32\n",
-        "precision",
-    ),
-    Mutant(
-        "launch-widest-block-halved",
-        LAUNCH,
-        "MAX_BLOCK_D = 4096",
-        "MAX_BLOCK_D = 2048",
-        "configuration",
-        equivalent="only speed: longer rows are read in pieces of any size",
-    ),
-    Mutant(
-        "combine-fake-of-another-dtype",
-        OPERATOR,
-        "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1], dtype=dtype)",
-        "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1])",
-        "fake tensors",
-        "AMD-AGI/Primus-Turbo#362: fake tensors unlike the real ones",
-    ),
-    Mutant(
-        "combine-fake-of-the-gradients-strided",
-        OPERATOR,
-        "y.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
-        "y.new_empty(0) if t is None else torch.empty_like(t)",
-        "fake tensors",
-        "AMD-AGI/Primus-Turbo#362: fake strides",
-    ),
-    Mutant(
-        "combine-score-gradient-dropped",
-        OPERATOR,
-        "return dy, dscores, None, None, None, *optional, None, None, None",
-        "return dy, None, None, None, None, *optional, None, None, None",
-        "missing gradient",
-        "lucidrains/native-sparse-attention-pytorch#31: a term of the gradient",
-    ),
-    Mutant(
-        "combine-null-gradient-dropped",
-        OPERATOR,
-        "for given, gradient in zip(saved[5:7], found))",
-        "for given, gradient in zip((saved[5], None), found))",
-        "missing gradient",
-        "unslothai/unsloth#4533: gradient of a weight None",
-    ),
-    Mutant(
-        "mixture-local-does-not-count",
-        MIXTURE,
-        "out, count = out + local, count + 1",
-        "out = out + local",
-        "combination",
-    ),
-    Mutant(
-        "mixture-average-over-nothing",
-        MIXTURE,
-        "out = out / count.clamp_min(1)",
-        "out = out / count",
-        "combination",
-    ),
-    Mutant(
-        "mixture-null-token-where-the-sum-is-zero",
-        MIXTURE,
-        "out = torch.where(count == 0, null_routed_token",
-        "out = torch.where((out == 0).all(-1, keepdim=True), null_routed_token",
-        "combination",
-    ),
-    Mutant(
-        "mixture-masked-outputs-multiplied",
-        MIXTURE,
-        "(out if mask is None else out.masked_fill(~mask[..., None], 0)).to(dtype)",
-        "(out if mask is None else out * mask[..., None]).to(dtype)",
-        "masked tokens leak",
-        "fla-org/flash-linear-attention#77: NaN spreads",
-    ),
-    Mutant(
-        "mixture-sums-in-the-models-dtype",
-        MIXTURE,
-        "wide = torch.promote_types(y.dtype, q_routes.scores.dtype)",
-        "wide = y.dtype",
-        "precision",
-    ),
-)
+EDITS: Edits = {
+    "optimized/kernels/combine.py": {
+        "combine-kernel-rows-of-other-experts": edit(
+            "row = (e * batch + b) * k + slot", "row = (b * experts + e) * k + slot", "BobMcDear/attorch#14"
+        ),
+        "combine-kernel-mask-of-item-0": edit(
+            "    if HAS_MASK:\n        shown = tl.load(mask_ptr + token).to(tl.int32)\n    for start",
+            "    if HAS_MASK:\n        shown = tl.load(mask_ptr + position).to(tl.int32)\n    for start",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "combine-kernel-local-does-not-count": edit(
+            "mask=inside, other=0.0).to(DTYPE)\n                terms += 1\n",
+            "mask=inside, other=0.0).to(DTYPE)\n",
+            "combination",
+        ),
+        "combine-kernel-gradient-not-averaged": edit(
+            "        share /= tl.maximum(terms, 1).to(DTYPE)\n", "", "lucidrains/CoLT5-attention#8", "combination"
+        ),
+        "combine-kernel-gradient-count-without-local": edit(
+            "    if AVERAGE:\n        terms = tl.full((), 1 if HAS_LOCAL else 0, tl.int32)\n",
+            "    if AVERAGE:\n        terms = tl.full((), 0, tl.int32)\n",
+            "combination",
+        ),
+        "combine-kernel-score-gradient-of-the-last-piece": edit(
+            "dot += tl.sum(g * y)", "dot = tl.sum(g * y)", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+        "combine-kernel-gradient-of-masked-slots": edit(
+            "taken = tl.load(slots_ptr + place).to(tl.int32)", "taken = tl.full((), 1, tl.int32)", "trymirai/lalamo#310"
+        ),
+        "combine-kernel-gradient-of-masked-tokens": edit(
+            "    if HAS_MASK:\n        taken = tl.where(tl.load(mask_ptr + b * n + position) != 0, taken, 0)\n",
+            "",
+            "trymirai/lalamo#310",
+        ),
+        "combine-kernel-null-gradient-of-one-token": edit(
+            "total += tl.where((terms == 0)[:, None], g, 0.0)",
+            "total = tl.where((terms == 0)[:, None], g, 0.0)",
+            "unslothai/unsloth#4533",
+        ),
+        "combine-kernel-tail-of-tokens": edit(
+            "chunks = cdiv(batch * n, CHUNK)", "chunks = max(batch * n // CHUNK, 1)", "pytorch/pytorch#176793"
+        ),
+        "combine-kernel-gradient-strided": edit(
+            "g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()",
+            "y, inverse = y.contiguous(), inverse.contiguous()",
+            "ROCm/TransformerEngine#623",
+        ),
+        "combine-kernel-gradient-dtype": edit("partial.sum(0).to(null.dtype)", "partial.sum(0)", "precision"),
+    },
+    "optimized/kernels/launch.py": {
+        "launch-arithmetic-in-float32": edit(
+            "    return tl.float64 if dtype == torch.float64 else tl.float32\n", "    return tl.float32\n", "precision"
+        ),
+        "launch-widest-block-halved": edit(
+            "MAX_BLOCK_D = 4096",
+            "MAX_BLOCK_D = 2048",
+            "configuration",
+            equivalent="only speed: longer rows are read in pieces of any size",
+        ),
+    },
+    "optimized/ops/combine.py": {
+        "combine-fake-of-another-dtype": edit(
+            "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1], dtype=dtype)",
+            "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1])",
+            "AMD-AGI/Primus-Turbo#362",
+        ),
+        "combine-fake-of-the-gradients-strided": edit(
+            "y.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
+            "y.new_empty(0) if t is None else torch.empty_like(t)",
+            "AMD-AGI/Primus-Turbo#362",
+        ),
+        "combine-score-gradient-dropped": edit(
+            "return dy, dscores, None, None, None, *optional, None, None, None",
+            "return dy, None, None, None, None, *optional, None, None, None",
+            "lucidrains/native-sparse-attention-pytorch#31",
+        ),
+        "combine-null-gradient-dropped": edit(
+            "for given, gradient in zip(saved[5:7], found))",
+            "for given, gradient in zip((saved[5], None), found))",
+            "unslothai/unsloth#4533",
+        ),
+    },
+    "optimized/mixture.py": {
+        "mixture-local-does-not-count": edit("out, count = out + local, count + 1", "out = out + local", "combination"),
+        "mixture-average-over-nothing": edit("out = out / count.clamp_min(1)", "out = out / count", "combination"),
+        "mixture-null-token-where-the-sum-is-zero": edit(
+            "out = torch.where(count == 0, null_routed_token",
+            "out = torch.where((out == 0).all(-1, keepdim=True), null_routed_token",
+            "combination",
+        ),
+        "mixture-masked-outputs-multiplied": edit(
+            "(out if mask is None else out.masked_fill(~mask[..., None], 0)).to(dtype)",
+            "(out if mask is None else out * mask[..., None]).to(dtype)",
+            "fla-org/flash-linear-attention#77",
+        ),
+        "mixture-sums-in-the-models-dtype": edit(
+            "wide = torch.promote_types(y.dtype, q_routes.scores.dtype)", "wide = y.dtype", "precision"
+        ),
+    },
+}

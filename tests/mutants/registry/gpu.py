@@ -1,198 +1,143 @@
 """Faults that a CPU can't tell from the original: kernels it does not run, sizes it does not reach."""
 
-from ..mutant import Mutant
+from functools import partial
 
-MUTANTS = (
-    Mutant(
-        "select-kernel-row-of-32-bits",
-        "optimized/kernels/selection.py",
-        "row = tl.program_id(0).to(tl.int64)",
-        "row = tl.program_id(0)",
-        "32-bit index",
-        "fla-org/flash-linear-attention#1080: int32 offsets",
-        "cuda",
-    ),
-    Mutant(
-        "descent-kernel-row-of-32-bits",
-        "optimized/kernels/coordinate_descent.py",
-        "    row = tl.program_id(0).to(tl.int64)\n    s_ptr += row * n\n    scores_ptr += row * n\n",
-        "    row = tl.program_id(0)\n    s_ptr += row * n\n    scores_ptr += row * n\n",
-        "32-bit index",
-        "databricks/megablocks#186: int32 offsets",
-        "cuda",
-    ),
-    Mutant(
-        "combine-kernel-token-of-32-bits",
-        "optimized/kernels/combine.py",
-        "token = tl.program_id(0).to(tl.int64)  # (b, n)",
-        "token = tl.program_id(0)  # (b, n)",
-        "32-bit index",
-        "thu-ml/SageAttention#386: int32 offsets",
-        "cuda",
-    ),
-    Mutant(
-        "null-kernel-item-of-32-bits",
-        "optimized/kernels/null_slot.py",
-        "(program // heads // chunks).to(tl.int64)",
-        "program // heads // chunks",
-        "32-bit index",
-        "sgl-project/sglang#20389: int32 offsets",
-        "cuda",
-    ),
-    Mutant(
-        "rotary-kernel-slot-of-32-bits",
-        "optimized/kernels/rotary.py",
-        "slot = tl.program_id(0).to(tl.int64)",
-        "slot = tl.program_id(0)",
-        "32-bit index",
-        "pytorch/pytorch#190857: int32 offsets",
-        "cuda",
-    ),
-    Mutant(
-        "combine-kernel-unmasked-store",
-        "optimized/kernels/combine.py",
-        "total.to(out_ptr.dtype.element_ty), mask=inside)",
-        "total.to(out_ptr.dtype.element_ty))",
-        "tail mask",
-        "lucidrains/native-sparse-attention-pytorch#33: unmasked store",
-        "cuda",
-    ),
-    Mutant(
-        "routes-read-while-capturing",
-        "optimized/validation.py",
-        "return not (t.is_cuda and torch.cuda.is_current_stream_capturing())",
-        "return True",
-        "host synchronisation",
-        "NVIDIA/Megatron-LM#1598: host synchronisation breaks CUDA graphs",
-        "cuda",
-    ),
-    Mutant(
-        "efficient-draw-on-the-host-while-capturing",
-        "optimized/attention/torch_efficient.py",
-        'device=q.device if captured else "cpu"',
-        'device="cpu"',
-        "host synchronisation",
-        "thu-ml/SageAttention#371: graph replay stale",
-        "cuda",
-        equivalent="With dropout the kernel itself returns where its draw came from, on the GPU while capturing; this "
-        "stands in for it where nothing was drawn, and nothing reads it.",
-    ),
-    Mutant(
-        "attention-scale-of-the-padded-dimension",
-        "optimized/ops/attention.py",
-        "_forward(module, padded, Setting(dim**-0.5, lengths",
-        "_forward(module, padded, Setting(padded[0].shape[-1] ** -0.5, lengths",
-        "log-sum-exp and scale",
-        "intel/ipex-llm#12619: scale after head-dim padding",
-        "cuda",
-    ),
-    Mutant(
-        "flash-4-alignment-of-8",
-        "optimized/attention/__init__.py",
-        '"flash_attn_4": 32, "cudnn_flash_attn_4": 32}',
-        '"cudnn_flash_attn_4": 32}',
-        "configuration",
-        "triton-lang/triton#621: head dimension hard-coded",
-        "cuda",
-    ),
-    Mutant(
-        "window-sides-swapped",
-        "optimized/attention/__init__.py",
-        "return self.window, 0 if self.causal and self.window >= 0 else self.window",
-        "return 0 if self.causal and self.window >= 0 else self.window, self.window",
-        "causality",
-        "jax-ml/jax#39576: window sees the future",
-        "cuda",
-    ),
-    Mutant(
-        "offsets-one-key-too-many",
-        "optimized/attention/lengths.py",
-        "torch.stack((k_starts[:-1] + lengths, k_starts[1:]), 1)",
-        "torch.stack(((k_starts[:-1] + lengths + 1).minimum(k_starts[1:]), k_starts[1:]), 1)",
-        "masked tokens leak",
-        "pytorch/pytorch#191937: number of keys",
-        "cuda",
-    ),
-    Mutant(
-        "flash-4-hidden-keys-unwritten",
-        "optimized/attention/flash_attn_4.py",
-        "        dk.zero_()\n        dv.zero_()\n",
-        "        dk.zero_()\n",
-        "uninitialised output",
-        "Dao-AILab/flash-attention#2324: gradients of padding unwritten",
-        "cuda",
-    ),
-    Mutant(
-        "flash-2-backward-not-deterministic",
-        "optimized/attention/flash_attn_2.py",
-        '"deterministic": torch.are_deterministic_algorithms_enabled(),',
-        '"deterministic": False,',
-        "configuration",
-        "Dao-AILab/flash-attention#2033: a race",
-        "cuda",
-    ),
-    Mutant(
-        "flash-2-dropout-drawn-again",
-        "optimized/attention/flash_attn_2.py",
-        '"rng_state": state if setting.dropout else None,',
-        '"rng_state": torch.zeros_like(state) if setting.dropout else None,',
-        "dropout",
-        "Dao-AILab/flash-attention#1251: dropout of forward and backward differ",
-        "cuda",
-    ),
-    Mutant(
-        "torch-flash-dropout-drawn-again",
-        "optimized/attention/torch_flash.py",
-        "draw = state if setting.dropout else",
-        "draw = torch.zeros_like(state) if setting.dropout else",
-        "dropout",
-        "pytorch/pytorch#197563: seed read before it is filled",
-        "cuda",
-    ),
-    Mutant(
-        "efficient-lse-padding-of-the-other-sign",
-        "optimized/attention/torch_efficient.py",
-        "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)",
-        "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), -math.inf)",
-        "tail mask",
-        "pytorch/pytorch#176793: gradients past the last query",
-        "cuda",
-    ),
-    Mutant(
-        "flex-window-one-short",
-        "optimized/attention/flex_window.py",
-        "(i - j <= window)",
-        "(i - j < window)",
-        "window",
-        "huggingface/transformers#39408: window off by one",
-        "cuda",
-    ),
-    Mutant(
-        "local-rows-of-padding-see-nothing",
-        "optimized/local_attention.py",
-        "visible = (valid[:, :, None] & band) | (offset == 0)",
-        "visible = valid[:, :, None] & band",
-        "masked rows and sentinels",
-        "pytorch/pytorch#103963: NaN of fully masked rows",
-        "cuda",
-        equivalent="PyTorch's kernels return zeros for a row that sees nothing, and gradients of 0: seen with its "
-        "efficient and its plain attention in every dtype (torch 2.11, H200).",
-    ),
-    Mutant(
-        "cudnn-in-deterministic-mode",
-        "optimized/backends.py",
-        '    if torch.are_deterministic_algorithms_enabled():\n        return "its backward is not deterministic"\n',
-        "",
-        "choice of backend",
-        "Dao-AILab/flash-attention#2033: a race",
-        "cuda",
-    ),
-    Mutant(
-        "flash-window-takes-a-mask",
-        "optimized/backends.py",
-        'return obstacle(r) or ("takes no mask" if r.masked else None)',
-        "return obstacle(r)",
-        "choice of backend",
-        device="cuda",
-    ),
-)
+from .. import mutant
+from ..mutant import Edits
+
+edit = partial(mutant.edit, device="cuda")
+
+EDITS: Edits = {
+    "optimized/kernels/selection.py": {
+        "select-kernel-row-of-32-bits": edit(
+            "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "fla-org/flash-linear-attention#1080"
+        ),
+    },
+    "optimized/kernels/coordinate_descent.py": {
+        "descent-kernel-row-of-32-bits": edit(
+            "    row = tl.program_id(0).to(tl.int64)\n    s_ptr += row * n\n    scores_ptr += row * n\n",
+            "    row = tl.program_id(0)\n    s_ptr += row * n\n    scores_ptr += row * n\n",
+            "databricks/megablocks#186",
+        ),
+    },
+    "optimized/kernels/combine.py": {
+        "combine-kernel-token-of-32-bits": edit(
+            "token = tl.program_id(0).to(tl.int64)  # (b, n)",
+            "token = tl.program_id(0)  # (b, n)",
+            "thu-ml/SageAttention#386",
+        ),
+        "combine-kernel-unmasked-store": edit(
+            "total.to(out_ptr.dtype.element_ty), mask=inside)",
+            "total.to(out_ptr.dtype.element_ty))",
+            "lucidrains/native-sparse-attention-pytorch#33",
+        ),
+    },
+    "optimized/kernels/null_slot.py": {
+        "null-kernel-item-of-32-bits": edit(
+            "(program // heads // chunks).to(tl.int64)", "program // heads // chunks", "sgl-project/sglang#20389"
+        ),
+    },
+    "optimized/kernels/rotary.py": {
+        "rotary-kernel-slot-of-32-bits": edit(
+            "slot = tl.program_id(0).to(tl.int64)", "slot = tl.program_id(0)", "pytorch/pytorch#190857"
+        ),
+    },
+    "optimized/validation.py": {
+        "routes-read-while-capturing": edit(
+            "return not (t.is_cuda and torch.cuda.is_current_stream_capturing())",
+            "return True",
+            "NVIDIA/Megatron-LM#1598",
+        ),
+    },
+    "optimized/attention/torch_efficient.py": {
+        "efficient-draw-on-the-host-while-capturing": edit(
+            'device=q.device if captured else "cpu"',
+            'device="cpu"',
+            "thu-ml/SageAttention#371",
+            equivalent="With dropout the kernel itself returns where its draw came from, on "
+            "the GPU while capturing; this stands in for it where nothing was "
+            "drawn, and nothing reads it.",
+        ),
+        "efficient-lse-padding-of-the-other-sign": edit(
+            "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)",
+            "(rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), -math.inf)",
+            "pytorch/pytorch#176793",
+        ),
+    },
+    "optimized/ops/attention.py": {
+        "attention-scale-of-the-padded-dimension": edit(
+            "_forward(module, padded, Setting(dim**-0.5, lengths",
+            "_forward(module, padded, Setting(padded[0].shape[-1] ** -0.5, lengths",
+            "intel/ipex-llm#12619",
+        ),
+    },
+    "optimized/attention/__init__.py": {
+        "flash-4-alignment-of-8": edit(
+            '"flash_attn_4": 32, "cudnn_flash_attn_4": 32}',
+            '"cudnn_flash_attn_4": 32}',
+            "triton-lang/triton#621",
+            "configuration",
+        ),
+        "window-sides-swapped": edit(
+            "return self.window, 0 if self.causal and self.window >= 0 else self.window",
+            "return 0 if self.causal and self.window >= 0 else self.window, self.window",
+            "jax-ml/jax#39576",
+        ),
+    },
+    "optimized/attention/lengths.py": {
+        "offsets-one-key-too-many": edit(
+            "torch.stack((k_starts[:-1] + lengths, k_starts[1:]), 1)",
+            "torch.stack(((k_starts[:-1] + lengths + 1).minimum(k_starts[1:]), k_starts[1:]), 1)",
+            "pytorch/pytorch#191937",
+        ),
+    },
+    "optimized/attention/flash_attn_4.py": {
+        "flash-4-hidden-keys-unwritten": edit(
+            "        dk.zero_()\n        dv.zero_()\n", "        dk.zero_()\n", "Dao-AILab/flash-attention#2324"
+        ),
+    },
+    "optimized/attention/flash_attn_2.py": {
+        "flash-2-backward-not-deterministic": edit(
+            '"deterministic": torch.are_deterministic_algorithms_enabled(),',
+            '"deterministic": False,',
+            "Dao-AILab/flash-attention#2033",
+            "configuration",
+        ),
+        "flash-2-dropout-drawn-again": edit(
+            '"rng_state": state if setting.dropout else None,',
+            '"rng_state": torch.zeros_like(state) if setting.dropout else None,',
+            "Dao-AILab/flash-attention#1251",
+        ),
+    },
+    "optimized/attention/torch_flash.py": {
+        "torch-flash-dropout-drawn-again": edit(
+            "draw = state if setting.dropout else",
+            "draw = torch.zeros_like(state) if setting.dropout else",
+            "pytorch/pytorch#197563",
+        ),
+    },
+    "optimized/attention/flex_window.py": {
+        "flex-window-one-short": edit("(i - j <= window)", "(i - j < window)", "huggingface/transformers#39408"),
+    },
+    "optimized/local_attention.py": {
+        "local-rows-of-padding-see-nothing": edit(
+            "visible = (valid[:, :, None] & band) | (offset == 0)",
+            "visible = valid[:, :, None] & band",
+            "pytorch/pytorch#103963",
+            equivalent="PyTorch's kernels return zeros for a row that sees nothing, and "
+            "gradients of 0: seen with its efficient and its plain attention in "
+            "every dtype (torch 2.11, H200).",
+        ),
+    },
+    "optimized/backends.py": {
+        "cudnn-in-deterministic-mode": edit(
+            "    if torch.are_deterministic_algorithms_enabled():\n"
+            '        return "its backward is not deterministic"\n',
+            "",
+            "Dao-AILab/flash-attention#2033",
+        ),
+        "flash-window-takes-a-mask": edit(
+            'return obstacle(r) or ("takes no mask" if r.masked else None)', "return obstacle(r)", "choice of backend"
+        ),
+    },
+}

@@ -1,200 +1,121 @@
 """Faults of the selection: the kernel, PyTorch's form, and routing around it."""
 
-from ..mutant import Mutant
+from ..mutant import Edits, edit
 
-KERNEL = "optimized/kernels/selection.py"
-OPERATOR = "optimized/ops/selection.py"
-ROUTING = "optimized/routing.py"
-
-MUTANTS = (
-    Mutant(
-        "select-kernel-nan-ranks-first",
-        KERNEL,
-        "key = tl.where(s != s, lowest + 2, key)",
-        "key = tl.where(s != s, ones, key)",
-        "NaN order",
-    ),
-    Mutant(
-        "select-kernel-signed-zeros-differ",
-        KERNEL,
-        "    bits = tl.where(s == 0, 0, bits)  # -0.0 ties with 0.0\n",
-        "",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "select-kernel-negatives-reversed",
-        KERNEL,
-        "key = tl.where(bits < 0, bits ^ ones, bits)",
-        "key = bits",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "select-kernel-masked-poison",
-        KERNEL,
-        "key = tl.where(valid, key, lowest + 1)",
-        "key = tl.where(valid, key, lowest + 2)",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak",
-    ),
-    Mutant(
-        "select-kernel-one-equal-too-few",
-        KERNEL,
-        "(seen_equal + tl.cumsum(equal) <= room)",
-        "(seen_equal + tl.cumsum(equal) < room)",
-        "ties and signed zeros",
-        "vllm-project/vllm-xpu-kernels#453: tokens dropped",
-    ),
-    Mutant(
-        "select-kernel-equals-and-larger-ones",
-        KERNEL,
-        "seen_equal += tl.sum(equal)",
-        "seen_equal += tl.sum(chosen.to(tl.int32))",
-        "ties and signed zeros",
-        "pytorch/pytorch#150012: ties differ with the size",
-    ),
-    Mutant(
-        "select-kernel-low-bits-undecided",
-        KERNEL,
-        "while (shift >= 0) & (found != k):",
-        "while (shift > 0) & (found != k):",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "select-kernel-poison-of-the-last-chunk",
-        KERNEL,
-        "            poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))",
-        "            poisoned = tl.max((key == lowest + 2).to(tl.int32))",
-        "tail mask",
-        "pytorch/pytorch#153799: wrong only beyond a block",
-    ),
-    Mutant(
-        "select-kernel-inverse-of-masked",
-        KERNEL,
-        "tl.where(chosen & shown, slot, -1), mask=there",
-        "tl.where(chosen, slot, -1), mask=there",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak through the scatter",
-    ),
-    Mutant(
-        "select-kernel-inverse-unwritten",
-        KERNEL,
-        "tl.where(chosen & shown, slot, -1), mask=there",
-        "tl.where(chosen & shown, slot, -1), mask=chosen",
-        "uninitialised output",
-        "tile-ai/tilelang#2461: elements that nobody writes",
-    ),
-    Mutant(
-        "select-kernel-inverse-of-the-other-group",
-        KERNEL,
-        "        inverse_0 = inverse_1\n",
-        "",
-        "expert mix-up",
-        "BobMcDear/attorch#14: all heads read head 0",
-    ),
-    Mutant(
-        "select-kernel-unit-scores-hide-nan",
-        KERNEL,
-        'tl.store(picked_0 + slot, tl.where(poisoned > 0, float("nan"), picked), mask=chosen)',
-        "tl.store(picked_0 + slot, picked, mask=chosen)",
-        "straight-through",
-    ),
-    Mutant(
-        "select-kernel-unit-scores-of-masked",
-        KERNEL,
-        "picked = shown.to(picked_0.dtype.element_ty)",
-        "picked = chosen.to(picked_0.dtype.element_ty)",
-        "straight-through",
-    ),
-    Mutant(
-        "select-kernel-scores-strided",
-        KERNEL,
-        "s if scores is None else scores.contiguous()",
-        "s if scores is None else scores",
-        "stride and layout",
-        "unslothai/unsloth#10617: wrong in 254 of 472 layouts",
-    ),
-    Mutant(
-        "select-kernel-first-masked-slot",
-        KERNEL,
-        "first_masked = tl.minimum(valid_tokens, k)",
-        "first_masked = valid_tokens",
-        "masked rows and sentinels",
-        equivalent="it is read for chosen masked tokens only, and these exist only if valid_tokens < k",
-    ),
-    Mutant(
-        "select-one-equal-too-few",
-        OPERATOR,
-        "(equal.cumsum(-1) <= room)",
-        "(equal.cumsum(-1) < room)",
-        "ties and signed zeros",
-        "vllm-project/vllm-xpu-kernels#453: tokens dropped",
-    ),
-    Mutant("select-signed-zeros-differ", OPERATOR, "floats = logits + 0.0", "floats = logits", "ties and signed zeros"),
-    Mutant(
-        "select-nan-ranks-first",
-        OPERATOR,
-        "logits.isnan(), torch.iinfo(torch.int64).min + 1",
-        "logits.isnan(), torch.iinfo(torch.int64).max",
-        "NaN order",
-    ),
-    Mutant(
-        "select-masked-ties-with-nan",
-        OPERATOR,
-        "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min)",
-        "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min + 1)",
-        "NaN order",
-    ),
-    Mutant(
-        "select-inverse-of-masked",
-        OPERATOR,
-        "inverse = torch.where(chosen_valid, slot, -1)",
-        "inverse = torch.where(chosen, slot, -1)",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak through the scatter",
-    ),
-    Mutant(
-        "inverse-map-of-masked",
-        OPERATOR,
-        "return empty.scatter(-1, indices, torch.where(mask, slots, -1))",
-        "return empty.scatter(-1, indices, slots.expand_as(indices))",
-        "masked tokens leak",
-        "trymirai/lalamo#310: padded tokens leak through the scatter",
-    ),
-    Mutant(
-        "select-fake-of-another-dtype",
-        OPERATOR,
-        "torch.empty_like(logits, dtype=torch.int32, memory_format=torch.contiguous_format)",
-        "torch.empty_like(logits, dtype=torch.int64, memory_format=torch.contiguous_format)",
-        "fake tensors",
-    ),
-    Mutant(
-        "blocks-mass-of-the-whole-row",
-        ROUTING,
-        "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options, triton)",
-        "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k, options, triton)",
-        "mass",
-    ),
-    Mutant(
-        "blocks-last-block-at-the-start",
-        ROUTING,
-        "first = start + length * torch.arange",
-        "first = length * torch.arange",
-        "tail mask",
-        "fla-org/flash-linear-attention#1115: missing offset",
-    ),
-    Mutant(
-        "blocks-short-block-is-scored",
-        ROUTING,
-        "if length <= k_block or not solve:",
-        "if not solve:",
-        "tail mask",
-        "NVIDIA-NeMo/Automodel#3035: top-k of more than there are",
-    ),
-    Mutant(
-        "blocks-masked-slots-in-between",
-        ROUTING,
-        "order = (~chosen_mask).to(torch.uint8).argsort(dim=-1, stable=True)",
-        "order = chosen.argsort(dim=-1, stable=True)",
-        "masked rows and sentinels",
-    ),
-)
+EDITS: Edits = {
+    "optimized/kernels/selection.py": {
+        "select-kernel-nan-ranks-first": edit(
+            "key = tl.where(s != s, lowest + 2, key)", "key = tl.where(s != s, ones, key)", "NaN order"
+        ),
+        "select-kernel-signed-zeros-differ": edit(
+            "    bits = tl.where(s == 0, 0, bits)  # -0.0 ties with 0.0\n", "", "ties and signed zeros"
+        ),
+        "select-kernel-negatives-reversed": edit(
+            "key = tl.where(bits < 0, bits ^ ones, bits)", "key = bits", "ties and signed zeros"
+        ),
+        "select-kernel-masked-poison": edit(
+            "key = tl.where(valid, key, lowest + 1)", "key = tl.where(valid, key, lowest + 2)", "trymirai/lalamo#310"
+        ),
+        "select-kernel-one-equal-too-few": edit(
+            "(seen_equal + tl.cumsum(equal) <= room)",
+            "(seen_equal + tl.cumsum(equal) < room)",
+            "vllm-project/vllm-xpu-kernels#453",
+        ),
+        "select-kernel-equals-and-larger-ones": edit(
+            "seen_equal += tl.sum(equal)", "seen_equal += tl.sum(chosen.to(tl.int32))", "pytorch/pytorch#150012"
+        ),
+        "select-kernel-low-bits-undecided": edit(
+            "while (shift >= 0) & (found != k):", "while (shift > 0) & (found != k):", "ties and signed zeros"
+        ),
+        "select-kernel-poison-of-the-last-chunk": edit(
+            "            poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))",
+            "            poisoned = tl.max((key == lowest + 2).to(tl.int32))",
+            "pytorch/pytorch#153799",
+        ),
+        "select-kernel-inverse-of-masked": edit(
+            "tl.where(chosen & shown, slot, -1), mask=there",
+            "tl.where(chosen, slot, -1), mask=there",
+            "trymirai/lalamo#310",
+        ),
+        "select-kernel-inverse-unwritten": edit(
+            "tl.where(chosen & shown, slot, -1), mask=there",
+            "tl.where(chosen & shown, slot, -1), mask=chosen",
+            "tile-ai/tilelang#2461",
+        ),
+        "select-kernel-inverse-of-the-other-group": edit("        inverse_0 = inverse_1\n", "", "BobMcDear/attorch#14"),
+        "select-kernel-unit-scores-hide-nan": edit(
+            'tl.store(picked_0 + slot, tl.where(poisoned > 0, float("nan"), picked), mask=chosen)',
+            "tl.store(picked_0 + slot, picked, mask=chosen)",
+            "straight-through",
+        ),
+        "select-kernel-unit-scores-of-masked": edit(
+            "picked = shown.to(picked_0.dtype.element_ty)",
+            "picked = chosen.to(picked_0.dtype.element_ty)",
+            "straight-through",
+        ),
+        "select-kernel-scores-strided": edit(
+            "s if scores is None else scores.contiguous()",
+            "s if scores is None else scores",
+            "unslothai/unsloth#10617",
+            "stride and layout",
+        ),
+        "select-kernel-first-masked-slot": edit(
+            "first_masked = tl.minimum(valid_tokens, k)",
+            "first_masked = valid_tokens",
+            "masked rows and sentinels",
+            equivalent="it is read for chosen masked tokens only, and these exist only if valid_tokens < k",
+        ),
+    },
+    "optimized/ops/selection.py": {
+        "select-one-equal-too-few": edit(
+            "(equal.cumsum(-1) <= room)", "(equal.cumsum(-1) < room)", "vllm-project/vllm-xpu-kernels#453"
+        ),
+        "select-signed-zeros-differ": edit("floats = logits + 0.0", "floats = logits", "ties and signed zeros"),
+        "select-nan-ranks-first": edit(
+            "logits.isnan(), torch.iinfo(torch.int64).min + 1",
+            "logits.isnan(), torch.iinfo(torch.int64).max",
+            "NaN order",
+        ),
+        "select-masked-ties-with-nan": edit(
+            "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min)",
+            "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min + 1)",
+            "NaN order",
+        ),
+        "select-inverse-of-masked": edit(
+            "inverse = torch.where(chosen_valid, slot, -1)",
+            "inverse = torch.where(chosen, slot, -1)",
+            "trymirai/lalamo#310",
+        ),
+        "inverse-map-of-masked": edit(
+            "return empty.scatter(-1, indices, torch.where(mask, slots, -1))",
+            "return empty.scatter(-1, indices, slots.expand_as(indices))",
+            "trymirai/lalamo#310",
+        ),
+        "select-fake-of-another-dtype": edit(
+            "torch.empty_like(logits, dtype=torch.int32, memory_format=torch.contiguous_format)",
+            "torch.empty_like(logits, dtype=torch.int64, memory_format=torch.contiguous_format)",
+            "fake tensors",
+        ),
+    },
+    "optimized/routing.py": {
+        "blocks-mass-of-the-whole-row": edit(
+            "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options, triton)",
+            "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k, options, triton)",
+            "mass",
+        ),
+        "blocks-last-block-at-the-start": edit(
+            "first = start + length * torch.arange",
+            "first = length * torch.arange",
+            "fla-org/flash-linear-attention#1115",
+            "tail mask",
+        ),
+        "blocks-short-block-is-scored": edit(
+            "if length <= k_block or not solve:", "if not solve:", "NVIDIA-NeMo/Automodel#3035"
+        ),
+        "blocks-masked-slots-in-between": edit(
+            "order = (~chosen_mask).to(torch.uint8).argsort(dim=-1, stable=True)",
+            "order = chosen.argsort(dim=-1, stable=True)",
+            "masked rows and sentinels",
+        ),
+    },
+}

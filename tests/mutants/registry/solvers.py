@@ -1,375 +1,215 @@
 """Faults of the two solvers: kernels, what rows share, PyTorch's forms, and the router's use of them."""
 
-from ..mutant import Mutant
+from ..mutant import Edits, edit
 
-DESCENT = "optimized/kernels/coordinate_descent.py"
-CAPPED = "optimized/kernels/capped_simplex.py"
-ROWS = "optimized/kernels/rows.py"
-LAUNCH = "optimized/kernels/launch.py"
-OPERATOR = "optimized/ops/solvers.py"
-ROUTING = "optimized/routing.py"
-
-MUTANTS = (
-    Mutant(
-        "descent-kernel-last-temperature",
-        DESCENT,
-        "rate = _rate(_temperature(n_iters, eps_bits",
-        "rate = _rate(_temperature(n_iters - 1, eps_bits",
-        "mass",
-    ),
-    Mutant(
-        "descent-kernel-cools-too-late",
-        DESCENT,
-        "        hot *= cooling\n        temperature = tl.maximum(hot, coldest).to(dtype)\n",
-        "        temperature = tl.maximum(hot, coldest).to(dtype)\n        hot *= cooling\n",
-        "mass",
-    ),
-    Mutant(
-        "descent-kernel-counts-strictly",
-        DESCENT,
-        "total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound)",
-        "total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s > bound)",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "descent-kernel-peak-is-the-bound",
-        DESCENT,
-        "peak = tl.minimum(top, bound)",
-        "peak = bound",
-        "log-sum-exp and scale",
-        "fla-org/flash-linear-attention#1214: exponentials out of range",
-    ),
-    Mutant(
-        "descent-kernel-mask-of-item-0",
-        DESCENT,
-        "    if HAS_MASK:\n        mask_ptr += row // experts * n\n"
-        "    dtype: tl.constexpr = s_ptr.dtype.element_ty\n    log_k",
-        "    dtype: tl.constexpr = s_ptr.dtype.element_ty\n    log_k",
-        "batch mix-up",
-        "fla-org/flash-linear-attention#1115: missing batch offset",
-    ),
-    Mutant(
-        "descent-kernel-gradient-of-saturated",
-        DESCENT,
-        "tl.where(valid & (s >= -a), 0.0, grad * scores / temperature)",
-        "grad * scores / temperature",
-        "missing gradient",
-        "lucidrains/CoLT5-attention#8: wrong gradient of the Triton coordinate descent",
-    ),
-    Mutant(
-        "descent-kernel-sum-of-the-last-chunk",
-        DESCENT,
-        "        da += tl.sum(ds)\n",
-        "        da = tl.sum(ds)\n",
-        "tail mask",
-        "lucidrains/CoLT5-attention#8: partial sums are lost",
-    ),
-    Mutant(
-        "descent-kernel-steps-not-carried",
-        DESCENT,
-        "da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))",
-        "da = tl.sum(tl.where(lanes == 0, product, 0.0))",
-        "missing gradient",
-        "fla-org/flash-linear-attention#1140: wrong across chunks",
-    ),
-    Mutant(
-        "descent-kernel-factor-without-count",
-        DESCENT,
-        "factor = count * tl.exp((following - mine) / temperature) * inverse_k",
-        "factor = tl.exp((following - mine) / temperature) * inverse_k",
-        "missing gradient",
-        "lucidrains/CoLT5-attention#8: wrong gradient of the Triton coordinate descent",
-    ),
-    Mutant(
-        "descent-kernel-factor-of-another-step",
-        DESCENT,
-        "temperature = _temperature(t + 1, eps_bits",
-        "temperature = _temperature(t, eps_bits",
-        "stale saved tensor",
-    ),
-    Mutant(
-        "descent-kernel-dlogits-of-masked-dropped",
-        DESCENT,
-        "    ds = tl.where(valid, ds, 0.0)\n    if HAS_DLOGITS:\n"
-        "        ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)\n",
-        "    if HAS_DLOGITS:\n        ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)\n"
-        "    ds = tl.where(valid, ds, 0.0)\n",
-        "missing gradient",
-        "pytorch/pytorch#188302: a gradient that is asked for alone",
-    ),
-    Mutant(
-        "descent-kernel-nan-is-saturated",
-        DESCENT,
-        '        scores = tl.where(poisoned > 0, float("nan"), scores)\n        tl.store(scores_ptr',
-        "        tl.store(scores_ptr",
-        "NaN order",
-    ),
-    Mutant(
-        "descent-kernel-rates-by-every-row",
-        DESCENT,
-        "mask=t >= tl.where(row == 0, 1, n_iters)",
-        "mask=t >= 1",
-        "configuration",
-        equivalent="all rows store the same bits at the same place",
-    ),
-    Mutant(
-        "capped-kernel-mass-of-all",
-        CAPPED,
-        "left = tl.maximum(k - above.to(dtype), 0.0)",
-        "left = k",
-        "mass",
-        "PythonOT/POT#394: a constraint is lost",
-    ),
-    Mutant(
-        "capped-kernel-peak-of-the-last-chunk",
-        CAPPED,
-        "peak = tl.maximum(peak, tl.max(tl.where(saturated, -infinity, s)))",
-        "peak = tl.max(tl.where(saturated, -infinity, s))",
-        "tail mask",
-        "pytorch/pytorch#153799: wrong only beyond a block",
-    ),
-    Mutant(
-        "capped-kernel-gradient-without-mean",
-        CAPPED,
-        "ds = w * (grad - mean) / eps",
-        "ds = w * grad / eps",
-        "missing gradient",
-        "tenstorrent/tt-metal#53204: a mean subtracted wrongly",
-    ),
-    Mutant(
-        "capped-kernel-gradient-without-eps",
-        CAPPED,
-        "ds = w * (grad - mean) / eps",
-        "ds = w * (grad - mean)",
-        "log-sum-exp and scale",
-    ),
-    Mutant(
-        "capped-kernel-gradient-of-saturated",
-        CAPPED,
-        "return tl.where(s <= threshold, scores, 0.0), grad",
-        "return scores, grad",
-        "missing gradient",
-        "PythonOT/POT#394: wrong gradient at the constraint",
-    ),
-    Mutant(
-        "capped-kernel-poisoned-gradient",
-        CAPPED,
-        "    if PICKED:\n        grad = tl.where(scores != scores, 0.0, grad)"
-        "  # picked scores that were set to NaN are constants\n",
-        "",
-        "NaN order",
-    ),
-    Mutant(
-        "capped-kernel-moment-of-the-last-chunk",
-        CAPPED,
-        "moment += tl.sum(w * grad)",
-        "moment = tl.sum(w * grad)",
-        "tail mask",
-        "lucidrains/CoLT5-attention#8: partial sums are lost",
-    ),
-    Mutant(
-        "rows-masked-lanes-are-zero",
-        ROWS,
-        'other=-float("inf")), valid',
-        "other=0.0), valid",
-        "tail mask",
-        "flagos-ai/FlagGems#3716: masked loads feed reductions",
-    ),
-    Mutant(
-        "rows-mass-of-the-first-item",
-        ROWS,
-        "tl.where(row % experts < group, mass_0_bits, mass_1_bits)",
-        "tl.where(row < group, mass_0_bits, mass_1_bits)",
-        "batch mix-up",
-        "fla-org/flash-linear-attention#1115: missing batch offset",
-    ),
-    Mutant(
-        "rows-gradient-of-another-item",
-        ROWS,
-        "place = row // experts * group + expert % group",
-        "place = row // experts + expert % group",
-        "batch mix-up",
-        "fla-org/flash-linear-attention#1115: missing batch offset",
-    ),
-    Mutant(
-        "rows-gradient-width-of-the-first-group",
-        ROWS,
-        "            width = k_1.to(tl.int64)\n",
-        "",
-        "expert mix-up",
-        "BobMcDear/attorch#14: all heads read head 0",
-    ),
-    Mutant(
-        "rows-gradient-at-minus-one",
-        ROWS,
-        "        valid = offsets >= 0\n",
-        "",
-        "masked rows and sentinels",
-        "vllm-project/vllm#48371: index -1",
-    ),
-    Mutant(
-        "rows-gradient-strided",
-        ROWS,
-        "grads = tuple(grad.contiguous() for grad in grads)",
-        "grads = tuple(grads)",
-        "stride and layout",
-        "ROCm/TransformerEngine#623: gradient of stride 0",
-    ),
-    Mutant(
-        "launch-numbers-in-float32",
-        LAUNCH,
-        'return struct.unpack("<q", struct.pack("<d", value))[0]',
-        'value = struct.unpack("<f", struct.pack("<f", value))[0]\n'
-        '    return struct.unpack("<q", struct.pack("<d", value))[0]',
-        "precision",
-    ),
-    Mutant(
-        "launch-mask-strided",
-        LAUNCH,
-        "mask.contiguous().view(torch.int8)",
-        "mask.view(torch.int8)",
-        "stride and layout",
-        "unslothai/unsloth#10617: wrong in 254 of 472 layouts",
-    ),
-    Mutant(
-        "descent-temperature", OPERATOR, "eps_init * eps_decay**t, eps", "eps_init * eps_decay ** (t + 1), eps", "mass"
-    ),
-    Mutant(
-        "descent-counts-strictly",
-        OPERATOR,
-        "counts[t] = (s >= bound).sum(-1)",
-        "counts[t] = (s > bound).sum(-1)",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "descent-masked-of-poisoned-rows",
-        OPERATOR,
-        "        scores.masked_fill_(~mask[:, None], 0)  # exp(-inf) = 0 already, but for rows poisoned by a NaN\n",
-        "        pass\n",
-        "masked tokens leak",
-        "fla-org/flash-linear-attention#77: NaN spreads",
-    ),
-    Mutant(
-        "descent-first-step-without-nan",
-        OPERATOR,
-        "            a[0].masked_fill_(s.isnan().any(-1), math.nan)  # the first step does not look at s\n",
-        "            pass\n",
-        "NaN order",
-    ),
-    Mutant(
-        "descent-masked-gradient-multiplied",
-        OPERATOR,
-        "        grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN\n    ds =",
-        "        grad = grad * mask[:, None]\n    ds =",
-        "masked rows and sentinels",
-        "pytorch/pytorch#196678: NaN gradient of masked rows",
-    ),
-    Mutant(
-        "descent-gradient-of-saturated",
-        OPERATOR,
-        "    ds.masked_fill_(s >= bound[-1], 0)\n",
-        "",
-        "missing gradient",
-        "lucidrains/CoLT5-attention#8: wrong gradient of the coordinate descent",
-    ),
-    Mutant(
-        "descent-carries-too-much",
-        OPERATOR,
-        "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp() / k",
-        "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp()",
-        "missing gradient",
-        "lucidrains/CoLT5-attention#8: wrong gradient of the coordinate descent",
-    ),
-    Mutant(
-        "solvers-fill-in-place",
-        OPERATOR,
-        "logits.masked_fill(~mask[:, None], -math.inf)",
-        "logits.masked_fill_(~mask[:, None], -math.inf)",
-        "in-place modification",
-        "linkedin/Liger-Kernel#1305: in-place gradients",
-    ),
-    Mutant(
-        "solvers-gradient-in-place",
-        OPERATOR,
-        "    grad = grad.contiguous()\n    if mask is not None:\n        grad = grad.masked_fill(~mask",
-        "    grad = grad.contiguous()\n    if mask is not None:\n        grad = grad.masked_fill_(~mask",
-        "in-place modification",
-        "linkedin/Liger-Kernel#1305: in-place gradients",
-    ),
-    Mutant(
-        "capped-equals-are-cut-off",
-        OPERATOR,
-        "free = s <= threshold\n",
-        "free = s < threshold\n",
-        "ties and signed zeros",
-    ),
-    Mutant(
-        "capped-count-in-float32",
-        OPERATOR,
-        "(s > threshold).sum(-1, keepdim=True).to(s.dtype)",
-        "(s > threshold).sum(-1, keepdim=True)",
-        "precision",
-    ),
-    Mutant(
-        "capped-saturated-rows-divide-by-zero",
-        OPERATOR,
-        " / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)",
-        " / w.sum(-1, keepdim=True)",
-        "masked rows and sentinels",
-        "deep-spin/entmax#32: peaked scores",
-    ),
-    Mutant(
-        "capped-gradient-without-mean",
-        OPERATOR,
-        "ds = w * (grad.contiguous() - mean) / eps",
-        "ds = w * grad.contiguous() / eps",
-        "missing gradient",
-        "tenstorrent/tt-metal#53204: a mean subtracted wrongly",
-    ),
-    Mutant(
-        "capped-threshold-differentiable",
-        OPERATOR,
-        "    ctx.mark_non_differentiable(output[1])\n",
-        "",
-        "missing gradient",
-        "Dao-AILab/flash-attention#1817: gradient through a second output silently zero",
-    ),
-    Mutant(
-        "descent-batching-of-the-iterates",
-        OPERATOR,
-        "(0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0)",
-        "(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)",
-        "transforms",
-    ),
-    Mutant(
-        "mass-beyond-the-row",
-        ROUTING,
-        "float(min(k * options.fetch_k_ratio, logits.shape[-1]))",
-        "float(k * options.fetch_k_ratio)",
-        "mass",
-        "NVIDIA-NeMo/Automodel#3035: top-k of more than there are",
-    ),
-    Mutant(
-        "router-in-the-models-dtype",
-        ROUTING,
-        "torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)",
-        "torch.promote_types(x.dtype, tokens.dtype)",
-        "precision",
-    ),
-    Mutant(
-        "router-under-autocast",
-        ROUTING,
-        "with torch.autocast(x.device.type, enabled=False):",
-        "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):",
-        "precision",
-    ),
-    Mutant(
-        "router-masked-tokens-multiplied",
-        ROUTING,
-        "x = x.masked_fill(~mask[..., None], 0)",
-        "x = x * mask[..., None]",
-        "masked tokens leak",
-        "fla-org/flash-linear-attention#77: NaN spreads",
-    ),
-    Mutant("router-cosine-unscaled", ROUTING, " * options.cosine_sim_scale", "", "log-sum-exp and scale"),
-)
+EDITS: Edits = {
+    "optimized/kernels/coordinate_descent.py": {
+        "descent-kernel-last-temperature": edit(
+            "rate = _rate(_temperature(n_iters, eps_bits", "rate = _rate(_temperature(n_iters - 1, eps_bits", "mass"
+        ),
+        "descent-kernel-cools-too-late": edit(
+            "        hot *= cooling\n        temperature = tl.maximum(hot, coldest).to(dtype)\n",
+            "        temperature = tl.maximum(hot, coldest).to(dtype)\n        hot *= cooling\n",
+            "mass",
+        ),
+        "descent-kernel-counts-strictly": edit(
+            "total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound)",
+            "total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s > bound)",
+            "ties and signed zeros",
+        ),
+        "descent-kernel-peak-is-the-bound": edit(
+            "peak = tl.minimum(top, bound)", "peak = bound", "fla-org/flash-linear-attention#1214"
+        ),
+        "descent-kernel-mask-of-item-0": edit(
+            "    if HAS_MASK:\n        mask_ptr += row // experts * n\n"
+            "    dtype: tl.constexpr = s_ptr.dtype.element_ty\n    log_k",
+            "    dtype: tl.constexpr = s_ptr.dtype.element_ty\n    log_k",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "descent-kernel-gradient-of-saturated": edit(
+            "tl.where(valid & (s >= -a), 0.0, grad * scores / temperature)",
+            "grad * scores / temperature",
+            "lucidrains/CoLT5-attention#8",
+        ),
+        "descent-kernel-sum-of-the-last-chunk": edit(
+            "        da += tl.sum(ds)\n", "        da = tl.sum(ds)\n", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+        "descent-kernel-steps-not-carried": edit(
+            "da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))",
+            "da = tl.sum(tl.where(lanes == 0, product, 0.0))",
+            "fla-org/flash-linear-attention#1140",
+        ),
+        "descent-kernel-factor-without-count": edit(
+            "factor = count * tl.exp((following - mine) / temperature) * inverse_k",
+            "factor = tl.exp((following - mine) / temperature) * inverse_k",
+            "lucidrains/CoLT5-attention#8",
+        ),
+        "descent-kernel-factor-of-another-step": edit(
+            "temperature = _temperature(t + 1, eps_bits", "temperature = _temperature(t, eps_bits", "stale saved tensor"
+        ),
+        "descent-kernel-dlogits-of-masked-dropped": edit(
+            "    ds = tl.where(valid, ds, 0.0)\n    if HAS_DLOGITS:\n"
+            "        ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)\n",
+            "    if HAS_DLOGITS:\n"
+            "        ds += tl.load(dlogits_ptr + row * n + mine, mask=mine < n, other=0.0)\n"
+            "    ds = tl.where(valid, ds, 0.0)\n",
+            "pytorch/pytorch#188302",
+        ),
+        "descent-kernel-nan-is-saturated": edit(
+            '        scores = tl.where(poisoned > 0, float("nan"), scores)\n        tl.store(scores_ptr',
+            "        tl.store(scores_ptr",
+            "NaN order",
+        ),
+        "descent-kernel-rates-by-every-row": edit(
+            "mask=t >= tl.where(row == 0, 1, n_iters)",
+            "mask=t >= 1",
+            "configuration",
+            equivalent="all rows store the same bits at the same place",
+        ),
+    },
+    "optimized/kernels/capped_simplex.py": {
+        "capped-kernel-mass-of-all": edit(
+            "left = tl.maximum(k - above.to(dtype), 0.0)", "left = k", "PythonOT/POT#394", "mass"
+        ),
+        "capped-kernel-peak-of-the-last-chunk": edit(
+            "peak = tl.maximum(peak, tl.max(tl.where(saturated, -infinity, s)))",
+            "peak = tl.max(tl.where(saturated, -infinity, s))",
+            "pytorch/pytorch#153799",
+        ),
+        "capped-kernel-gradient-without-mean": edit(
+            "ds = w * (grad - mean) / eps", "ds = w * grad / eps", "tenstorrent/tt-metal#53204"
+        ),
+        "capped-kernel-gradient-without-eps": edit(
+            "ds = w * (grad - mean) / eps", "ds = w * (grad - mean)", "log-sum-exp and scale"
+        ),
+        "capped-kernel-gradient-of-saturated": edit(
+            "return tl.where(s <= threshold, scores, 0.0), grad", "return scores, grad", "PythonOT/POT#394"
+        ),
+        "capped-kernel-poisoned-gradient": edit(
+            "    if PICKED:\n        grad = tl.where(scores != scores, 0.0, grad)  # picked scores that were "
+            "set to NaN are constants\n",
+            "",
+            "NaN order",
+        ),
+        "capped-kernel-moment-of-the-last-chunk": edit(
+            "moment += tl.sum(w * grad)", "moment = tl.sum(w * grad)", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+    },
+    "optimized/kernels/rows.py": {
+        "rows-masked-lanes-are-zero": edit(
+            'other=-float("inf")), valid', "other=0.0), valid", "flagos-ai/FlagGems#3716"
+        ),
+        "rows-mass-of-the-first-item": edit(
+            "tl.where(row % experts < group, mass_0_bits, mass_1_bits)",
+            "tl.where(row < group, mass_0_bits, mass_1_bits)",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "rows-gradient-of-another-item": edit(
+            "place = row // experts * group + expert % group",
+            "place = row // experts + expert % group",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "rows-gradient-width-of-the-first-group": edit(
+            "            width = k_1.to(tl.int64)\n", "", "BobMcDear/attorch#14"
+        ),
+        "rows-gradient-at-minus-one": edit("        valid = offsets >= 0\n", "", "vllm-project/vllm#48371"),
+        "rows-gradient-strided": edit(
+            "grads = tuple(grad.contiguous() for grad in grads)", "grads = tuple(grads)", "ROCm/TransformerEngine#623"
+        ),
+    },
+    "optimized/kernels/launch.py": {
+        "launch-numbers-in-float32": edit(
+            'return struct.unpack("<q", struct.pack("<d", value))[0]',
+            'value = struct.unpack("<f", struct.pack("<f", value))[0]\n'
+            '    return struct.unpack("<q", struct.pack("<d", value))[0]',
+            "precision",
+        ),
+        "launch-mask-strided": edit(
+            "mask.contiguous().view(torch.int8)",
+            "mask.view(torch.int8)",
+            "unslothai/unsloth#10617",
+            "stride and layout",
+        ),
+    },
+    "optimized/ops/solvers.py": {
+        "descent-temperature": edit("eps_init * eps_decay**t, eps", "eps_init * eps_decay ** (t + 1), eps", "mass"),
+        "descent-counts-strictly": edit(
+            "counts[t] = (s >= bound).sum(-1)", "counts[t] = (s > bound).sum(-1)", "ties and signed zeros"
+        ),
+        "descent-masked-of-poisoned-rows": edit(
+            "        scores.masked_fill_(~mask[:, None], 0)  # exp(-inf) = 0 already, but for rows poisoned by a NaN\n",
+            "        pass\n",
+            "fla-org/flash-linear-attention#77",
+        ),
+        "descent-first-step-without-nan": edit(
+            "            a[0].masked_fill_(s.isnan().any(-1), math.nan)  # the first step does not look at s\n",
+            "            pass\n",
+            "NaN order",
+        ),
+        "descent-masked-gradient-multiplied": edit(
+            "        grad = grad.masked_fill(~mask[:, None], 0)  # it may be NaN there, and 0 * NaN is NaN\n    ds =",
+            "        grad = grad * mask[:, None]\n    ds =",
+            "pytorch/pytorch#196678",
+        ),
+        "descent-gradient-of-saturated": edit(
+            "    ds.masked_fill_(s >= bound[-1], 0)\n", "", "lucidrains/CoLT5-attention#8"
+        ),
+        "descent-carries-too-much": edit(
+            "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp() / k",
+            "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp()",
+            "lucidrains/CoLT5-attention#8",
+        ),
+        "solvers-fill-in-place": edit(
+            "logits.masked_fill(~mask[:, None], -math.inf)",
+            "logits.masked_fill_(~mask[:, None], -math.inf)",
+            "linkedin/Liger-Kernel#1305",
+        ),
+        "solvers-gradient-in-place": edit(
+            "    grad = grad.contiguous()\n    if mask is not None:\n        grad = grad.masked_fill(~mask",
+            "    grad = grad.contiguous()\n    if mask is not None:\n        grad = grad.masked_fill_(~mask",
+            "linkedin/Liger-Kernel#1305",
+        ),
+        "capped-equals-are-cut-off": edit("free = s <= threshold\n", "free = s < threshold\n", "ties and signed zeros"),
+        "capped-count-in-float32": edit(
+            "(s > threshold).sum(-1, keepdim=True).to(s.dtype)", "(s > threshold).sum(-1, keepdim=True)", "precision"
+        ),
+        "capped-saturated-rows-divide-by-zero": edit(
+            " / w.sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)",
+            " / w.sum(-1, keepdim=True)",
+            "deep-spin/entmax#32",
+        ),
+        "capped-gradient-without-mean": edit(
+            "ds = w * (grad.contiguous() - mean) / eps",
+            "ds = w * grad.contiguous() / eps",
+            "tenstorrent/tt-metal#53204",
+        ),
+        "capped-threshold-differentiable": edit(
+            "    ctx.mark_non_differentiable(output[1])\n", "", "Dao-AILab/flash-attention#1817"
+        ),
+        "descent-batching-of-the-iterates": edit(
+            "(0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0)", "(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)", "transforms"
+        ),
+    },
+    "optimized/routing.py": {
+        "mass-beyond-the-row": edit(
+            "float(min(k * options.fetch_k_ratio, logits.shape[-1]))",
+            "float(k * options.fetch_k_ratio)",
+            "NVIDIA-NeMo/Automodel#3035",
+            "mass",
+        ),
+        "router-in-the-models-dtype": edit(
+            "torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)",
+            "torch.promote_types(x.dtype, tokens.dtype)",
+            "precision",
+        ),
+        "router-under-autocast": edit(
+            "with torch.autocast(x.device.type, enabled=False):",
+            "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):",
+            "precision",
+        ),
+        "router-masked-tokens-multiplied": edit(
+            "x = x.masked_fill(~mask[..., None], 0)", "x = x * mask[..., None]", "fla-org/flash-linear-attention#77"
+        ),
+        "router-cosine-unscaled": edit(" * options.cosine_sim_scale", "", "log-sum-exp and scale"),
+    },
+}
