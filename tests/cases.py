@@ -53,6 +53,10 @@ class Truth(NamedTuple):
 Yielded = Iterator[dict[str, Any]]  # results, then their truths
 
 
+def _shown(at: Tensor, n: int) -> Tensor:
+    return (n - at) % 7 != 3
+
+
 def as_it_is(t: Tensor) -> Tensor:
     return t
 
@@ -79,29 +83,35 @@ class Inputs:
         """In the dtype under test, or in that of its arithmetic."""
         return self.lay(t.to(self.device, self.wide if wide else self.dtype))
 
+    def drawn(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64) if self.blank else draw(shape, "normal", seed)
+
     def normal(self, *shape: int, seed: int, wide: bool = False) -> Tensor:
-        return self.here(torch.zeros(shape) if self.blank else draw(shape, "normal", seed), wide)
+        return self.here(self.drawn(shape, seed), wide)
+
+    def weight(self, *shape: int, seed: int) -> Tensor:
+        return self.lay(self.drawn(shape, seed).to(self.device, self.weights))
 
     def packed(self, *shape: int, seed: int) -> Tensor:
         """Whose last stride is 1, as some wrappers ask."""
-        t = self.normal(*shape[:-2], shape[-1], shape[-2], seed=seed).mT
-        return t if t.stride(-1) == 1 else t.contiguous()
-
-    def weight(self, *shape: int, seed: int) -> Tensor:
-        return self.lay(draw(shape, "normal", seed).to(self.device, self.weights))
+        t = self.drawn(shape, seed).to(self.device, self.dtype)
+        return next(laid for laid in (self.lay(t.mT).mT, self.lay(t), t) if laid.stride(-1) == 1)
 
     def mask(self, s: Sizes) -> Tensor:
-        """(B, N), the same for every item, with a masked token in seven."""
-        return self.lay((torch.arange(s.n) % 7 != 3).expand(s.batch, -1).contiguous().to(self.device))
+        """(B, N): of seven tokens one is masked, but not the last."""
+        return self.lay(_shown(torch.arange(s.n), s.n).expand(s.batch, -1).contiguous().to(self.device))
 
     def routing(self, s: Sizes) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Indices, slots and inverse map of both groups; some slots are masked, those of masked tokens among them."""
+        """Indices, slots and inverse map of both groups. Some slots are masked, those of masked tokens among them; the
+        last expert takes the last token.
+        """
         found = []
         for k in s.ks:
             g = generator(10 + k)
             indices = torch.rand(s.batch, s.experts, s.n, generator=g).argsort(-1)[..., :k].sort(-1).values
             slots = torch.rand(s.batch, s.experts, indices.shape[-1], generator=g) < 0.8
-            slots &= indices % 7 != 3
+            indices[:, -1, -1], slots[:, -1, -1] = s.n - 1, True
+            slots &= _shown(indices, s.n)
             made = indices, slots, inverse_map(indices, slots, s.n)
             found.append(tuple(self.lay(t.to(self.device)) for t in made))
         return found
@@ -170,6 +180,21 @@ def each(families: Iterable[str], settings: Settings) -> Iterator[tuple[str, Cas
         if found.family in families:
             for values in settings(len(found.switches)):
                 yield name, found, dict(zip(found.switches, values))
+
+
+# What a GPU runs in every dtype: family, sizes, dtypes.
+ORDINARY: dict[str, tuple[str, Sizes, tuple[torch.dtype, ...]]] = {
+    "rows of 1": ("rows", Sizes(n=1, steps=3), WIDE),
+    "rows of 300": ("rows", Sizes(n=300), WIDE),
+    "rows of 2500": ("rows", Sizes(n=2500, batch=1, steps=5), WIDE),
+    "1 channel": ("channels", Sizes(dim=1), DTYPES[1:3]),
+    "100 channels": ("channels", Sizes(dim=100), DTYPES),
+    "20 experts": ("channels", Sizes(dim=70, experts=20), DTYPES[1:3]),
+    "heads": ("heads", Sizes(dim_head=10), DTYPES),
+    "wide heads": ("heads", Sizes(heads=2, dim_head=128), DTYPES[1:3]),
+}
+# Small enough to be interpreted.
+SMALL = Sizes(batch=1, n=17, group=1, steps=5, dim=20, experts=2, ks=(4, 3), heads=2, dim_head=10, length=5)
 
 
 def differences(actual: dict[str, Tensor], expected: dict[str, Truth]) -> list[str]:
@@ -285,7 +310,8 @@ def descend(s: Tensor, shown: Tensor, k: Tensor, steps: int) -> tuple[Tensor, Te
             bound = -iterates[-1][..., None]
             counts.append((s >= bound).sum(-1))
             u = torch.minimum(s, bound)
-        iterates.append(eps * (k.log() - (u / eps).logsumexp(-1)))
+        total = (u / eps).logsumexp(-1)
+        iterates.append(torch.where(total == -torch.inf, 0.0, eps * (k.log() - total)))
     scores = ((s + iterates[-1][..., None]) / temperatures[-1]).clamp_max(0).exp()
     return scores, torch.stack(iterates), torch.stack([c.to(s.dtype) for c in counts])
 
@@ -296,10 +322,15 @@ def cap(s: Tensor, shown: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     free = s > -torch.inf
     while True:
         left = k - ((s > -torch.inf) & ~free).sum(-1)
-        a = eps * (left.log() - (s / eps).masked_fill(~free, -torch.inf).logsumexp(-1))[..., None]
+        total = (s / eps).masked_fill(~free, -torch.inf).logsumexp(-1)
+        a = torch.where(total == -torch.inf, 0.0, eps * (left.log() - total))[..., None]
         more = free & (s + a >= 0)
         if not more.any():
-            return torch.where(free, ((s + a) / eps).exp(), s > -torch.inf), s.masked_fill(~free, -torch.inf).amax(-1), a
+            return (
+                torch.where(free, ((s + a) / eps).exp(), s > -torch.inf),
+                s.masked_fill(~free, -torch.inf).amax(-1),
+                a,
+            )
         free = free & ~more
 
 
@@ -315,6 +346,12 @@ class Rows(NamedTuple):
     g: Tensor
     grads: tuple[Tensor, ...]
     inverses: tuple[Tensor, ...]
+
+    def poisoned(self) -> Tensor:
+        """Logits with a NaN in a row, at the last token."""
+        out = self.logits.clone()
+        out[0, 0, -1] = torch.nan
+        return out
 
     def scattered(self) -> Tensor:
         """The gradient of the picked scores as one of all."""
@@ -342,7 +379,7 @@ def _rows(x: Inputs, s: Sizes, masked: bool) -> Rows:
     return Rows(exact, logits, mask, shown, masses, k, g, grads, inverses)
 
 
-def _solved(x: Inputs, p: Rows, scores: Tensor, leaf: Tensor, masked: bool, steps: int = 1) -> dict[str, Truth]:
+def _solved(x: Inputs, p: Rows, scores: Tensor, leaf: Tensor, masked: bool) -> dict[str, Truth]:
     """Scores and gradients. Each step adds a few roundings of numbers as large as logits and temperature, which the
     next ones forget.
     """
@@ -351,6 +388,9 @@ def _solved(x: Inputs, p: Rows, scores: Tensor, leaf: Tensor, masked: bool, step
     slack = 32 * x.eps * size / EPSILONS[0]
     return {
         "scores": Truth(scores, slack),
+        "scores of NaN": Truth(
+            scores.masked_fill(p.poisoned().isnan().any(-1)[..., None] & p.shown[:, None], torch.nan), slack
+        ),
         "gradient": Truth(dense, slack * size_of(p.g)),
         "picked gradient": Truth(picked + p.g.double() if masked else picked, slack * size_of(p.g)),
     }
@@ -366,16 +406,17 @@ def coordinate_descent(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     # What the backward is handed is made here, so that only its own roundings count.
     saved = [x.here(t.detach()) for t in (scores, a, counts)]
     found = kernel.coordinate_descent(p.logits, p.mask, p.masses, s.steps, *EPSILONS)
+    poisoned = kernel.coordinate_descent(p.poisoned(), p.mask, p.masses, s.steps, *EPSILONS)[0]
     rest = p.logits, p.mask, *saved, p.masses, *EPSILONS
     yield {
-        **dict(zip(("scores", "a", "counts"), found)),
+        **dict(zip(("scores", "a", "counts", "scores of NaN"), (*found, poisoned))),
         "gradient": kernel.coordinate_descent_backward(p.g, *rest),
         "picked gradient": kernel.coordinate_descent_picked_backward(
             p.grads, p.inverses, p.g if masked else None, *rest
         ),
     }
     slack = 32 * x.eps * (4 + size_of(p.exact))
-    yield {**_solved(x, p, scores, leaf, masked, s.steps), "a": Truth(a, slack), "counts": Truth(counts)}
+    yield {**_solved(x, p, scores, leaf, masked), "a": Truth(a, slack), "counts": Truth(counts)}
 
 
 @case("rows")
@@ -386,9 +427,10 @@ def capped_simplex(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     leaf = p.exact.clone().requires_grad_()
     scores, threshold, _ = cap(leaf, p.shown, p.k)
     found = kernel.capped_simplex(p.logits, p.mask, p.masses, EPSILONS[0])
+    poisoned = kernel.capped_simplex(p.poisoned(), p.mask, p.masses, EPSILONS[0])[0]
     rest = p.logits, p.mask, *(x.here(t.detach()) for t in (scores, threshold)), EPSILONS[0]
     yield {
-        **dict(zip(("scores", "threshold"), found)),
+        **dict(zip(("scores", "threshold", "scores of NaN"), (*found, poisoned))),
         "gradient": kernel.capped_simplex_backward(p.g, *rest),
         "picked gradient": kernel.capped_simplex_picked_backward(p.grads, p.inverses, p.g if masked else None, *rest),
     }
@@ -437,9 +479,7 @@ def _tokens(x: Inputs, s: Sizes) -> Tokens:
     tokens = x.normal(s.batch, s.n, s.dim, seed=s.dim)
     routing = x.routing(s)
     gammas = tuple(x.weight(s.experts, s.dim, seed=4 + i) for i in range(2))
-    gradients = tuple(
-        x.normal(s.experts, s.batch, r[0].shape[-1], s.dim, seed=6 + i) for i, r in enumerate(routing)
-    )
+    gradients = tuple(x.normal(s.experts, s.batch, r[0].shape[-1], s.dim, seed=6 + i) for i, r in enumerate(routing))
     r, g = x.weight(s.experts, s.dim, seed=8), x.normal(s.batch, s.experts, s.n, seed=9, wide=True)
     norms = x.here(tokens.double().norm(dim=-1), wide=True)
     made = Tokens(tokens, norms, routing, gammas, gradients, norms, r, g)
@@ -557,10 +597,11 @@ def token_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool, norm: boo
     (dx,) = torch.autograd.grad(logits, exact, p.g.double())
     (first, first_terms), (second, second_terms) = by_rows(0, True), by_rows(1, True)
     alone, alone_terms = (first, first_terms) if norm else by_rows(0, False)
+    count = 3 * s.experts + (s.dim if x.dtype == torch.float64 else 0)  # there the truth's own sums count too
     yield {
-        "dx of rows": x.truth(alone, alone_terms, s.experts),
-        "dx of router": x.truth(dx, terms, s.experts),
-        "dx of both": x.truth(dx + first + second, terms + first_terms + second_terms, 3 * s.experts),
+        "dx of rows": x.truth(alone, alone_terms, count),
+        "dx of router": x.truth(dx, terms, count),
+        "dx of both": x.truth(dx + first + second, terms + first_terms + second_terms, count),
     }
 
 
@@ -586,7 +627,9 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
         return torch.where(count == 0, rest[-1] if null else 0.0, total) * shown[..., None]
 
     optional = [t for t in (beside, nobody) if t is not None]
-    found = dict(zip(("out", *(n for n, t in zip(names, grads) if t is not None)), sums(form, [y, scores, *optional], g)))
+    found = dict(
+        zip(("out", *(n for n, t in zip(names, grads) if t is not None)), sums(form, [y, scores, *optional], g))
+    )
     counts = {"dscores": s.dim, "dnull": s.batch * s.n}
     stored = {"out": x.weights, "dscores": x.wide, "dnull": x.weights}
     yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}

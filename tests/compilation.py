@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from cases import DTYPES, WIDE, Inputs, Settings, Sizes, all_on, combinations, each, on_and_off
+from launches import all_kernels
+
+from optimized.kernels.launch import MAX_BLOCK_D, ROWS_IN_REGISTERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +56,9 @@ TARGETS = {
 BASE = Sizes(group=1, ks=(7, 7), length=7)
 
 
-def call(families: str, dtype: torch.dtype, settings: Settings, weights: torch.dtype | None = None, **sizes: int) -> None:
+def call(
+    families: str, dtype: torch.dtype, settings: Settings, weights: torch.dtype | None = None, **sizes: int
+) -> None:
     """The wrappers of these cases on zeros."""
     x = Inputs(torch.device("cpu"), dtype, weights, blank=True)
     for _, case, switches in each(families.split(), settings):
@@ -114,7 +116,6 @@ class Launch(NamedTuple):
 
 def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], backend: str) -> Launch:
     """As Triton does at a launch: constants, integers equal to 1, multiples of 16, aligned pointers."""
-    import torch
     from triton.runtime.jit import mangle_type
 
     signature, constants, attributes = {}, {}, {}
@@ -137,7 +138,6 @@ def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], back
 
 def record_launches(backend: str, brief: bool) -> list[Launch]:
     """Every distinct launch; those of ordinary sizes also with nothing known of divisibility and alignment."""
-    import torch
     from triton.runtime.jit import JITFunction
 
     torch.set_num_threads(1)
@@ -157,20 +157,6 @@ def record_launches(backend: str, brief: bool) -> list[Launch]:
         known = False
         call_at_ordinary_sizes()
     return list(recorded.values())
-
-
-def launched_kernels() -> list[str]:
-    """Names of all kernels of `optimized.kernels`: Triton functions whose names end in `_kernel`."""
-    from triton.runtime.jit import JITFunction
-
-    import optimized.kernels
-
-    modules = [
-        importlib.import_module(f"optimized.kernels.{entry.name}")
-        for entry in pkgutil.iter_modules(optimized.kernels.__path__)
-    ]
-    functions = (item for module in modules for item in vars(module).items())
-    return sorted({name for name, value in functions if isinstance(value, JITFunction) and name.endswith("_kernel")})
 
 
 # Compilation.
@@ -235,7 +221,7 @@ def compile_all(name: str, jobs: int, brief: bool) -> dict[str, Any]:
             rows.append(row)
             print(f"\r{name}: {len(rows)} of {len(launches)}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return {"triton": triton.__version__, "target": name, "kernels": launched_kernels(), "rows": rows}
+    return {"triton": triton.__version__, "target": name, "kernels": sorted(all_kernels()), "rows": rows}
 
 
 _shared: tuple[list[Launch], Target]

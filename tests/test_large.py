@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import check_identical, stages_by
-from pieces import launching_by, name_of
+from launches import launching_by, name_of
 from strategies import draw
 from torch import Tensor
 
