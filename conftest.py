@@ -50,6 +50,7 @@ FILE_BUDGET_SECONDS = {
     "test_completeness.py": 20,
     "test_poison.py": 60,
     "test_boundaries.py": 10,
+    "test_cases.py": 20,
     "test_launch.py": 5,
     "test_gpu_lane.py": 5,
     "test_large.py": 5,

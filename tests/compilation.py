@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
-import itertools
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    import torch
+import torch
+from cases import DTYPES, WIDE, Inputs, Settings, Sizes, all_on, combinations, each, on_and_off
+from launches import all_kernels
+
+from optimized.kernels.launch import MAX_BLOCK_D, ROWS_IN_REGISTERS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,106 +52,19 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024, "B200"),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024, "MI300"),
 }
-DTYPES = ("float64", "float32", "bfloat16", "float16")
-# Activations in half precision with parameters in float32, as under autocast.
-MIXED = (("bfloat16", "float32"), ("float16", "float32"))
+
+# Which configurations: every case, at sizes on both sides of its block limits.
+
+BASE = Sizes(group=1, ks=(7, 7), length=7)
 
 
-# Which configurations: every wrapper, called at sizes on both sides of its block limits.
-
-
-Switches = Callable[[int], Iterable[tuple[bool, ...]]]  # settings of so many optional features
-
-
-def all_on(count: int) -> Iterable[tuple[bool, ...]]:
-    return [(True,) * count]
-
-
-def on_and_off(count: int) -> Iterable[tuple[bool, ...]]:
-    return [(False,) * count, (True,) * count]
-
-
-def combinations(count: int) -> Iterable[tuple[bool, ...]]:
-    return itertools.product((False, True), repeat=count)
-
-
-def call_row_kernels(dtype: torch.dtype, n: int, switches: Switches) -> None:
-    """Solvers and selection, on rows of n logits."""
-    import torch
-
-    from optimized.kernels import capped_simplex, coordinate_descent, selection
-
-    s = torch.zeros(1, 2, n, dtype=dtype)
-    for (masked,) in switches(1):
-        mask = torch.ones(1, n, dtype=torch.bool) if masked else None
-        (*_, inverse, picked), _ = selection.select_groups(s, mask, (1, 1), s)
-        selection.select_groups(s, mask, (1, 1), None, unit=True)
-        selection.select(s, mask, 1)
-        pick = (picked, picked), (inverse, inverse), s if masked else None
-        masses, epsilons = (3.0, 5.0), (0.03, 4.0, 0.7)
-        saved = coordinate_descent.coordinate_descent(s, mask, masses, 20, *epsilons)
-        coordinate_descent.coordinate_descent_backward(s, s, mask, *saved, 3.0, *epsilons)
-        coordinate_descent.coordinate_descent_picked_backward(*pick, s, mask, *saved, masses, *epsilons)
-        saved = capped_simplex.capped_simplex(s, mask, masses, 0.03)
-        capped_simplex.capped_simplex_backward(s, s, mask, *saved, 0.03)
-        capped_simplex.capped_simplex_picked_backward(*pick, s, mask, *saved, 0.03)
-
-
-def call_channel_kernels(dtype: torch.dtype, weights: torch.dtype, dim: int, switches: Switches) -> None:
-    """Router, dispatch and combination: tokens of `dim` channels, parameters and result in `weights`."""
-    import torch
-
-    from optimized.kernels import combine, gather_norm, router_logits
-    from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
-
-    x, gamma = torch.zeros(2, 50, dim, dtype=dtype), torch.zeros(3, dim, dtype=weights)
-    routing = torch.zeros(2, 3, 7, dtype=torch.int64), torch.ones(2, 3, 7, dtype=torch.bool)
-    inverse, mask = torch.zeros(2, 3, 50, dtype=torch.int32), torch.ones(2, 50, dtype=torch.bool)
-    norms = gather_norm.token_norms(x)
-    dots = norms.new_zeros(1, 42)
-    for (has_norm,) in switches(1):
-        taken = (gather_norm.Taken(*routing, gamma if has_norm else None),) * 2
-        rows, _ = gather_norm.gather_norm(x, norms if has_norm else None, taken)
-        if has_norm:
-            _, dots = gather_norm.slot_gradients(x, norms, taken, (rows, rows))
-        token_gradient(x, None, norms, (TakenRows(rows, inverse, taken[0].gamma),), dots if has_norm else None, None)
-
-    scores = torch.zeros(2, 3, 7, dtype=torch.promote_types(dtype, torch.float32))
-    for has_local, has_null, masked, average in switches(4):
-        optional = x if has_local else None, gamma[0] if has_null else None, mask if masked else None, average
-        out = combine.combine(rows, scores, inverse, *optional, weights)
-        combine.combine_backward(out, rows, scores, *routing, inverse, *optional)
-
-    for masked, cosine in switches(2):
-        shown, scale = mask if masked else None, 8.0 if cosine else None
-        logits, norms, factors = router_logits.router_logits(x, gamma, shown, scale)
-        router_logits.routing_token_gradient(logits, x, gamma, shown, logits, norms, factors)
-        router = RouterGradient(logits, logits, gamma, factors)
-        token_gradient(x, shown, norms, (), None, router)
-        token_gradient(x, shown, norms, (TakenRows(rows, inverse, gamma),) * 2, dots, router)
-
-
-def call_head_kernels(dtype: torch.dtype, heads: int, dim_head: int, switches: Switches) -> None:
-    """What surrounds the attention of the experts: rotary positions, value scores, and the null slot."""
-    import torch
-
-    from optimized.kernels import null_slot, rotary, value_score
-
-    wide = torch.promote_types(dtype, torch.float32)
-    q, null = torch.zeros(6, 7, heads, dim_head, dtype=dtype), torch.zeros(3, heads, dim_head, dtype=dtype)
-    lse, lengths = torch.zeros(6, heads, 7, dtype=wide), torch.zeros(6, dtype=torch.int32)
-    for has_keep, has_lengths in switches(2):
-        keep = lse if has_keep else None
-        null_slot.merge(q, null, null, q, lse, keep, lengths if has_lengths else None)
-        null_slot.merge_backward(q, null, null, q, lse, keep, q, q)
-    table, positions = torch.zeros(50, dim_head, dtype=wide), torch.zeros(6, 7, dtype=torch.int64)
-    for has_positions, transposed in switches(2):
-        rotary.rotate(q, table, table, positions if has_positions else None, transposed)
-    rotary.tables(50, dim_head, q.device, wide)
-    scores = lse[:, 0].view(2, 3, 7)
-    value_score.value_score(q, scores)
-    value_score.value_score_(q, scores)
-    value_score.value_score_backward_(q, q, scores)
+def call(
+    families: str, dtype: torch.dtype, settings: Settings, weights: torch.dtype | None = None, **sizes: int
+) -> None:
+    """The wrappers of these cases on zeros."""
+    x = Inputs(torch.device("cpu"), dtype, weights, blank=True)
+    for _, case, switches in each(families.split(), settings):
+        case.results(x, BASE._replace(**sizes), **switches)
 
 
 def call_at_every_size(brief: bool) -> None:
@@ -160,37 +72,30 @@ def call_at_every_size(brief: bool) -> None:
 
     brief: with optional inputs present, half precision in bfloat16, and two sizes only.
     """
-    import torch
-
-    from optimized.kernels.launch import MAX_BLOCK_D, ROWS_IN_REGISTERS
-
     few = all_on if brief else on_and_off
-    for dtype in (getattr(torch, name) for name in (DTYPES[:-1] if brief else DTYPES)):
+    for dtype in DTYPES[:-1] if brief else DTYPES:
         ordinary = combinations if dtype == torch.bfloat16 and not brief else few
         longest = ROWS_IN_REGISTERS // dtype.itemsize
         rows = [(2000, few), (longest + 1, few), (100, all_on), (longest, all_on)]
-        for n, switches in rows[: 2 if brief else 4] if dtype.itemsize >= 4 else ():  # the router computes in no less
-            call_row_kernels(dtype, n, switches)
-        for dim, switches in [(64, ordinary), (MAX_BLOCK_D + 64, all_on), (1024, all_on)][: 2 if brief else 3]:
-            call_channel_kernels(dtype, dtype, dim, switches)
-        for heads, dim_head, switches in [(8, 64, ordinary), (8, 128, all_on), (2, 16, all_on)][: 2 if brief else 3]:
-            call_head_kernels(dtype, heads, dim_head, switches)
+        for n, settings in rows[: 2 if brief else 4] if dtype in WIDE else ():
+            call("rows", dtype, settings, n=n)
+        for dim, settings in [(64, ordinary), (MAX_BLOCK_D + 64, all_on), (1024, all_on)][: 2 if brief else 3]:
+            call("channels", dtype, settings, dim=dim)
+        for heads, dim, settings in [(8, 64, ordinary), (8, 128, all_on), (2, 16, all_on)][: 2 if brief else 3]:
+            call("heads", dtype, settings, heads=heads, dim_head=dim)
     if brief:
         return
-    for name, weights in MIXED:
-        call_channel_kernels(getattr(torch, name), getattr(torch, weights), 64, all_on)
-    call_row_kernels(torch.float32, 1, all_on)
-    call_channel_kernels(torch.bfloat16, torch.bfloat16, 1, all_on)
-    call_head_kernels(torch.bfloat16, 1, 2, all_on)
+    for dtype in DTYPES[2:]:  # activations in half precision with parameters in float32, as under autocast
+        call("channels", dtype, all_on, torch.float32)
+    call("rows", torch.float32, all_on, n=1)
+    call("channels", torch.bfloat16, all_on, dim=1)
+    call("heads", torch.bfloat16, all_on, heads=1, dim_head=2)
 
 
 def call_at_ordinary_sizes() -> None:
-    import torch
-
-    call_row_kernels(torch.float32, 2000, all_on)
+    call("rows", torch.float32, all_on, n=2000)
     for dtype in (torch.float32, torch.bfloat16):
-        call_channel_kernels(dtype, dtype, 64, all_on)
-        call_head_kernels(dtype, 8, 64, all_on)
+        call("channels heads", dtype, all_on, heads=8, dim_head=64)
 
 
 # From calls to signatures.
@@ -213,7 +118,6 @@ class Launch(NamedTuple):
 
 def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], backend: str) -> Launch:
     """As Triton does at a launch: constants, integers equal to 1, multiples of 16, aligned pointers."""
-    import torch
     from triton.runtime.jit import mangle_type
 
     signature, constants, attributes = {}, {}, {}
@@ -236,7 +140,6 @@ def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], back
 
 def record_launches(backend: str, brief: bool) -> list[Launch]:
     """Every distinct launch; those of ordinary sizes also with nothing known of divisibility and alignment."""
-    import torch
     from triton.runtime.jit import JITFunction
 
     torch.set_num_threads(1)
@@ -256,20 +159,6 @@ def record_launches(backend: str, brief: bool) -> list[Launch]:
         known = False
         call_at_ordinary_sizes()
     return list(recorded.values())
-
-
-def launched_kernels() -> list[str]:
-    """Names of all kernels of `optimized.kernels`: Triton functions whose names end in `_kernel`."""
-    from triton.runtime.jit import JITFunction
-
-    import optimized.kernels
-
-    modules = [
-        importlib.import_module(f"optimized.kernels.{entry.name}")
-        for entry in pkgutil.iter_modules(optimized.kernels.__path__)
-    ]
-    functions = (item for module in modules for item in vars(module).items())
-    return sorted({name for name, value in functions if isinstance(value, JITFunction) and name.endswith("_kernel")})
 
 
 # Compilation.
@@ -334,7 +223,7 @@ def compile_all(name: str, jobs: int, brief: bool) -> dict[str, Any]:
             rows.append(row)
             print(f"\r{name}: {len(rows)} of {len(launches)}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    return {"triton": triton.__version__, "target": name, "kernels": launched_kernels(), "rows": rows}
+    return {"triton": triton.__version__, "target": name, "kernels": sorted(all_kernels()), "rows": rows}
 
 
 _shared: tuple[list[Launch], Target]

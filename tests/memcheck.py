@@ -5,8 +5,8 @@
     python tests/memcheck.py --device cpu                                             # interpreted: that it runs
 
 Every tensor is an allocation of its own, so that an access beyond its end is one beyond an allocation. It starts one
-element in, and is strided where that is allowed. Masked tokens hold NaN, and no result may. On the CPU long sequences
-are left out.
+element in, and is strided where that is allowed. Masked tokens of a layer hold NaN, and no result may. On the CPU long
+sequences are left out.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 os.environ["TRITON_INTERPRET"] = str(int(given.device == "cpu"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import compilation  # noqa: E402
 import torch  # noqa: E402
+from cases import SMALL, Case, Inputs, Settings, Sizes, all_on, combinations, each, on_and_off  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import optimized  # noqa: E402
-from optimized import ops  # noqa: E402
 from optimized.kernels.launch import ROWS_IN_REGISTERS  # noqa: E402
 
 LENGTHS = (1, 17, 1000, 8193)
@@ -68,37 +67,29 @@ def make_mask(kind: str, n: int) -> Tensor | None:
     return {"none": None, "random": torch.rand(2, n) > 0.3, "all": torch.zeros(2, n, dtype=torch.bool)}[kind]
 
 
-def run_rows(n: int, dtype: torch.dtype) -> None:
-    """Selection and solvers on logits that differ, that tie, and that are NaN."""
-    random = torch.randn(2, 3, n, dtype=dtype)
-    poisoned = random.clone()
-    poisoned[0, 0, -1] = torch.nan
-    for kind in ("none", "random", "all"):
-        mask = make_mask(kind, n)
-        for logits in (random, random.round(), poisoned):
-            s = awkward(logits)
-            for k in {1, n // 2 or 1, n}:
-                indices, *_ = ops.select(s, mask, k, True)
-                assert (indices >= 0).all()
-                assert (indices < n).all()
-            s.requires_grad_()
-            mass = max(0.4 * n, 0.5)
-            scores = ops.descend(s, mask, mass, 20, 0.03, 4.0, 0.7, True)[0], ops.cap(s, mask, mass, 0.03, True)[0]
-            torch.autograd.grad(scores, s, [awkward(random)] * 2)
-        run_groups(awkward(torch.cat((random, poisoned), 1)), mask)
+class Awkward(Inputs):
+    """hidden: no token is shown where a case has a mask."""
+
+    hidden = False
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__(torch.device(given.device), dtype, lay=awkward)
+
+    def mask(self, s: Sizes) -> Tensor:
+        return super().mask(s).logical_and(torch.tensor(not self.hidden))
 
 
-def run_groups(s: Tensor, mask: Tensor | None) -> None:
-    """Two groups of three experts: what one launch selects for both, and gradients by its inverse maps."""
-    from optimized.kernels import capped_simplex, coordinate_descent, selection
+class Hidden(Awkward):
+    hidden = True
 
-    n, masses, epsilons = s.shape[-1], (max(0.4 * s.shape[-1], 0.5), 0.5), (0.03, 4.0, 0.7)
-    saved = coordinate_descent.coordinate_descent(s, mask, masses, 20, *epsilons)
-    groups = selection.select_groups(s, mask, (n, 1), awkward(saved[0]))
-    grads, inverses = tuple(awkward(group[3]) for group in groups), tuple(group[2] for group in groups)
-    coordinate_descent.coordinate_descent_picked_backward(grads, inverses, s, s, mask, *saved, masses, *epsilons)
-    saved = capped_simplex.capped_simplex(s, mask, masses, 0.03)
-    capped_simplex.capped_simplex_picked_backward(grads, inverses, s, s, mask, *saved, 0.03)
+
+def run_case(x: Awkward, case: Case, s: Sizes, switches: dict[str, bool]) -> None:
+    """Rows hold ties, and a NaN: of a row with one, picked scores and scores alone are NaN."""
+    for name, t in case.results(x, s, **switches).items():
+        if name.startswith("indices"):
+            assert (t >= 0).all(), name
+            assert (t < s.n).all(), name
+        assert "picked of" in name or "NaN" in name or not t.isnan().any(), name
 
 
 def run_layer(n: int, dtype: torch.dtype, kind: str, arguments: dict[str, Any]) -> None:
@@ -133,19 +124,28 @@ def tokens(n: int, dim: int, dtype: torch.dtype, mask: Tensor | None) -> nn.Para
 def runs() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Name, function, arguments."""
     for dtype in (torch.float32, torch.float64):
-        lengths = (*LENGTHS, ROWS_IN_REGISTERS // dtype.itemsize + 1) if given.device == "cuda" else LENGTHS[:3]
+        lengths = (*LENGTHS, ROWS_IN_REGISTERS // dtype.itemsize + 1) if given.device == "cuda" else LENGTHS[:2]
         for n in lengths:
-            yield f"rows of {n}, {dtype}", run_rows, (n, dtype)
-            yield "the wrappers alone", compilation.call_row_kernels, (dtype, n, compilation.on_and_off)
+            yield from of_family("rows", Awkward(dtype), on_and_off, n=n)
+            yield from of_family("rows", Hidden(dtype), all_on, n=n)
     for dtype in (torch.float32, torch.bfloat16):
         for dim in CHANNELS:
-            every = (dtype, dim) == (torch.float32, 64)
-            switches = compilation.combinations if every else compilation.all_on
-            name = f"{dim} channels, {dtype}"
-            yield name, compilation.call_channel_kernels, (dtype, dtype, dim, switches)
+            every = (dtype, dim) == (torch.float32, 64) and given.device == "cuda"
+            yield from of_family("channels", Awkward(dtype), combinations if every else all_on, dim=dim)
         for heads, dim in ((1, 2), (3, 10), (8, 64)):
-            name = f"{heads} heads of {dim}, {dtype}"
-            yield name, compilation.call_head_kernels, (dtype, heads, dim, compilation.combinations)
+            settings = combinations if given.device == "cuda" else all_on
+            yield from of_family("heads", Awkward(dtype), settings, heads=heads, dim_head=dim)
+
+
+def of_family(family: str, x: Awkward, settings: Settings, **sizes: int) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    s = (Sizes() if given.device == "cuda" else SMALL)._replace(**sizes)
+    for name, case, switches in each([family], settings):
+        on = ", ".join(switch for switch in switches if switches[switch])
+        hidden = ", all masked" if x.hidden else ""
+        yield f"{name} ({on}), {sizes}, {x.dtype}{hidden}", run_case, (x, case, s, switches)
+
+
+def layers() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for n, dtype, mask, arguments in LAYERS:
         if given.device == "cuda" or n <= SHORT:
             name = f"layer, {n} tokens, {dtype}, mask {mask}, {arguments}"
@@ -160,7 +160,7 @@ def main() -> None:
     chosen = {**dict.fromkeys(("routing", "dispatch", "mixture"), kernels), "routed_attention": "math"}
     start = time.monotonic()
     with optimized.use_backends(**chosen, local_attention="banded_math"):
-        for name, function, arguments in runs():
+        for name, function, arguments in (*runs(), *layers()):
             function(*arguments)
             if given.device == "cuda":
                 torch.cuda.synchronize()

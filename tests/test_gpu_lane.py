@@ -1,5 +1,5 @@
 """What only a GPU shows: every configuration of a launch alone, other numbers of warps than ours, side streams and
-threads, a busy device, memory full of NaN, and Triton's interpreter against the GPU on the same inputs.
+threads, a busy device, and memory full of NaN.
 
 CUDA graphs: test_cuda_graphs.py. More than 2^31 elements: test_large.py. Reads out of bounds and races: memcheck.py.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import fcntl
-import functools
 import gc
 import importlib
 import os
@@ -23,12 +21,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pieces
 import pytest
 import torch
+from cases import ORDINARY, Inputs, Sizes, all_on, each, one_by_one
 from harness import check_identical, stages_by
-from pieces import AXES, Result, differences, launching_by, name_of, reached, sizes_of
-from strategies import LayerCase, cotangent, generator
+from launches import AXES, all_kernels, configurations, launching_by, name_of, reached, sizes_of
+from strategies import LayerCase, cotangent
 from torch import Tensor
 
 import optimized
@@ -46,12 +44,11 @@ def test_the_memory_checker_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, "1")  # which it sets, so that they are as they were after this
     memcheck = importlib.import_module("memcheck")
     seen: set[str] = set()
-    for name, function, arguments in memcheck.runs():
-        if function.__module__ == "compilation":
-            found = reached(functools.partial(function, *arguments))
-            assert found, name
-            seen |= {kernel for kernel, *_ in found}
-    assert seen == set(all_kernels())
+    for name, _, (x, case, s, switches) in memcheck.runs():
+        found = reached(lambda x=x, case=case, s=s, on=switches: case.results(x, s, **on))
+        assert found, name
+        seen |= {kernel for kernel, *_ in found}
+    assert seen == all_kernels()
 
 
 # --- other numbers of warps than ours ---------------------------------------------------------------------------------
@@ -79,40 +76,30 @@ def forced(warps: int, stages: int) -> Iterator[set[str]]:
         yield seen
 
 
-FORCED_PIECES = ("rows of 2500", "100 channels", "wide heads")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(("warps", "stages"), FORCED)
-@pytest.mark.parametrize("name", FORCED_PIECES)
+@pytest.mark.parametrize("name", ["rows of 2500", "100 channels", "wide heads"])
 def test_other_numbers_of_warps(name: str, warps: int, stages: int, device: torch.device) -> None:
     """A kernel whose result hangs on them lacks a barrier, or reads what another warp is about to write."""
-    plain = pieces.compute(name, torch.float32, device)
-    with forced(warps, stages):
-        runs = [pieces.compute(name, torch.float32, device) for _ in range(3)]
-    assert not differences(runs[0], plain)
-    for run in runs[1:]:
-        for key, result in run.items():
-            check_identical(result.value, runs[0][key].value, key)
+    family, s, _ = ORDINARY[name]
+    x = Inputs(device, torch.float32)
+    for kernel, case, switches in each([family], one_by_one):
+        with forced(warps, stages):
+            assert not case.differences(x, s, **switches), kernel
+            first, *rest = (case.results(x, s, **switches) for _ in range(3))
+        for run in rest:
+            for key, result in run.items():
+                check_identical(result, first[key], key)
 
 
 @TRITON
 def test_forcing_reaches_every_kernel(kernels: str) -> None:
-    """The pieces above launch them all. Nothing runs: what is launched here has no effect."""
+    """The cases launch them all. Nothing runs: what is launched here has no effect."""
+    x = Inputs(torch.device("cpu"), torch.float32, blank=True)
     with mock.patch.object(launching, "launch"), forced(1, 1) as seen:
-        for calls, *_ in AXES.values():
-            calls()[64]()
-    assert seen == set(all_kernels())
-
-
-def all_kernels() -> list[str]:
-    from triton.runtime.interpreter import InterpretedFunction
-    from triton.runtime.jit import JITFunction
-
-    functions = (item for module in pieces.modules() for item in vars(module).items())
-    return sorted(
-        {n for n, f in functions if isinstance(f, (JITFunction, InterpretedFunction)) and n.endswith("_kernel")}
-    )
+        for _, case, switches in each(AXES, all_on):
+            case.results(x, Sizes(), **switches)
+    assert seen == all_kernels()
 
 
 SOFT = {"straight_through": False, "cosine_sim_routing": True, "eps": 0.3}
@@ -399,69 +386,35 @@ def test_in_little_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-# --- the interpreter and the GPU -------------------------------------------------------------------------------------
+# --- every configuration ---------------------------------------------------------------------------------------------
 
 
-def interpret(out: Path, *options: str) -> None:
-    run_child(str(ROOT / "tests" / "pieces.py"), "--out", str(out), *options)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """All pieces by the interpreter, made once however many workers ask for them."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    out = folder / "interpreted.pt"
-    with (folder / "interpreted.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():
-            interpret(out.with_suffix(".part"))
-            out.with_suffix(".part").rename(out)
-    return torch.load(out)
+def every_configuration() -> Iterator[Any]:
+    for name, (family, s, dtypes) in ORDINARY.items():
+        yield from (pytest.param(family, s, dtype, id=f"{name}-{dtype}") for dtype in dtypes)
+    for family, axis in AXES.items():
+        yield from (
+            pytest.param(family, axis.at(size), torch.float32, id=f"{family}: {size}") for size in sizes_of(family)
+        )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "dtype"), list(pieces.every_piece()), ids=str)
-def test_interpreter_agrees(name: str, dtype: torch.dtype, interpreted: dict[Any, Any], device: torch.device) -> None:
-    """On the same inputs: every kernel in every dtype, and every configuration that the wrappers choose."""
-    actual = pieces.compute(name, dtype, device)
-    expected = {key: Result(value, actual[key].slack) for key, value in interpreted[name, str(dtype)].items()}
-    assert not differences(actual, expected)
+@pytest.mark.parametrize(("family", "s", "dtype"), list(every_configuration()))
+def test_every_configuration(family: str, s: Sizes, dtype: torch.dtype, device: torch.device) -> None:
+    """Every case in every dtype, and wherever the wrappers choose another configuration: see cases.py.
 
-
-@pytest.mark.cpu
-@TRITON
-def test_interpreter_agrees_with_itself(kernels: str, device: torch.device, tmp_path: Path) -> None:
-    """In brief: that the inputs are the same in another process."""
-    interpret(tmp_path / "interpreted.pt", "--brief")
-    there = torch.load(tmp_path / "interpreted.pt")
-    assert there.keys() == {(name, str(dtype)) for name, dtype in pieces.every_piece(brief=True)}
-    for name, dtype in pieces.every_piece(brief=True):
-        expected = {key: Result(value) for key, value in there[name, str(dtype)].items()}
-        assert not differences(pieces.compute(name, dtype, device), expected)
+    The interpreter is held to the same, by test_cases.py: whatever a GPU does otherwise shows against it.
+    """
+    x = Inputs(device, dtype)
+    for name, case, switches in each([family], one_by_one):
+        assert not case.differences(x, s, **switches), (name, switches)
 
 
 def test_configurations_are_those_of_the_wrappers() -> None:
     """All numbers of warps, rows in one block and in many."""
-    found = set().union(*(reached(call) for call in AXES["rows"].calls().values()))
+    found = set().union(*(configurations("rows", size) for size in AXES["rows"].sizes))
     selections = [dict(key[1:]) for key in found if key[0] == "_select_kernel"]
     assert {key["num_warps"] for key in selections} == {"1", "2", "4", "8"}
     assert {key["ONE_BLOCK"] for key in selections} == {"True", "False"}
     assert {1, launching.ROWS_IN_REGISTERS // 4, launching.ROWS_IN_REGISTERS // 4 + 1} <= set(sizes_of("rows"))
     assert {1, launching.MAX_BLOCK_D, launching.MAX_BLOCK_D + 1} <= set(sizes_of("channels"))
-
-
-def test_a_difference_is_seen() -> None:
-    """In an integer, beyond its slack, a NaN; not within."""
-    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
-    for actual, expected, words in (
-        (Result(one.int()), Result(2 * one.int()), "2 of 2 elements"),
-        (Result(one), Result(one + 1e-3, 1e-4), "2 of 2 elements"),
-        (Result(one), Result(nan, 1.0), "NaN in other places"),
-    ):
-        (found,) = differences({"it": actual}, {"it": expected})
-        assert words in found
-    assert not differences({"it": Result(one)}, {"it": Result(one + 1e-5, 1e-4)})
-    assert not differences({"it": Result(nan)}, {"it": Result(nan)})
-    x = torch.randn(5, generator=generator(0))
-    assert not differences({"it": Result(x)}, {"it": Result(x.clone())})

@@ -9,20 +9,30 @@ from __future__ import annotations
 import fcntl
 import gc
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from harness import check_identical, stages_by
-from pieces import launching_by, name_of
+from launches import launching_by, name_of
 from strategies import draw
 from torch import Tensor
 
 import optimized
-from optimized import ops
-from optimized.kernels import capped_simplex, coordinate_descent, null_slot, rotary, selection, value_score
+from optimized.kernels import (
+    capped_simplex,
+    combine,
+    coordinate_descent,
+    gather_norm,
+    null_slot,
+    rotary,
+    router_logits,
+    selection,
+    value_score,
+)
 from optimized.kernels import launch as launching
+from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
 
 TAIL = 64  # tokens that are not 0: as many as a chunk of any kernel holds, and the first of theirs
 LIMIT = 2**31
@@ -77,39 +87,24 @@ def behind_zeros(t: Tensor, n: int, dim: int = 1) -> Tensor:
     return out
 
 
-def both(
-    call: Callable[..., Tensor], leaves: list[Tensor], g: Tensor, fixed: list[Tensor], n: int, dim: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Result and gradients at the end of `leaves` behind zeros, and of the leaves alone. fixed: leaves as they are."""
-    runs = []
-    for large in (True, False):
-        given = [(behind_zeros(t, n, dim) if large else t).requires_grad_() for t in leaves]
-        beside = [t.detach().requires_grad_() for t in fixed]
-        out = call(*given, *beside)
-        cotangent = behind_zeros(g, n, out.ndim - 2) if large else g
-        grads = torch.autograd.grad(out, [*given, *beside], cotangent)
-        length = g.shape[-2]
-        ends = [t.narrow(axis, t.shape[axis] - length, length) for t, axis in [(out.detach(), out.ndim - 2)]]
-        ends += [t.narrow(dim, t.shape[dim] - length, length) for t in grads[: len(leaves)]]
-        runs.append([t.clone() for t in ends] + [t.clone() for t in grads[len(leaves) :]])
-        assert all(t.any() and t.isfinite().all() for t in runs[-1])
-    return runs[0], runs[1]
-
-
 def check_ends(large: list[Tensor], small: list[Tensor]) -> None:
     for i, (a, e) in enumerate(zip(large, small)):
+        assert e.any(), f"result {i}"
         check_identical(a, e, f"result {i}")
 
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_router_logits(kernels: str, cosine: bool, sizes: Sizes, kernel_names: set[str], device: torch.device) -> None:
-    x, r = tail(device, 1, TAIL, sizes.dim), tail(device, 2, sizes.dim, seed=1)
-    g = tail(device, 1, 2, TAIL, seed=2, dtype=torch.float32).mT
-
-    def logits(x: Tensor, r: Tensor) -> Tensor:
-        return ops.project(x, r, None, 8.0 if cosine else None)[0].mT
-
-    check_ends(*both(logits, [x], g, [r], sizes.n, 1))
+    end, r = tail(device, 1, TAIL, sizes.dim), tail(device, 2, sizes.dim, seed=1)
+    g, runs = tail(device, 1, 2, TAIL, seed=2, dtype=torch.float32), []
+    for n in (sizes.n, TAIL):
+        x, gradient = behind_zeros(end, n), behind_zeros(g, n, 2)
+        logits, norms, factors = router_logits.router_logits(x, r, None, 8.0 if cosine else None)
+        dr = router_logits.routing_token_gradient(gradient, x, r, None, logits, norms, factors)
+        router = RouterGradient(gradient, logits, r, factors)
+        dx = token_gradient(x, None, norms, (), None, router)
+        runs.append([logits[..., -TAIL:].clone(), dr, dx[:, -TAIL:].clone()])
+    check_ends(*runs)
     assert kernel_names == {"_logits_kernel", "_dr_kernel", "_tokens_gradient_kernel"}
 
 
@@ -121,34 +116,43 @@ def identity(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_gather(kernels: str, sizes: Sizes, kernel_names: set[str], device: torch.device) -> None:
     """Tokens and rows beyond the limit."""
-    x, gamma = tail(device, 1, TAIL, sizes.dim), tail(device, 1, sizes.dim, 1, seed=1)
-
-    def rows(x: Tensor, gamma: Tensor) -> Tensor:
-        return ops.gather(x, gamma, *identity(x.shape[1], device))[0]
-
-    check_ends(*both(rows, [x], tail(device, 1, 1, TAIL, sizes.dim, seed=2), [gamma], sizes.n, 1))
+    end, gamma = tail(device, 1, TAIL, sizes.dim), tail(device, 1, sizes.dim, seed=1)
+    g, runs = tail(device, 1, 1, TAIL, sizes.dim, seed=2), []
+    for n in (sizes.n, TAIL):
+        x, gradient, (indices, slots, inverse) = behind_zeros(end, n), behind_zeros(g, n, 2), identity(n, device)
+        taken, norms = (gather_norm.Taken(indices, slots, gamma),), gather_norm.token_norms(x)
+        (rows,) = gather_norm.gather_norm(x, norms, taken)
+        found = rows[:, :, -TAIL:].clone()
+        del rows
+        (dgamma,), dots = gather_norm.slot_gradients(x, norms, taken, (gradient,))
+        dx = token_gradient(x, None, norms, (TakenRows(gradient, inverse, gamma),), dots, None)
+        runs.append([found, dgamma, dx[:, -TAIL:].clone()])
+        del x, gradient, dx
+    check_ends(*runs)
     assert kernel_names == {"_norms_kernel", "_gather_kernel", "_slots_gradient_kernel", "_tokens_gradient_kernel"}
 
 
 @pytest.mark.parametrize("with_local", [False, True])
 def test_combine(kernels: str, with_local: bool, sizes: Sizes, kernel_names: set[str], device: torch.device) -> None:
-    y, local = tail(device, 1, TAIL, sizes.dim), tail(device, 1, TAIL, sizes.dim, seed=1)
-    null = tail(device, sizes.dim, seed=2)
-    g = tail(device, 1, TAIL, sizes.dim, seed=3)
-
-    def combined(y: Tensor, *rest: Tensor) -> Tensor:
-        n = y.shape[1]
-        indices, slots, inverse = identity(n, device)
+    ends = [tail(device, 1, TAIL, sizes.dim, seed=i) for i in (0, 1, 3)]
+    nobody, runs = tail(device, sizes.dim, seed=2), []
+    for n in (sizes.n, TAIL):
+        y, beside, g = (behind_zeros(t, n) for t in ends)
+        y, (indices, slots, inverse) = y[None], identity(n, device)
         if not with_local:  # some tokens are nobody's
             slots = slots & ((n - 1 - indices) % 3 != 1)
             inverse = torch.where(slots, inverse, -1)
-        local, null = (rest[0], None) if with_local else (None, rest[0])
+        optional = (beside, None) if with_local else (None, nobody)
         scores = torch.full((1, 1, n), 0.75, device=device)
-        return ops.merge_experts(y[None], scores, indices, slots, inverse, local, null, None, True, y.dtype)
-
-    leaves, fixed = ([y, local], []) if with_local else ([y], [null])
-    large, small = both(combined, leaves, g, fixed, sizes.n, 1)
-    check_ends(large, small)
+        out = combine.combine(y, scores, inverse, *optional, None, True, y.dtype)
+        found = [out[:, -TAIL:].clone()]
+        del out
+        made = combine.combine_backward(g, y, scores, indices, slots, inverse, *optional, None, True)
+        dy, dscores, dlocal, dnull = made
+        rest = dnull if dlocal is None else dlocal[:, -TAIL:].clone()
+        runs.append([*found, dy[:, :, -TAIL:].clone(), dscores[..., -TAIL:].clone(), rest])
+        del y, beside, g, made, dy, dlocal
+    check_ends(*runs)
     assert kernel_names == {"_combine_kernel", "_slots_kernel", "_tokens_kernel"}
 
 

@@ -84,7 +84,6 @@ TOLERANCES: dict[str, str] = {
     "test_rows.py::test_picked_backward_is_the_dense_one": CANCELS,
     "test_routing.py::test_descent_gradient_matches": KINK,
     "test_routing.py::test_iterative_tends_to_exact": BOUND,
-    "test_boundaries.py::by_both": IDENTITY,
     "test_boundaries.py::test_local_attention_around_its_blocks": IDENTITY,
     "test_completeness.py::check_gradient": IDENTITY,
     "test_poison.py::test_stages_take_every_layout": IDENTITY,

@@ -18,6 +18,7 @@ from .registry import MUTANTS
 from .runner import SECONDS, ControlError, Result, Runner
 
 ROOT = Path(__file__).parent.parent.parent
+REPORTS = ROOT / "tests" / "reports"
 STATE = ROOT / ".mutants" / "results.json"
 
 
@@ -91,7 +92,7 @@ def save(results: dict[str, Result], device: str, path: Path) -> None:
     """path: of the report; the folder REPORTS stands for that of its own name there, and draws the picture anew."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch
-    from record import REPORTS, made, read, write
+    from record import made, read, write
 
     about, own = made(torch.device(device), ("optimized", "tests")), path == REPORTS
     write(path / f"mutants-{device}.json" if own else path, matrix.report(MUTANTS, results, about))

@@ -1,0 +1,753 @@
+"""Every wrapper of `optimized.kernels`, once: its calls on inputs that are the same wherever they are computed, what is
+right for them, and by how much a right result may differ from that. A new kernel brings one case.
+
+A case is a generator. It yields the results of the wrappers by name, and then, to those who ask, what they must be: by
+PyTorch in float64 from the very inputs, by another way where there is one. Its keyword arguments are its switches, what
+may be present or absent. Who compiles, checks memory or other numbers of warps takes the results alone.
+
+Integers, and what is only copied, must be equal. Of other results: a sum of T terms in whatever order, of which each
+went through a few roundings, is off by at most (T + few) / 2 eps of the sum of their absolute values. Stored, it may be
+one unit in the last place of its dtype off, since the interpreter cuts off what a GPU rounds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from strategies import draw, generator
+from torch import Tensor
+
+EPSILONS = (0.3, 4.0, 0.7)  # of the solvers: eps, eps_init, eps_decay
+SCALE = 8.0  # of cosine routing
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WIDE = DTYPES[:2]  # of routing, which computes in no less
+
+
+class Sizes(NamedTuple):
+    """Of the tensors of a call; a case reads those that it knows."""
+
+    batch: int = 2
+    n: int = 50  # tokens, or numbers of a row
+    group: int = 2  # experts of each of two groups of rows
+    steps: int = 20  # of the iterative solver
+    dim: int = 64
+    experts: int = 3
+    ks: tuple[int, int] = (7, 11)  # slots of an expert, of queries and of keys
+    heads: int = 3
+    dim_head: int = 16
+    length: int = 40  # queries of an expert
+    positions: int = 50
+
+
+class Truth(NamedTuple):
+    """slack: by how much a result may differ, by element or for all; None: not at all."""
+
+    value: Tensor
+    slack: Tensor | float | None = None
+
+
+Yielded = Iterator[dict[str, Any]]  # results, then their truths
+
+
+def _shown(at: Tensor, n: int) -> Tensor:
+    return (n - at) % 7 != 3
+
+
+def as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+class Inputs:
+    """Drawn on the CPU in float64, rounded to a dtype, on a device, laid out in memory by `lay`.
+
+    weights: the dtype of parameters and of the combined result. blank: zeros, where no number matters.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: torch.dtype | None = None,
+        lay: Callable[[Tensor], Tensor] = as_it_is,
+        blank: bool = False,
+    ):
+        self.device, self.dtype, self.weights, self.lay, self.blank = device, dtype, weights or dtype, lay, blank
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.eps = torch.finfo(self.wide).eps  # of the arithmetic
+
+    def here(self, t: Tensor, wide: bool = False) -> Tensor:
+        """In the dtype under test, or in that of its arithmetic."""
+        return self.lay(t.to(self.device, self.wide if wide else self.dtype))
+
+    def drawn(self, shape: tuple[int, ...], seed: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64) if self.blank else draw(shape, "normal", seed)
+
+    def normal(self, *shape: int, seed: int, wide: bool = False) -> Tensor:
+        return self.here(self.drawn(shape, seed), wide)
+
+    def weight(self, *shape: int, seed: int) -> Tensor:
+        return self.lay(self.drawn(shape, seed).to(self.device, self.weights))
+
+    def packed(self, *shape: int, seed: int) -> Tensor:
+        """Whose last stride is 1, as some wrappers ask."""
+        t = self.drawn(shape, seed).to(self.device, self.dtype)
+        return next(laid for laid in (self.lay(t.mT).mT, self.lay(t), t) if laid.stride(-1) == 1)
+
+    def mask(self, s: Sizes) -> Tensor:
+        """(B, N): of seven tokens one is masked, but not the last."""
+        return self.lay(_shown(torch.arange(s.n), s.n).expand(s.batch, -1).contiguous().to(self.device))
+
+    def routing(self, s: Sizes) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Indices, slots and inverse map of both groups. Some slots are masked, those of masked tokens among them; the
+        last expert takes the last token.
+        """
+        found = []
+        for k in s.ks:
+            g = generator(10 + k)
+            indices = torch.rand(s.batch, s.experts, s.n, generator=g).argsort(-1)[..., :k].sort(-1).values
+            slots = torch.rand(s.batch, s.experts, indices.shape[-1], generator=g) < 0.8
+            indices[:, -1, -1], slots[:, -1, -1] = s.n - 1, True
+            slots &= _shown(indices, s.n)
+            made = indices, slots, inverse_map(indices, slots, s.n)
+            found.append(tuple(self.lay(t.to(self.device)) for t in made))
+        return found
+
+    def truth(self, value: Tensor, terms: Tensor | float, count: int, stored: torch.dtype | None = None) -> Truth:
+        """Sums of so many terms, whose absolute values sum to `terms`, through a dozen roundings more."""
+        last = torch.finfo(stored or self.dtype)
+        rounded = last.eps * (value.double().abs() + last.smallest_normal)
+        return Truth(value, (count + 12) / 2 * self.eps * terms + rounded)
+
+
+class Case(NamedTuple):
+    """family: rows, channels or heads; which of the sizes matter most."""
+
+    family: str
+    switches: tuple[str, ...]
+    run: Callable[..., Yielded]
+
+    def results(self, x: Inputs, s: Sizes, **switches: bool) -> dict[str, Tensor]:
+        return next(self.run(x, s, **switches))
+
+    def differences(self, x: Inputs, s: Sizes, **switches: bool) -> list[str]:
+        """Results that are wrong, in words."""
+        return differences(*self.run(x, s, **switches))
+
+
+CASES: dict[str, Case] = {}  # by file of optimized/kernels
+
+
+def case(family: str) -> Callable[[Callable[..., Yielded]], Callable[..., Yielded]]:
+    def enter(run: Callable[..., Yielded]) -> Callable[..., Yielded]:
+        parameters = inspect.signature(run).parameters.values()
+        CASES[run.__name__] = Case(family, tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY), run)
+        return run
+
+    return enter
+
+
+# Settings of so many switches.
+
+
+def all_on(count: int) -> Iterable[tuple[bool, ...]]:
+    return [(True,) * count]
+
+
+def on_and_off(count: int) -> Iterable[tuple[bool, ...]]:
+    return [(False,) * count, (True,) * count]
+
+
+def one_by_one(count: int) -> Iterable[tuple[bool, ...]]:
+    """None, each alone, all."""
+    alone = [tuple(i == j for j in range(count)) for i in range(count)]
+    return dict.fromkeys([(False,) * count, *alone, (True,) * count])
+
+
+def combinations(count: int) -> Iterable[tuple[bool, ...]]:
+    return itertools.product((False, True), repeat=count)
+
+
+Settings = Callable[[int], Iterable[tuple[bool, ...]]]
+
+
+def each(families: Iterable[str], settings: Settings) -> Iterator[tuple[str, Case, dict[str, bool]]]:
+    """Name, case and switches."""
+    for name, found in CASES.items():
+        if found.family in families:
+            for values in settings(len(found.switches)):
+                yield name, found, dict(zip(found.switches, values))
+
+
+# What a GPU runs in every dtype: family, sizes, dtypes.
+ORDINARY: dict[str, tuple[str, Sizes, tuple[torch.dtype, ...]]] = {
+    "rows of 1": ("rows", Sizes(n=1, steps=3), WIDE),
+    "rows of 300": ("rows", Sizes(n=300), WIDE),
+    "rows of 2500": ("rows", Sizes(n=2500, batch=1, steps=5), WIDE),
+    "1 channel": ("channels", Sizes(dim=1), DTYPES[1:3]),
+    "100 channels": ("channels", Sizes(dim=100), DTYPES),
+    "20 experts": ("channels", Sizes(dim=70, experts=20), DTYPES[1:3]),
+    "heads": ("heads", Sizes(dim_head=10), DTYPES),
+    "wide heads": ("heads", Sizes(heads=2, dim_head=128), DTYPES[1:3]),
+}
+# Small enough to be interpreted.
+SMALL = Sizes(batch=1, n=17, group=1, steps=5, dim=20, experts=2, ks=(4, 3), heads=2, dim_head=10, length=5)
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Truth]) -> list[str]:
+    """What is beyond its slack, or has NaN where the other has none, in words."""
+    assert actual.keys() == expected.keys()
+    found = []
+    for name, value in actual.items():
+        other, slack = expected[name]
+        assert (value.shape, value.is_floating_point()) == (other.shape, other.is_floating_point()), name
+        a, b = value.detach().double(), other.detach().to(value.device).double()
+        nan = a.isnan()
+        if not torch.equal(nan, b.isnan()):
+            found.append(f"{name}: NaN in other places")
+            continue
+        apart = torch.where((a == b) | nan, 0.0, (a - b).abs())  # infinities are equal
+        bound = torch.zeros_like(apart) + (0.0 if slack is None else slack)
+        bad = ~(apart <= bound)
+        if bad.any():
+            at = tuple(bad.nonzero()[0].tolist())
+            what = f"{int(bad.sum())} of {a.numel()} elements"
+            found.append(f"{name}: {what}, at {at} {a[at].item()} and {b[at].item()}, allowed {bound[at].item():.2g}")
+    return found
+
+
+def size_of(t: Tensor) -> float:
+    return t.double().abs().max().item()
+
+
+def sums(form: Callable[..., Tensor], inputs: list[Tensor], g: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Result and gradients of a form that is linear in each input, each with the sum of its terms' absolute values.
+
+    All else that the form multiplies by is positive.
+    """
+    found = []
+    for size in (False, True):
+        given = [(t.double().abs() if size else t.double()).detach().requires_grad_() for t in inputs]
+        out = form(*given)
+        found.append((out.detach(), *torch.autograd.grad(out, given, g.double().abs() if size else g.double())))
+    return list(zip(*found))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def inverse_map(indices: Tensor, slots: Tensor, n: int) -> Tensor:
+    """(B, E, N) int32: the slot that holds a token, or -1."""
+    places = torch.where(slots, torch.arange(indices.shape[-1], device=indices.device, dtype=torch.int32), -1)
+    return places.new_full((*indices.shape[:2], n), -1).scatter_(-1, indices, places)
+
+
+def best(logits: Tensor, shown: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices, slots and inverse map of the k best: valid before masked, the larger (NaN last), the first.
+
+    In slots by index, masked ones last.
+    """
+    shown = shown[:, None].expand_as(logits)
+    order = torch.where(shown & ~logits.isnan(), logits, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, (~shown.gather(-1, order)).byte().argsort(dim=-1, stable=True))
+    indices = order[..., :k].sort(-1).values
+    indices = indices.gather(-1, (~shown.gather(-1, indices)).byte().argsort(dim=-1, stable=True))
+    slots = shown.gather(-1, indices)
+    return indices, slots, inverse_map(indices, slots, logits.shape[-1])
+
+
+def _mask(x: Inputs, s: Sizes, masked: bool) -> tuple[Tensor | None, Tensor]:
+    """What a wrapper is given, and which tokens are shown."""
+    mask = x.mask(s) if masked else None
+    return mask, torch.ones(s.batch, s.n, dtype=torch.bool, device=x.device) if mask is None else mask
+
+
+def _ks(n: int) -> tuple[int, int]:
+    return max(n // 3, 1), max(n // 5, 1)
+
+
+@case("rows")
+def selection(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import selection as kernel
+
+    mask, shown = _mask(x, s, masked)
+    logits = x.normal(s.batch, 2 * s.group, s.n, seed=s.n)
+    tied = x.lay(logits.round())
+    tied[0, 1, -1] = torch.nan
+    found, parts = {}, ("indices", "slots", "inverse", "picked")
+    given = {"": (logits, logits), "of ties ": (tied, logits), "of ones ": (tied, None)}
+    for name, (row, scores) in given.items():
+        for side, made in zip(("q", "kv"), kernel.select_groups(row, mask, _ks(s.n), scores, unit=scores is None)):
+            found |= {f"{part} {name}{side}": t for part, t in zip(parts, made)}
+    few = sorted({1, s.n // 2 or 1, s.n})
+    for k in few:
+        found |= {f"{part} of {k}": t for part, t in zip(parts, kernel.select(tied, mask, k))}
+    yield found
+    truths = {}
+    for name, (row, scores) in given.items():
+        poisoned = (row.isnan() & shown[:, None]).any(-1, keepdim=True)
+        weight = torch.ones_like(row) if scores is None else scores
+        for side, k, *halves in zip(("q", "kv"), _ks(s.n), *(t.chunk(2, 1) for t in (row, weight, poisoned))):
+            made = best(halves[0], shown, k)
+            picked = torch.where(made[1], halves[1].gather(-1, made[0]), 0).masked_fill(halves[2], torch.nan)
+            truths |= {f"{part} {name}{side}": Truth(t) for part, t in zip(parts, (*made, picked))}
+    for k in few:
+        truths |= {f"{part} of {k}": Truth(t) for part, t in zip(parts, best(tied, shown, k))}
+    yield truths
+
+
+def descend(s: Tensor, shown: Tensor, k: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, iterates (T, B, R) and counts of the iterative solver; k (R)."""
+    temperatures = [max(EPSILONS[1] * EPSILONS[2] ** t, EPSILONS[0]) for t in range(steps + 1)]
+    hidden = ~shown[:, None].expand_as(s)
+    s, u = (t.masked_fill(hidden, -torch.inf) for t in (s, torch.zeros_like(s)))
+    iterates, counts = [], [torch.zeros_like(s[..., 0])]
+    for t, eps in enumerate(temperatures[:-1]):
+        if t > 0:
+            bound = -iterates[-1][..., None]
+            counts.append((s >= bound).sum(-1))
+            u = torch.minimum(s, bound)
+        total = (u / eps).logsumexp(-1)
+        iterates.append(torch.where(total == -torch.inf, 0.0, eps * (k.log() - total)))
+    scores = ((s + iterates[-1][..., None]) / temperatures[-1]).clamp_max(0).exp()
+    return scores, torch.stack(iterates), torch.stack([c.to(s.dtype) for c in counts])
+
+
+def cap(s: Tensor, shown: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, threshold and offset of the exact solver: saturates until none is left to be. More tokens than k."""
+    eps, s = EPSILONS[0], s.masked_fill(~shown[:, None], -torch.inf)
+    free = s > -torch.inf
+    while True:
+        left = k - ((s > -torch.inf) & ~free).sum(-1)
+        total = (s / eps).masked_fill(~free, -torch.inf).logsumexp(-1)
+        a = torch.where(total == -torch.inf, 0.0, eps * (left.log() - total))[..., None]
+        more = free & (s + a >= 0)
+        if not more.any():
+            return (
+                torch.where(free, ((s + a) / eps).exp(), s > -torch.inf),
+                s.masked_fill(~free, -torch.inf).amax(-1),
+                a,
+            )
+        free = free & ~more
+
+
+class Rows(NamedTuple):
+    """Logits of two groups with a mass each, and gradients: of all scores, and of the picked ones by inverse maps."""
+
+    exact: Tensor  # the logits, in float64
+    logits: Tensor
+    mask: Tensor | None
+    shown: Tensor
+    masses: tuple[float, float]
+    k: Tensor  # (R)
+    g: Tensor
+    grads: tuple[Tensor, ...]
+    inverses: tuple[Tensor, ...]
+
+    def poisoned(self) -> Tensor:
+        """Logits with a NaN in a row, at the last token."""
+        out = self.logits.clone()
+        out[0, 0, -1] = torch.nan
+        return out
+
+    def scattered(self) -> Tensor:
+        """The gradient of the picked scores as one of all."""
+        pairs = zip(self.grads, self.inverses)
+        return torch.cat([torch.where(i >= 0, g.double().gather(-1, i.clamp_min(0).long()), 0) for g, i in pairs], 1)
+
+
+def _rows(x: Inputs, s: Sizes, masked: bool) -> Rows:
+    """The first draw of logits of which none lies close to a kink of either solver: there rounding decides."""
+    mask, shown = _mask(x, s, masked)
+    masses = 0.4 * s.n, max(0.2 * s.n, 0.6)
+    k = torch.tensor(masses, dtype=torch.float64, device=x.device).repeat_interleave(s.group)
+    for seed in itertools.count():
+        logits = x.normal(s.batch, 2 * s.group, s.n, seed=1000 * seed + s.n)
+        exact = logits.double()
+        if x.blank:
+            break
+        offsets = descend(exact, shown, k, s.steps)[1].unsqueeze(-1), cap(exact, shown, k)[2]
+        near = (exact + torch.cat((offsets[0], offsets[1][None]))).abs().amin(-1)
+        if near.min() > 100 * x.eps:
+            break
+    g = x.normal(s.batch, 2 * s.group, s.n, seed=1)
+    grads = tuple(x.normal(s.batch, s.group, width, seed=2 + i) for i, width in enumerate(_ks(s.n)))
+    inverses = tuple(x.lay(best(t, shown, width)[2]) for t, width in zip(exact.chunk(2, 1), _ks(s.n)))
+    return Rows(exact, logits, mask, shown, masses, k, g, grads, inverses)
+
+
+def _solved(x: Inputs, p: Rows, scores: Tensor, leaf: Tensor, masked: bool) -> dict[str, Truth]:
+    """Scores and gradients. Each step adds a few roundings of numbers as large as logits and temperature, which the
+    next ones forget.
+    """
+    size = 4 + size_of(p.exact)
+    dense, picked = (torch.autograd.grad(scores, leaf, g, retain_graph=True)[0] for g in (p.g.double(), p.scattered()))
+    slack = 32 * x.eps * size / EPSILONS[0]
+    return {
+        "scores": Truth(scores, slack),
+        "scores of NaN": Truth(
+            scores.masked_fill(p.poisoned().isnan().any(-1)[..., None] & p.shown[:, None], torch.nan), slack
+        ),
+        "gradient": Truth(dense, slack * size_of(p.g)),
+        "picked gradient": Truth(picked + p.g.double() if masked else picked, slack * size_of(p.g)),
+    }
+
+
+@case("rows")
+def coordinate_descent(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import coordinate_descent as kernel
+
+    p = _rows(x, s, masked)
+    leaf = p.exact.clone().requires_grad_()
+    scores, a, counts = descend(leaf, p.shown, p.k, s.steps)
+    # What the backward is handed is made here, so that only its own roundings count.
+    saved = [x.here(t.detach()) for t in (scores, a, counts)]
+    found = kernel.coordinate_descent(p.logits, p.mask, p.masses, s.steps, *EPSILONS)
+    poisoned = kernel.coordinate_descent(p.poisoned(), p.mask, p.masses, s.steps, *EPSILONS)[0]
+    rest = p.logits, p.mask, *saved, p.masses, *EPSILONS
+    yield {
+        **dict(zip(("scores", "a", "counts", "scores of NaN"), (*found, poisoned))),
+        "gradient": kernel.coordinate_descent_backward(p.g, *rest),
+        "picked gradient": kernel.coordinate_descent_picked_backward(
+            p.grads, p.inverses, p.g if masked else None, *rest
+        ),
+    }
+    slack = 32 * x.eps * (4 + size_of(p.exact))
+    yield {**_solved(x, p, scores, leaf, masked), "a": Truth(a, slack), "counts": Truth(counts)}
+
+
+@case("rows")
+def capped_simplex(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import capped_simplex as kernel
+
+    p = _rows(x, s, masked)
+    leaf = p.exact.clone().requires_grad_()
+    scores, threshold, _ = cap(leaf, p.shown, p.k)
+    found = kernel.capped_simplex(p.logits, p.mask, p.masses, EPSILONS[0])
+    poisoned = kernel.capped_simplex(p.poisoned(), p.mask, p.masses, EPSILONS[0])[0]
+    rest = p.logits, p.mask, *(x.here(t.detach()) for t in (scores, threshold)), EPSILONS[0]
+    yield {
+        **dict(zip(("scores", "threshold", "scores of NaN"), (*found, poisoned))),
+        "gradient": kernel.capped_simplex_backward(p.g, *rest),
+        "picked gradient": kernel.capped_simplex_picked_backward(p.grads, p.inverses, p.g if masked else None, *rest),
+    }
+    yield {**_solved(x, p, scores, leaf, masked), "threshold": Truth(threshold)}
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+def gathered(t: Tensor, indices: Tensor, slots: Tensor) -> Tensor:
+    """Rows (E, B, K, D) of t (B, N, D); 0 in masked slots."""
+    batch = torch.arange(len(t), device=t.device)[None, :, None]
+    return t[batch, indices.transpose(0, 1)] * slots.transpose(0, 1)[..., None]
+
+
+def collected(rows: Tensor, inverse: Tensor) -> Tensor:
+    """(B, N, D): the sum over experts of what they have for a token."""
+    at = inverse.transpose(0, 1)[..., None]
+    return torch.where(at >= 0, rows.gather(2, at.clamp_min(0).long().expand(*at.shape[:3], rows.shape[-1])), 0).sum(0)
+
+
+class Tokens(NamedTuple):
+    """Tokens and who took them, and the router that scored them."""
+
+    x: Tensor  # (B, N, D)
+    norms: Tensor
+    routing: list[tuple[Tensor, Tensor, Tensor]]
+    gammas: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]  # of the rows
+    dots: Tensor  # <gamma g, x> of every row
+    r: Tensor  # (E, D)
+    g: Tensor  # of the logits
+
+    def rates(self, cosine: bool) -> Tensor:
+        """(B, E, N), what the products of tokens and routing tokens are multiplied by."""
+        if not cosine:
+            return torch.ones_like(self.g, dtype=torch.float64)
+        return SCALE / (self.r.double().norm(dim=-1)[:, None] * self.x.double().norm(dim=-1)[:, None])
+
+    def products(self, index: int, gamma: Tensor, x: Tensor) -> Tensor:
+        """Of the gradient of every row, gamma and the token: (E, B, K, D)."""
+        return self.gradients[index].double() * gamma[:, None, None] * gathered(x, *self.routing[index][:2])
+
+
+def _tokens(x: Inputs, s: Sizes) -> Tokens:
+    tokens = x.normal(s.batch, s.n, s.dim, seed=s.dim)
+    routing = x.routing(s)
+    gammas = tuple(x.weight(s.experts, s.dim, seed=4 + i) for i in range(2))
+    gradients = tuple(x.normal(s.experts, s.batch, r[0].shape[-1], s.dim, seed=6 + i) for i, r in enumerate(routing))
+    r, g = x.weight(s.experts, s.dim, seed=8), x.normal(s.batch, s.experts, s.n, seed=9, wide=True)
+    norms = x.here(tokens.double().norm(dim=-1), wide=True)
+    made = Tokens(tokens, norms, routing, gammas, gradients, norms, r, g)
+    dots = [made.products(i, gamma.double(), tokens.double()).sum(-1).flatten() for i, gamma in enumerate(gammas)]
+    return made._replace(dots=x.here(torch.cat(dots)[None], wide=True))
+
+
+def _normed(x: Tensor, gamma: Tensor, indices: Tensor, slots: Tensor) -> Tensor:
+    norms = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return gathered(x / norms * x.shape[-1] ** 0.5, indices, slots) * gamma[:, None, None]
+
+
+def _logits(x: Tensor, r: Tensor, shown: Tensor, cosine: bool) -> Tensor:
+    if cosine:
+        x, r = x / x.norm(dim=-1, keepdim=True), SCALE * r / r.norm(dim=-1, keepdim=True)
+    return torch.einsum("bnd,ed->ben", x, r) * shown[:, None]
+
+
+@case("channels")
+def gather_norm(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
+    from optimized.kernels import gather_norm as kernel
+
+    p, sides = _tokens(x, s), ("q", "kv")
+    taken = tuple(kernel.Taken(*r[:2], gamma if norm else None) for r, gamma in zip(p.routing, p.gammas))
+    found = {"norms": kernel.token_norms(p.x)}
+    found |= zip(("rows q", "rows kv"), kernel.gather_norm(p.x, p.norms if norm else None, taken))
+    if norm:
+        dgammas, dots = kernel.slot_gradients(p.x, p.norms, taken, p.gradients)
+        found |= {"dots": dots.sum(0), **{f"dgamma {side}": d for side, d in zip(sides, dgammas)}}
+    yield found
+    wide = p.x.double()
+    truths = {"norms": x.truth(wide.norm(dim=-1), wide.norm(dim=-1), s.dim, x.wide)}
+    dots = []
+    for i, (side, (indices, slots, _), gamma) in enumerate(zip(sides, p.routing, p.gammas)):
+        if not norm:
+            truths[f"rows {side}"] = Truth(gathered(p.x, indices, slots))
+            continue
+        leaf = gamma.double().requires_grad_()
+        made = _normed(wide, leaf, indices, slots)
+        (dgamma,) = torch.autograd.grad(made, leaf, p.gradients[i].double())
+        terms = (p.gradients[i].double() * _normed(wide, torch.ones_like(leaf), indices, slots)).abs().sum((1, 2))
+        truths[f"rows {side}"] = x.truth(made, made.abs(), 0)
+        truths[f"dgamma {side}"] = x.truth(dgamma, terms, s.batch * s.ks[i], x.weights)
+        dots.append(p.products(i, gamma.double(), wide).flatten(0, 2))
+    if norm:
+        products = torch.cat(dots)
+        truths["dots"] = x.truth(products.sum(-1), products.abs().sum(-1), s.dim, x.wide)
+    yield truths
+
+
+@case("channels")
+def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded:
+    from optimized.kernels import router_logits as kernel
+
+    p, (mask, shown) = _tokens(x, s), _mask(x, s, masked)
+    logits, norms, factors = kernel.router_logits(p.x, p.r, mask, SCALE if cosine else None)
+    found = {"logits": logits, **({"norms": norms * shown, "factors": factors} if cosine else {})}
+    exact, leaf = p.x.double(), p.r.double().requires_grad_()
+    made, lengths = _logits(exact, leaf, shown, cosine), leaf.detach().norm(dim=-1)
+    handed = (SCALE / lengths).expand(s.batch, -1) if cosine else exact.new_empty(s.batch, 0)
+    saved = x.here(made.detach(), wide=True), p.norms, x.here(handed, wide=True)
+    found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
+    yield found
+    rates = p.rates(cosine) * shown[:, None]
+    (_, terms), (_, around) = sums(lambda r: torch.einsum("bnd,ed->ben", exact.abs(), r) * rates, [p.r], p.g)
+    truths = {"logits": x.truth(made, terms, s.dim, x.wide)}
+    if cosine:
+        truths["norms"] = x.truth(exact.norm(dim=-1) * shown, exact.norm(dim=-1), s.dim, x.wide)
+        truths["factors"] = x.truth(handed, handed, s.dim, x.wide)
+        moments = (p.g.double() * made.detach()).abs().sum((0, 2))
+        around = around + moments[:, None] * leaf.detach().abs() / lengths.square()[:, None]
+    (dr,) = torch.autograd.grad(made, leaf, p.g.double())
+    truth = x.truth(dr, around, s.batch * s.n, x.weights)
+    # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
+    coarse = 2**-11 * around if x.dtype == x.weights == torch.bfloat16 else 0.0
+    yield {**truths, "dr": Truth(dr, truth.slack + coarse)}
+
+
+@case("channels")
+def token_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool, norm: bool) -> Yielded:
+    """By rows alone, by the router alone, by both."""
+    from optimized.kernels.token_gradient import RouterGradient, TakenRows
+    from optimized.kernels.token_gradient import token_gradient as assemble
+
+    p, (mask, shown) = _tokens(x, s), _mask(x, s, masked)
+    exact, r = p.x.double().requires_grad_(), p.r.double()
+    logits = _logits(exact, r, shown, cosine)
+    factors = (SCALE / r.norm(dim=-1)).expand(s.batch, -1) if cosine else r.new_empty(s.batch, 0)
+    router = RouterGradient(p.g, x.here(logits.detach(), wide=True), p.r, x.here(factors, wide=True))
+    rows = [TakenRows(g, routing[2], gamma) for g, routing, gamma in zip(p.gradients, p.routing, p.gammas)]
+    one = rows[0] if norm else rows[0]._replace(gamma=None)
+    yield {
+        "dx of rows": assemble(p.x, None, p.norms, (one,), p.dots if norm else None, None),
+        "dx of router": assemble(p.x, mask, p.norms, (), None, router),
+        "dx of both": assemble(p.x, mask, p.norms, tuple(rows), p.dots, router),
+    }
+
+    def by_rows(i: int, normed: bool) -> tuple[Tensor, Tensor]:
+        """Gradient, and the absolute values of its terms, of which one takes away what a token's norm does not feel."""
+        indices, slots, inverse = p.routing[i]
+        gamma, g = p.gammas[i].double(), p.gradients[i].double()
+        made = _normed(exact, gamma, indices, slots) if normed else gathered(exact, indices, slots)
+        (dx,) = torch.autograd.grad(made, exact, g)
+        if not normed:
+            return dx, collected(g.abs(), inverse)
+        rate = s.dim**0.5 / lengths
+        along = collected(p.products(i, gamma, exact.detach()).sum(-1, keepdim=True).abs(), inverse)
+        return dx, rate * (collected((g * gamma[:, None, None]).abs(), inverse) + size * along / lengths.square())
+
+    size, lengths = exact.detach().abs(), exact.detach().norm(dim=-1, keepdim=True)
+    weights = p.g.double() * shown[:, None]
+    terms = torch.einsum("ben,ed->bnd", weights.abs() * p.rates(cosine), r.abs())
+    if cosine:
+        terms = terms + size * (weights * logits.detach()).abs().sum(1)[..., None] / lengths.square()
+    (dx,) = torch.autograd.grad(logits, exact, p.g.double())
+    (first, first_terms), (second, second_terms) = by_rows(0, True), by_rows(1, True)
+    alone, alone_terms = (first, first_terms) if norm else by_rows(0, False)
+    count = 3 * s.experts + (s.dim if x.dtype == torch.float64 else 0)  # there the truth's own sums count too
+    yield {
+        "dx of rows": x.truth(alone, alone_terms, count),
+        "dx of router": x.truth(dx, terms, count),
+        "dx of both": x.truth(dx + first + second, terms + first_terms + second_terms, count),
+    }
+
+
+@case("channels")
+def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, average: bool) -> Yielded:
+    from optimized.kernels import combine as kernel
+
+    p, (mask, shown) = _tokens(x, s), _mask(x, s, masked)
+    (indices, slots, inverse), y = p.routing[0], p.gradients[0]
+    scores = x.normal(s.batch, s.experts, indices.shape[-1], seed=11, wide=True)
+    beside = x.normal(s.batch, s.n, s.dim, seed=12) if local else None
+    nobody = x.weight(s.dim, seed=13) if null else None
+    out = kernel.combine(y, scores, inverse, beside, nobody, mask, average, x.weights)
+    g = x.lay(x.weight(s.batch, s.n, s.dim, seed=14))
+    grads = kernel.combine_backward(g, y, scores, indices, slots, inverse, beside, nobody, mask, average)
+    names = ("dy", "dscores", "dlocal", "dnull")
+    yield {"out": out, **{name: t for name, t in zip(names, grads) if t is not None}}
+    count = (inverse >= 0).sum(1)[..., None] + local
+
+    def form(y: Tensor, scores: Tensor, *rest: Tensor) -> Tensor:
+        total = collected(y * scores.transpose(0, 1)[..., None], inverse) + (rest[0] if local else 0)
+        total = total / count.clamp_min(1) if average else total
+        return torch.where(count == 0, rest[-1] if null else 0.0, total) * shown[..., None]
+
+    optional = [t for t in (beside, nobody) if t is not None]
+    found = dict(
+        zip(("out", *(n for n, t in zip(names, grads) if t is not None)), sums(form, [y, scores, *optional], g))
+    )
+    counts = {"dscores": s.dim, "dnull": s.batch * s.n}
+    stored = {"out": x.weights, "dscores": x.wide, "dnull": x.weights}
+    yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+@case("heads")
+def null_slot(x: Inputs, s: Sizes, *, keep: bool, lengths: bool) -> Yielded:
+    from optimized.kernels import null_slot as kernel
+
+    rows, shape = s.experts * s.batch, (s.experts * s.batch, s.length, s.heads, s.dim_head)
+    q, out, dout, dq = (x.normal(*shape, seed=20 + i) for i in range(4))
+    null_k, null_v = (x.normal(s.experts, s.heads, s.dim_head, seed=24 + i) for i in range(2))
+    lse = x.normal(rows, s.heads, s.length, seed=26, wide=True)
+    drawn = (torch.rand(rows, s.heads, s.length, generator=generator(27)) < 0.6) / 0.6
+    kept = x.here(drawn, wide=True) if keep else None
+    keys = (torch.arange(rows, dtype=torch.int32) * 3 % 7).to(x.device) if lengths else None  # the first has none
+    root, z = s.dim_head**0.5, 1.0 if kept is None else kept.double().transpose(1, 2)[..., None]
+    k0, v0 = (t.double().repeat_interleave(s.batch, 0)[:, None] for t in (null_k, null_v))
+    wide_q, wide_out, wide_dout = q.double(), out.double(), dout.double()
+    s0 = ((wide_q * k0).sum(-1, keepdim=True) / root).transpose(1, 2).squeeze(-1)
+    after = torch.logaddexp(lse.double(), s0)
+    into = dq.contiguous() if x.blank else dq.clone(memory_format=torch.contiguous_format)
+    merged, merged_lse = kernel.merge(q, null_k, null_v, out, lse, kept, keys)
+    dnull = kernel.merge_backward(q, null_k, null_v, out, x.here(after, wide=True), kept, dout, into)
+    yield {"merged": merged, "merged lse": merged_lse, "dq": into, "dnull": dnull}
+
+    def as_rows(t: Tensor) -> Tensor:
+        return t.transpose(1, 2)[..., None]
+
+    before = lse.double() if keys is None else lse.double().masked_fill((keys == 0)[:, None, None], -torch.inf)
+    p0 = as_rows((s0 - torch.logaddexp(before, s0)).exp())
+    # exp makes the error of a logit a relative one of the weights.
+    gain = 1 + (wide_q * k0).abs().sum(-1, keepdim=True) / root
+    parts = (1 - p0) * wide_out, z * p0 * v0
+    terms = gain * (parts[0].abs() + wide_out.abs() * p0 + parts[1].abs())
+    made_lse = torch.logaddexp(before, s0)
+    truths = {
+        "merged": x.truth(sum(parts), terms, s.dim_head),
+        "merged lse": x.truth(made_lse, gain.squeeze(-1).transpose(1, 2) + made_lse.abs(), s.dim_head, x.wide),
+    }
+    # The backward as the kernel's file has it, of whatever out and lse it is handed.
+    p0 = as_rows((s0 - after).exp())
+    gain = gain + as_rows(after).abs()
+    pairs = [(wide_dout * t).sum(-1, keepdim=True) for t in (v0, wide_out)]
+    sizes = [(wide_dout * t).abs().sum(-1, keepdim=True) for t in (v0, wide_out)]
+    ds, most = (z * p0 * pairs[0] - p0 * pairs[1]) / root, gain * (z * p0 * sizes[0] + p0 * sizes[1]) / root
+    truths["dq"] = x.truth(dq.double() + ds * k0, dq.double().abs() + most * k0.abs(), 2 * s.dim_head)
+
+    def over_rows(*pair: Tensor) -> Tensor:
+        return torch.stack([t.unflatten(0, (s.experts, s.batch)).sum((1, 2)) for t in pair])
+
+    around = over_rows((most * wide_q).abs(), (gain * z * p0 * wide_dout).abs())
+    count = s.batch * s.length + 2 * s.dim_head
+    truths["dnull"] = x.truth(over_rows(ds * wide_q, z * p0 * wide_dout), around, count)
+    yield truths
+
+
+def _turned(t: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
+    first, second = t.chunk(2, -1)
+    if transposed:
+        other = sin * t
+        first, second = other.chunk(2, -1)
+        return t * cos + torch.cat((second, -first), -1)
+    return t * cos + torch.cat((-second, first), -1) * sin
+
+
+@case("heads")
+def rotary(x: Inputs, s: Sizes, *, positions: bool, transposed: bool) -> Yielded:
+    from optimized.kernels import rotary as kernel
+
+    if s.dim_head % 2:  # has no halves
+        yield {}
+        yield {}
+        return
+    rows = s.experts * s.batch
+    t = x.packed(rows, s.length, s.heads, s.dim_head, seed=20)
+    angles = 10 * draw((max(s.positions, s.length), s.dim_head), "normal", 28)
+    cos, sin = (x.here(table, wide=True) for table in (angles.cos(), angles.sin()))
+    at = torch.randint(s.positions, (rows, s.length), generator=generator(29)).to(x.device)
+    given = cos, sin, x.lay(at) if positions else None, transposed
+    pair = torch.stack((t, t), 2)  # as keys lie beside values
+    kernel.rotate_into(pair[:, :, 0], pair[:, :, 0], *given)
+    found = {"rotated": kernel.rotate(t, *given), "in place": pair}
+    found |= zip(("cos", "sin"), kernel.tables(s.positions, s.dim_head, x.device, x.wide))
+    yield found
+    place = at if positions else torch.arange(s.length, device=x.device).expand(rows, -1)
+    tables = [table.double()[place][:, :, None] for table in (cos, sin)]
+    made = _turned(t.double(), *tables, transposed)
+    terms = size_of(t) * (tables[0].abs() + size_of(tables[1]))
+    truth = x.truth(made, terms, 0)
+    beside = torch.stack((made, t.double()), 2)
+    truths = {"rotated": truth, "in place": Truth(beside, torch.stack((truth.slack, 0 * terms.expand_as(made)), 2))}
+    frequencies = 10000.0 ** (-torch.arange(0, s.dim_head, 2, dtype=torch.float64, device=x.device) / s.dim_head)
+    angles = torch.arange(s.positions, device=x.device)[:, None] * frequencies.repeat(2)
+    for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
+        truths[name] = Truth(table, torch.finfo(x.wide).eps * table.abs() + 32 * s.positions * 2.0**-52)
+    yield truths
+
+
+@case("heads")
+def value_score(x: Inputs, s: Sizes) -> Yielded:
+    from optimized.kernels import value_score as kernel
+
+    rows = s.experts * s.batch
+    v, dv = (x.packed(rows, s.length, s.heads, s.dim_head, seed=31 + i) for i in range(2))
+    scores = x.normal(s.batch, s.experts, s.length, seed=30, wide=True)
+    scores[:, :, ::3] = 1
+    g, in_place = dv.clone(), v.clone()
+    found = {"scaled": kernel.value_score(v, scores), "in place": in_place, "dv": dv}
+    kernel.value_score_(in_place, scores)
+    found["dscores"] = kernel.value_score_backward_(dv, v, scores)
+    yield found
+    wide = scores.double().transpose(0, 1).flatten(0, 1)[..., None, None]
+    products = g.double() * v.double()
+    truths = {"scaled": v.double() * wide, "in place": v.double() * wide, "dv": g.double() * wide}
+    truths = {name: x.truth(t, t.abs(), 0) for name, t in truths.items()}
+    by_slot = [t.sum((-2, -1)).unflatten(0, (s.experts, s.batch)).transpose(0, 1) for t in (products, products.abs())]
+    yield {**truths, "dscores": x.truth(*by_slot, s.heads * s.dim_head, x.wide)}

@@ -1,0 +1,83 @@
+"""Every case of cases.py: that its wrappers are right, in every dtype and layout, and that no wrapper lacks one."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+from cases import CASES, DTYPES, SMALL, WIDE, Inputs, Truth, all_on, differences, each, one_by_one
+from harness import check_identical
+from launches import all_kernels, kernels_of, launching_by, modules, name_of
+from strategies import generator, lay_out
+
+TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+EVERY_CASE = pytest.mark.parametrize("name", CASES)
+
+
+@TRITON
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name, case in CASES.items() for dtype in (WIDE if case.family == "rows" else DTYPES)],
+    ids=str,
+)
+def test_is_right(kernels: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Interpreted or on a GPU; every switch alone in float32, all of them in others."""
+    case = CASES[name]
+    for values in (one_by_one if dtype == torch.float32 else all_on)(len(case.switches)):
+        switches = dict(zip(case.switches, values))
+        assert not case.differences(Inputs(device, dtype), SMALL, **switches), switches
+
+
+@TRITON
+@EVERY_CASE
+@pytest.mark.parametrize("layout", ["transposed", "unaligned"])
+def test_layouts(kernels: str, name: str, layout: str, device: torch.device) -> None:
+    """Values alone decide, bit for bit, wherever they lie in memory."""
+    found = []
+    for lay in (cases.as_it_is, lambda t: lay_out(t, layout) if t.ndim > 1 and t.is_floating_point() else t):
+        ((_, case, switches),) = [c for c in each([CASES[name].family], all_on) if c[0] == name]
+        found.append(case.results(Inputs(device, torch.float32, lay=lay), SMALL, **switches))
+    for key, value in found[0].items():
+        check_identical(found[1][key].contiguous(), value.contiguous(), key)
+
+
+def test_every_kernel_has_a_case() -> None:
+    """Files that launch something have one, all kernels are launched, and all wrappers called."""
+    files = {name: module for name, module in modules().items() if kernels_of(module)}
+    assert set(files) == set(CASES), "a new kernel brings a case in cases.py"
+    calls = {
+        node.attr for node in ast.walk(ast.parse(Path(cases.__file__).read_text())) if isinstance(node, ast.Attribute)
+    }
+    for name, module in files.items():
+        wrappers = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+        public = {n for n in wrappers if not n.startswith("_")} - {"item_rows", "token_gradient"}
+        assert public <= calls, f"{name}: a wrapper that its case does not call"
+
+
+@TRITON
+def test_every_kernel_is_launched(kernels: str) -> None:
+    x, seen = Inputs(torch.device("cpu"), torch.float32, blank=True), set()
+    with launching_by(lambda kernel, *_, **__: seen.add(name_of(kernel))):
+        for _, case, switches in each(("rows", "channels", "heads"), all_on):
+            case.results(x, SMALL, **switches)
+    assert seen == all_kernels()
+
+
+def test_a_difference_is_seen() -> None:
+    """In an integer, beyond its slack, a NaN; not within."""
+    one, nan = torch.ones(2), torch.tensor([1.0, torch.nan])
+    for actual, expected, words in (
+        (one.int(), Truth(2 * one.int()), "2 of 2 elements"),
+        (one, Truth(one + 1e-3, 1e-4), "2 of 2 elements"),
+        (one, Truth(nan, 1.0), "NaN in other places"),
+    ):
+        (found,) = differences({"it": actual}, {"it": expected})
+        assert words in found
+    assert not differences({"it": one}, {"it": Truth(one + 1e-5, 1e-4)})
+    assert not differences({"it": nan}, {"it": Truth(nan)})
+    x = torch.randn(5, generator=generator(0))
+    assert not differences({"it": x}, {"it": Truth(x.clone())})
