@@ -11,9 +11,8 @@ from typing import NamedTuple
 import pytest
 
 TESTS = Path(__file__).parent
-FILES = sorted(
-    [*TESTS.glob("*.py"), *(p for folder in ("campaign", "conformance", "programs") for p in (TESTS / folder).rglob("*.py"))]
-)
+FOLDERS = ("campaign", "conformance", "programs")
+FILES = sorted([*TESTS.glob("*.py"), *(p for folder in FOLDERS for p in (TESTS / folder).rglob("*.py"))])
 TOLERANT = {"allclose", "assert_close", "assert_allclose", "isclose", "approx", "assert_almost_equal"}
 SIZES = {"abs", "norm", "vector_norm"}
 ORDER = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)

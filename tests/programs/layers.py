@@ -87,7 +87,7 @@ def call_of(
 
 def loss_of(out: Tensor) -> Tensor:
     """Every element counts, each with its own weight."""
-    weights = draw(tuple(out.shape[1:]), "normal", 77).to(out)
+    weights = torch.arange(1, 1 + out[0].numel(), device=out.device).cos().view(out.shape[1:]).to(out.dtype)
     return (out * weights).sum() / out.shape[0] / out.shape[1]
 
 

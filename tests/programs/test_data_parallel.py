@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from programs.layers import (
+    K_Q,
     OPTIONS,
     PACKAGES,
-    K_Q,
     Option,
     assert_all_close,
     call_of,

@@ -53,7 +53,7 @@ def from_numpy(packed: tuple[np.ndarray, torch.dtype]) -> Tensor:
 @EVERY_OPTION
 @LENGTHS
 def test_saved_tensors_elsewhere(package: str, option: str, n: int) -> None:
-    """What the backward needs is handed to the hooks, and read back from them, bit for bit."""
+    """What the backward needs is handed to the hooks, and read back from them; a copy may lie in another order."""
     of = OPTIONS[option]
     layer, call = layer_of(package, **of.arguments), call_of(of, n)
     expected = gradients_of(layer, call)
@@ -66,8 +66,7 @@ def test_saved_tensors_elsewhere(package: str, option: str, n: int) -> None:
     for hooks in (saved_tensors_hooks(pack, from_numpy), save_on_cpu()):
         with hooks:
             found = gradients_of(layer, call)
-        for name, g in expected.items():
-            assert torch.equal(found[name], g), name
+        assert_all_close(found, expected)
     assert sum(packed) > call["x"].numel()
 
 
@@ -126,15 +125,11 @@ def test_fake_tensors(option: str, n: int) -> None:
             calls.append(given | {"routes": tuple(type(r)(*(mode.from_tensor(t) for t in r)) for r in routes)})
         for one in calls:
             out = fake(**one)
-            loss_of_fake(out).backward()
+            loss_of(out).backward()
             assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
             for name, p in fake.named_parameters():
                 assert p.grad is not None, name
                 assert p.grad.shape == p.shape, name
-
-
-def loss_of_fake(out: Tensor) -> Tensor:
-    return out.square().sum()
 
 
 @EVERY_OPTION

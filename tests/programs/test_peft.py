@@ -1,8 +1,8 @@
 """LoRA of peft on the projections of the layer.
 
-An adapter is a second way beside the module that it wraps: y = W x + s B A x. In a grouped convolution of E > 1 experts
-peft makes A a convolution without groups, over the channels of all experts; only where A is zero between the experts is the
-sum another weight of the layer, and peft merges no grouped convolution.
+An adapter is a second way beside the module that it wraps: y = W x + s B A x. In a grouped convolution of E > 1
+experts peft makes A a convolution without groups, over the channels of all experts; only where A is zero between the
+experts is the sum another weight of the layer, and peft merges no grouped convolution.
 """
 
 from __future__ import annotations
