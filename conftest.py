@@ -73,6 +73,17 @@ FILE_BUDGET_SECONDS = {
     "test_impl_option.py": 20,
     "test_registry.py": 5,
     "test_runner.py": 20,
+    "test_transformers.py": 15,
+    "test_peft.py": 15,
+    "test_trainers.py": 20,
+    "test_quantized.py": 10,
+    "test_safetensors.py": 5,
+    "test_data_parallel.py": 15,
+    "test_fully_sharded.py": 30,
+    "test_dynamic_lengths.py": 90,
+    "test_export.py": 75,
+    "test_transforms.py": 25,
+    "test_observers.py": 40,
 }
 
 PROGRAMS = ("transformers", "peft", "lightning", "accelerate", "torchao", "safetensors")  # the extra of that name

@@ -105,31 +105,44 @@ def test_parameters_offloaded(package: str) -> None:
         assert torch.equal(layer(**call), expected)
 
 
+def fake_of(mode: FakeTensorMode, layer: nn.Module) -> nn.Module:
+    """A copy with the shapes of the parameters alone."""
+    fake = copy.deepcopy(layer)
+    for name, p in layer.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        setattr(fake.get_submodule(owner), leaf, nn.Parameter(mode.from_tensor(p.detach())))
+    return fake
+
+
+def run_fake(option: str, n: int, inject: bool) -> None:
+    """Forward and backward."""
+    of = OPTIONS[option]
+    layer, call = layer_of("optimized", **of.arguments), call_of(of, n)
+    routes = injected("optimized", layer, call) if inject else ()
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    fake, given = fake_of(mode, layer), {name: mode.from_tensor(t) for name, t in call.items()}
+    if inject:
+        given["routes"] = tuple(type(r)(*(mode.from_tensor(t) for t in r)) for r in routes)
+    with mode:
+        out = fake(**given)
+        loss_of(out).backward()
+    assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
+    for name, p in fake.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.shape == p.shape, name
+
+
 @EVERY_OPTION
 @LENGTHS
 def test_fake_tensors(option: str, n: int) -> None:
-    """Shapes without numbers, forward and backward; routes from outside too."""
-    of = OPTIONS[option]
-    layer, call = layer_of("optimized", **of.arguments), call_of(of, n)
-    tokens = {name for name in call if name.endswith("routing_tokens")}
-    routes = None if tokens else injected("optimized", layer, call)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        fake = copy.deepcopy(layer)
-        for name, p in layer.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            setattr(fake.get_submodule(owner), leaf, nn.Parameter(mode.from_tensor(p.detach())))
-        given = {name: mode.from_tensor(t) for name, t in call.items()}
-        given["x"].requires_grad_()
-        calls = [given]
-        if routes is not None:
-            calls.append(given | {"routes": tuple(type(r)(*(mode.from_tensor(t) for t in r)) for r in routes)})
-        for one in calls:
-            out = fake(**one)
-            loss_of(out).backward()
-            assert (out.shape, out.dtype) == (call["x"].shape, call["x"].dtype)
-            for name, p in fake.named_parameters():
-                assert p.grad is not None, name
-                assert p.grad.shape == p.shape, name
+    """Shapes without numbers."""
+    run_fake(option, n, inject=False)
+
+
+@pytest.mark.parametrize("option", ["default", "soft", "blocks", "local mask", "cross"])
+def test_fake_tensors_with_routes(option: str) -> None:
+    """Whose indices can't be looked at."""
+    run_fake(option, 12, inject=True)
 
 
 @EVERY_OPTION
