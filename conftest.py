@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import statistics
 import sys
@@ -73,7 +74,20 @@ FILE_BUDGET_SECONDS = {
     "test_impl_option.py": 20,
     "test_registry.py": 5,
     "test_runner.py": 20,
+    "test_transformers.py": 15,
+    "test_peft.py": 15,
+    "test_trainers.py": 20,
+    "test_quantized.py": 10,
+    "test_safetensors.py": 5,
+    "test_data_parallel.py": 15,
+    "test_fully_sharded.py": 30,
+    "test_dynamic_lengths.py": 90,
+    "test_export.py": 75,
+    "test_transforms.py": 25,
+    "test_observers.py": 40,
 }
+
+PROGRAMS = ("transformers", "peft", "lightning", "accelerate", "torchao", "safetensors")  # the extra of that name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,6 +116,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
+    config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
     config.addinivalue_line("markers", "mutants: half an hour; selected by --mutants only")
@@ -160,10 +175,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         out = any(item.get_closest_marker(mark) for mark in unwanted)
         out = out or (without_triton and "triton" in _kernels_of(item))
+        out = out or any(version_of(name) is None for mark in item.iter_markers("needs") for name in mark.args)
         (dropped if out else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def version_of(library: str) -> str | None:
+    """None: not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def programs_line() -> str:
+    """With which libraries of the extra the layer is tested, and what is left out without the others."""
+    found = {name: version_of(name) for name in PROGRAMS}
+    line = "programs: " + (", ".join(f"{name} {v}" for name, v in found.items() if v) or "none")
+    missing = [name for name, v in found.items() if v is None]
+    return line + (
+        f"; DESELECTED are tests that need {', '.join(missing)} (pip install -e '.[programs]')" * bool(missing)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -277,6 +311,7 @@ def compilations() -> Counter[str]:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [", ".join(f"{name} {v}" for name, v in versions().items())]
     lines.append(f"device: {config.option.device}, " + ", ".join(hardware(torch.device(config.option.device)).values()))
+    lines.append(programs_line())
     lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
     lines.append(f"reference and optimized imported from {ROOT}")
     for path in sorted(REPORTS.glob("*.json")):

@@ -1,0 +1,111 @@
+"""Two processes that run functions side by side, in a process group of gloo: what a cluster does, on one machine."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+# Seconds, and of failures only: for ranks that wait for ever, and for one whose neighbour has failed.
+PATIENCE, GRACE = 600, 5
+
+
+class Ranks:
+    """`run(function, *args)` calls function(rank, *args) in each process; functions of modules, picklable arguments."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.calls = 0
+        self._start()
+
+    def _start(self) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(WORLD)]
+        self.pipes = [ours for ours, _ in pairs]
+        self.processes = [
+            context.Process(target=serve, args=(rank, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for process in self.processes:
+            process.start()
+        for _, theirs in pairs:
+            theirs.close()  # so that the end of a process is seen
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each rank returned. AssertionError with the tracebacks of those that failed."""
+        self.calls += 1
+        meeting = Path(self.folder.name, str(self.calls)).as_uri()
+        for pipe in self.pipes:
+            pipe.send((function, args, meeting))
+        answers = self._answers()
+        if len(answers) < WORLD or not all(process.is_alive() for process in self.processes):
+            self._stop()
+            self._start()
+        failed = [f"rank {rank}:\n{answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
+        if failed or len(answers) < WORLD:
+            raise AssertionError("\n".join(failed) or f"no answer but of ranks {sorted(answers)}")
+        return [answers[rank][1] for rank in range(WORLD)]
+
+    def _answers(self) -> dict[int, tuple[bool, Any]]:
+        """(whether it returned, what it returned or its traceback), by rank. Once one failed, others may hang."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        patience = PATIENCE
+        while len(answers) < WORLD:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
+            ready = wait(list(waiting), patience)
+            if not ready:
+                break
+            for pipe in ready:
+                try:
+                    answers[waiting[pipe]] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    answers[waiting[pipe]] = (False, "the process ended")
+            if not all(fine for fine, _ in answers.values()):
+                patience = GRACE
+        return answers
+
+    def _stop(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+    def close(self) -> None:
+        self._stop()
+        self.folder.cleanup()
+
+
+@contextmanager
+def two_ranks() -> Iterator[Ranks]:
+    ranks = Ranks()
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def serve(rank: int, pipe: Connection) -> None:
+    """Of a child process: a process group for each function, so that none sees what another left."""
+    torch.set_num_threads(1)
+    while True:
+        function, args, meeting = pipe.recv()
+        patience = datetime.timedelta(seconds=PATIENCE / 2)
+        try:
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=patience)
+            answer = True, function(rank, *args)
+        except Exception:
+            answer = False, traceback.format_exc()
+        if dist.is_initialized():  # a rank that waits for this one fails too, at once
+            dist.destroy_process_group()
+        pipe.send(answer)
+
+
+def mean_over_ranks(values: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: sum(value[name] for value in values) / len(values) for name in values[0]}
