@@ -33,8 +33,8 @@ from torch import Tensor
 
 from optimized import ops
 from optimized.attention import adapter, module_name
-from optimized.plan import Request, obstacle
 from optimized.kernels.null_slot import ROWS
+from optimized.plan import Request, obstacle
 
 LENGTHS = ("none", "random", "some_empty", "full")
 HALF_LENGTHS = ("none", "long", "full")  # a row with few keys, some dropped, has gradients that are all cancellation

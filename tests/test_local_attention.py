@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimized
 import reference
 from optimized import ops
-from optimized.plan import Request, obstacle
 from optimized.local_attention import MAX_BLOCK, MIN_BLOCK
+from optimized.plan import Request, obstacle
 from reference import oracle
 from reference.local_attention import ROWS
 

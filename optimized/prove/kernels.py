@@ -11,8 +11,8 @@ from torch import Tensor
 import optimized
 from optimized import ops
 from optimized.attention import module_name
-from optimized.plan import Request, choose
 from optimized.mixture import _combine
+from optimized.plan import Request, choose
 from optimized.prove.party import Party
 from optimized.prove.setup import Setup
 from optimized.routed_attention import attend_rows, gather, rotate
