@@ -63,7 +63,7 @@ def main(given: list[str] | None = None) -> int:
         nargs="?",
         const=REPORTS,
         metavar="FILE",
-        help="write a report; without FILE tests/reports/mutants-DEVICE.json, and from those there docs/pictures/mutants.png",
+        help="write a report; without FILE mutants-DEVICE.json in tests/reports, and the picture of those there",
     )
     asked = parser.parse_args(given)
     for name in ("jobs", "seconds"):
