@@ -498,6 +498,7 @@ def test_checks_of_a_call_leave_its_sizes_free(strict: bool) -> None:
         call = contract.check_call(config, {**given, "mask": torch.ones(x.shape[:2], dtype=torch.bool)})
         return x.new_zeros(call.queries.k, call.keys_values.k)
 
+    torch._dynamo.reset()
     half, graphs = HalfOfTheTokens(slots), CompileCounterWithBackend("eager")
     compiled = torch.compile(half, fullgraph=True, dynamic=True, backend=graphs)
     x = tokens(torch.device("cpu"))
