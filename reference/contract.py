@@ -72,7 +72,7 @@ def number(argument: str, value: Any, expected: str, holds: Callable[[float], bo
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         reject(argument, expected, describe(value), TypeError)
-    if not math.isfinite(value) or not holds(float(value)):
+    if not -math.inf < value < math.inf or not holds(value):  # comparisons, which torch.compile takes of symbols too
         reject(argument, expected, value)
     return float(value)
 
@@ -118,10 +118,15 @@ def tensor(
         reject(argument, f"device {beside.device}", value)
     if dtype_of is not None:
         name, other = dtype_of
-        # Autocast leaves float64 alone, so it reconciles the other three only.
-        converts = torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, other.dtype)
-        if value.dtype != other.dtype and not converts:
+        if value.dtype != other.dtype and not _reconciled_by_autocast(value, other):
             reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
+
+
+def _reconciled_by_autocast(value: Tensor, other: Tensor) -> bool:
+    """Autocast leaves float64 alone, and does not know of the meta device."""
+    if value.is_meta or torch.float64 in (value.dtype, other.dtype):
+        return False
+    return torch.is_autocast_enabled(value.device.type)
 
 
 def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, what: str) -> None:

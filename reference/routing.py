@@ -9,6 +9,7 @@ Letters: B batch, N tokens, E experts, K slots per expert, D model dimension, T 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -105,7 +106,7 @@ def routing_logits(
 ) -> Float[Tensor, "B E N"]:
     """<x[b, n], r[e]>, or the scaled cosine of the two, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         x, tokens = x.to(dtype), tokens.to(dtype)
         if options.cosine_sim_routing:
             x, tokens = F.normalize(x, dim=-1, eps=1e-12), F.normalize(tokens, dim=-1, eps=1e-12)
