@@ -46,12 +46,13 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function, args, meeting))
         answers = self._answers()
-        if len(answers) < WORLD or not all(process.is_alive() for process in self.processes):
+        silent = set(range(WORLD)) - answers.keys()
+        if silent or not all(process.is_alive() for process in self.processes):
             self._stop()
             self._start()
         failed = [f"rank {rank}:\n{answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
-        if failed or len(answers) < WORLD:
-            raise AssertionError("\n".join(failed) or f"no answer but of ranks {sorted(answers)}")
+        if failed or silent:
+            raise AssertionError("\n".join(failed) or f"no answer of ranks {silent}")
         return [answers[rank][1] for rank in range(WORLD)]
 
     def _answers(self) -> dict[int, tuple[bool, Any]]:
