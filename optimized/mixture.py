@@ -169,6 +169,8 @@ class MixtureOfAttention(nn.Module):
         plan = bind(self._kind(call))
         if plain(self.attn, RoutedAttention) is None:
             self.attn.check_input(x)
+        if self.null_routed_token is not None:
+            contract.ordinary("null_routed_token", self.null_routed_token)
         fused = self._obstacle_to_fusion(call, plan) is None
         if fused:
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
@@ -244,7 +246,9 @@ class MixtureOfAttention(nn.Module):
         )
         if found is not None:
             return found
-        if self.query_router.options != self.key_value_router.options:
+        ours, theirs = self.query_router.options, self.key_value_router.options
+        # torch.compile, to which their numbers may be symbolic, is asked for no comparison.
+        if ours is not theirs and (torch.compiler.is_compiling() or ours != theirs):
             return "the routers have different options"
         norms = {"attn.norm": (self.attn.norm, RMSNorm), "attn.context_norm": (self.attn.context_norm, RMSNorm)}
         return obstacle_to_fusion(**norms)

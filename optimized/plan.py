@@ -89,6 +89,7 @@ def _interpreter_obstacle() -> str | None:
 # --- registry --------------------------------------------------------------------------------------------------------
 
 TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
+BY_TRITON = ("routing", "dispatch", "mixture")  # or by PyTorch: these stages have no other choice
 REGISTRY: dict[str, tuple[Backend, ...]] = {
     "routing": TRITON,
     "dispatch": TRITON,
@@ -201,9 +202,11 @@ class Kind:
 
     @property
     def computed_in(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self.device.type) and self.dtype != torch.float64:
-            return torch.get_autocast_dtype(self.device.type)
-        return self.dtype
+        device = self.device.type
+        # Autocast leaves float64 alone, and does not know of the meta device.
+        if self.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+            return self.dtype
+        return torch.get_autocast_dtype(device)
 
     def request(self, stage: str) -> Request:
         """What the call asks of a stage."""
@@ -237,7 +240,7 @@ def _bind(kind: Kind) -> Plan:
     plan = Plan(kind.computed_in, kind.masked)
     for stage in kind.stages:
         backend = choose(stage, kind.request(stage))
-        plan = replace(plan, **{stage: backend.triton if REGISTRY[stage] is TRITON else backend.name})
+        plan = replace(plan, **{stage: backend.triton if stage in BY_TRITON else backend.name})
     return plan
 
 
@@ -288,5 +291,5 @@ def explain(module: MixtureOfAttention, x: Any, **forward_arguments: Any) -> Exp
         request = kind.request(stage)
         taken = choose(stage, request).name
         reasons = {b.name: b.obstacle(request) or f"{taken} is preferred" for b in REGISTRY[stage] if b.name != taken}
-        stages[stage] = StageReport(taken, reasons, note(taken) if REGISTRY[stage] is not TRITON else "")
+        stages[stage] = StageReport(taken, reasons, "" if stage in BY_TRITON else note(taken))
     return Explanation(stages, path)

@@ -10,7 +10,7 @@ Kkv slots of an expert, R = E B rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -152,24 +152,24 @@ class RMSNorm(nn.Module):
 
 
 class ExpertProjection(nn.Conv1d):
-    """A convolution of width 1 with one group per expert, without bias, as one batched matrix product."""
+    """A convolution of width 1 with one group per expert, as one batched matrix product.
 
-    def __init__(
-        self,
-        num_experts: int,
-        fan_in: int,
-        fan_out: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = num_experts * fan_in, num_experts * fan_out, 1
-        super().__init__(*sizes, groups=num_experts, bias=False, device=device, dtype=dtype)
+    Constructed as nn.Conv1d is, since what wraps a convolution (peft, say) makes others of its class: of those that are
+    wider, strided or padded the result is nn.Conv1d's own.
+    """
 
     def forward(self, input: Float[Tensor, "B EI K"]) -> Float[Tensor, "B EO K"]:  # noqa: A002, nn.Conv1d names it so
-        batch, _, k = input.shape
+        if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
+            return super().forward(input)
+        (batch, _, k), weight, bias = input.shape, self.weight, self.bias  # read once: a parametrization computes them
         rows = input.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (E, in, B K)
-        out = torch.bmm(self.weight.unflatten(0, (self.groups, -1)).squeeze(-1), rows)
-        return out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
+        out = torch.bmm(weight.squeeze(-1).unflatten(0, (self.groups, -1)), rows)
+        out = out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
+        return out if bias is None else out + bias[:, None].to(out.dtype)
+
+
+def _projection(experts: int, fan_in: int, fan_out: int, **where: Any) -> ExpertProjection:
+    return ExpertProjection(experts * fan_in, experts * fan_out, 1, groups=experts, bias=False, **where)
 
 
 class RoutedAttention(nn.Module):
@@ -184,15 +184,16 @@ class RoutedAttention(nn.Module):
         self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        e, inner, where = config.num_experts, config.heads * config.dim_head, {"device": device, "dtype": dtype}
+        e, inner = config.num_experts, config.heads * config.dim_head
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_experts, self.heads, self.dim_head = e, config.heads, config.dim_head
         self.dropout, self.flash_attn, self.use_triton = config.dropout, config.flash_attn, config.use_triton
         self.norm = RMSNorm(e, config.dim, **where) if config.prenorm else None
         self.context_norm = RMSNorm(e, config.dim_context, **where) if config.prenorm else None
         self.null_kv = nn.Parameter(torch.empty(2, e, config.heads, 1, config.dim_head, **where))
-        self.to_q = ExpertProjection(e, config.dim, inner, **where)
-        self.to_kv = ExpertProjection(e, config.dim_context, 2 * inner, **where)
-        self.to_out = ExpertProjection(e, inner, config.dim, **where)
+        self.to_q = _projection(e, config.dim, inner, **where)
+        self.to_kv = _projection(e, config.dim_context, 2 * inner, **where)
+        self.to_out = _projection(e, inner, config.dim, **where)
         nn.init.normal_(self.null_kv)
 
     def reset_parameters(self) -> None:

@@ -161,28 +161,21 @@ class RMSNorm(nn.Module):
 
 
 class ExpertProjection(nn.Conv1d):
-    """One bias-free matrix per expert, stored and called as a convolution of width 1 with one group per expert.
+    """A matrix per expert, stored and called as a convolution of width 1 with one group per expert.
 
-    weight (E * out, in, 1). Computed as a batched matrix product, the same in less time.
+    weight (E * out, in, 1). Constructed as nn.Conv1d is, since what wraps a convolution (peft, say) makes others of its
+    class. Computed as a batched matrix product, the same in less time, unless it is wider, strided or padded.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        dim_in: int,
-        dim_out: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        channels = num_experts * dim_in, num_experts * dim_out
-        super().__init__(*channels, kernel_size=1, groups=num_experts, bias=False, device=device, dtype=dtype)
-
-    def forward(self, rows: Float[Tensor, "B E*in K"]) -> Float[Tensor, "B E*out K"]:
-        weight = self.weight  # read once: a parametrization computes it
-        contract.beside_parameters("rows", rows, weight, "weight")
-        per_expert = rearrange(rows, "b (e i) k -> b e k i", e=self.groups)
+    def forward(self, input: Float[Tensor, "B E*in K"]) -> Float[Tensor, "B E*out K"]:  # noqa: A002, as nn.Conv1d
+        if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
+            return super().forward(input)
+        weight, bias = self.weight, self.bias  # read once: a parametrization computes them
+        contract.beside_parameters("input", input, weight, "weight")
+        per_expert = rearrange(input, "b (e i) k -> b e k i", e=self.groups)
         out = project(per_expert, rearrange(weight, "(e o) i 1 -> e o i", e=self.groups))
-        return rearrange(out, "b e k o -> b (e o) k")
+        out = rearrange(out, "b e k o -> b (e o) k")
+        return out if bias is None else out + bias[:, None]
 
 
 class RoutedAttention(nn.Module):
@@ -213,9 +206,14 @@ class RoutedAttention(nn.Module):
         self.norm = RMSNorm(num_experts, dim, **where) if prenorm else None
         self.context_norm = RMSNorm(num_experts, dim_context, **where) if prenorm else None
         self.null_kv = nn.Parameter(torch.empty(2, num_experts, heads, 1, dim_head, **where))
-        self.to_q = ExpertProjection(num_experts, dim, inner, **where)
-        self.to_kv = ExpertProjection(num_experts, dim_context, 2 * inner, **where)
-        self.to_out = ExpertProjection(num_experts, inner, dim, **where)
+
+        def grouped(fan_in: int, fan_out: int) -> ExpertProjection:
+            channels = num_experts * fan_in, num_experts * fan_out
+            return ExpertProjection(*channels, kernel_size=1, groups=num_experts, bias=False, **where)
+
+        self.to_q = grouped(dim, inner)
+        self.to_kv = grouped(dim_context, 2 * inner)
+        self.to_out = grouped(inner, dim)
         nn.init.normal_(self.null_kv)
 
     def reset_parameters(self) -> None:
