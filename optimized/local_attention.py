@@ -141,6 +141,9 @@ class LocalAttention(nn.Module):
         """`local_attention` of arguments already checked. plan: that of the layer's call."""
         if plan is None:
             plan = _plan(x, mask, self.dim_head, self.flash_attn, self.use_triton)
+        for name, module in self.named_children():
+            if type(module) in (LayerNorm, nn.Linear):  # FSDP, say, makes another class, and gathers the parameters
+                contract.ordinary(f"{name}.weight", module.weight)
         hidden = _hide(x, mask)
         if self.norm is not None:
             hidden = self.norm(hidden).to(x.dtype)

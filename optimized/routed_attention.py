@@ -142,9 +142,11 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.gamma)
 
     def forward(self, rows: Float[Tensor, "E B K D"]) -> Float[Tensor, "E B K D"]:
+        gamma = self.gamma  # read once: a parametrization computes it
+        contract.ordinary("gamma", gamma)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
-        scale = self.gamma.squeeze(-1).to(wide.dtype) * rows.shape[-1] ** 0.5
+        scale = gamma.squeeze(-1).to(wide.dtype) * rows.shape[-1] ** 0.5
         return (wide / norm * scale[:, None, None]).to(rows.dtype)
 
     def extra_repr(self) -> str:
@@ -162,6 +164,7 @@ class ExpertProjection(nn.Conv1d):
         if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
             return super().forward(input)
         (batch, _, k), weight, bias = input.shape, self.weight, self.bias  # read once: a parametrization computes them
+        contract.ordinary("weight", weight)
         rows = input.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (E, in, B K)
         out = torch.bmm(weight.squeeze(-1).unflatten(0, (self.groups, -1)), rows)
         out = out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
@@ -240,6 +243,7 @@ class RoutedAttention(nn.Module):
         unit_scores: bool,
     ) -> Float[Tensor, "E B Kq D"]:
         """The same from gathered and normalised rows. kv_routes: valid slots first where plan.masked."""
+        contract.ordinary("null_kv", self.null_kv)
         keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self._probability()
         if self.obstacle_to_fusion() is None:
             parameters = self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.null_kv
