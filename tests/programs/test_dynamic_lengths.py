@@ -69,13 +69,13 @@ def test_two_graphs(option: str, lengths: tuple[int, ...]) -> None:
 
 
 def test_slots_from_the_length() -> None:
-    """K that a program computes of N is a SymInt."""
+    """K that a program computes of N is a SymInt. From 4 tokens on: PyTorch makes a graph of its own for sizes of 1."""
     layer = layer_of("optimized")
 
     def call(x: Tensor) -> Tensor:
         return layer(x, num_routed_queries=x.shape[1] // 4 + 1, num_routed_key_values=x.shape[1] // 2 + 1)
 
-    assert_two_graphs(layer, call, [call_of(Option(), n, n) for n in LENGTHS])
+    assert_two_graphs(layer, call, [call_of(Option(), n, n) for n in LENGTHS if n >= 4])
 
 
 def test_injected_routes() -> None:
