@@ -265,7 +265,7 @@ def run(operator: Operator, named: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def backward_arguments(operator: Operator, named: dict[str, Any], sample: Sample) -> dict[str, Any]:
-    """Of its backward: cotangents in the sample's layout, what a run of the forward saved, and all needs that can be."""
+    """Of its backward: cotangents in the sample's layout, what a run of the forward saved, and all possible needs."""
     found = named | run(operator, {k: v.detach() if isinstance(v, Tensor) else v for k, v in named.items()})
     arguments: dict[str, Any] = {
         f"d_{key}": to(found[key].device, sample.floats(*found[key].shape, seed=40 + i, dtype=found[key].dtype))

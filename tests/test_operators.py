@@ -340,7 +340,7 @@ def test_straight_through_has_the_gradient_of_soft_scores(
 ) -> None:
     operator, found = OPERATORS[name], []
     for straight_through in (False, True):
-        options = {"exact": exact, "block": block, "straight_through": straight_through}
+        options = {"exact": exact, "block": block, "straight_through": straight_through, "eps": 0.5}
         named = named_arguments(name, Sample(masked=masked, triton=False), device, **options)
         leaf = named[operator.wrt[0]].requires_grad_()
         results = results_of(operator, operator, named)
@@ -361,6 +361,10 @@ def bits(operator: Operator, wanted: tuple[str, ...]) -> int:
     return sum(1 << operator.wrt.index(key) for key in wanted)
 
 
+def check_gradient(actual: Tensor, expected: Tensor, name: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13, msg=lambda m: f"{name}: {m}")
+
+
 def counted(work: Callable[[], Any]) -> int:
     """FLOPs by PyTorch's counter."""
     with FlopCounterMode(display=False) as counter:
@@ -371,7 +375,10 @@ def counted(work: Callable[[], Any]) -> int:
 @MASKED
 @EVERY_VARIANT
 def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torch.device) -> None:
-    """Every subset of gradients is the same as among all of them, the others are empty; through autograd too."""
+    """Every subset of gradients is the same as among all of them, the others are empty; through autograd too.
+
+    But for the order in which a product of matrices sums, which depends on its size.
+    """
     operator, sample = OPERATORS[name], Sample(masked=masked, variant=variant, triton=False)
     named = named_arguments(name, sample, device)
     possible = with_gradients(operator, named)
@@ -383,7 +390,7 @@ def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torc
         found = run(backward, given | {"needs": bits(operator, wanted)})
         for key in operator.wrt:
             if key in wanted:
-                check_identical(found[f"d_{key}"], full[f"d_{key}"], f"{key} of {wanted}")
+                check_gradient(found[f"d_{key}"], full[f"d_{key}"], f"{key} of {wanted}")
                 assert (found[f"d_{key}"].shape, found[f"d_{key}"].dtype) == (named[key].shape, named[key].dtype)
             else:
                 assert found[f"d_{key}"].shape == (0,), f"{key}, of which nobody asked for a gradient"
@@ -392,12 +399,12 @@ def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torc
         results = results_of(operator, operator, named | leaves)
         torch.autograd.backward(list(results.values()), [given[f"d_{key}"] for key in results])
         for key, leaf in leaves.items():
-            check_identical(leaf.grad, full[f"d_{key}"], f"{key} of {wanted}, by autograd")
+            check_gradient(leaf.grad, full[f"d_{key}"], f"{key} of {wanted}, by autograd")
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_nothing_is_computed_without_a_cotangent(name: str, device: torch.device) -> None:
-    """Each result on its own passes its gradient on: those of all, added up, are the gradient of all at once."""
+def test_each_result_passes_its_gradient_on(name: str, device: torch.device) -> None:
+    """On its own: those of all, added up, are the gradient of all at once; zeros, not None, where none comes."""
     operator, sample = OPERATORS[name], Sample()
     named = named_arguments(name, sample, device)
     given = backward_arguments(operator, named, sample)
@@ -754,11 +761,16 @@ def test_a_plain_call_is_the_operator(name: str, device: torch.device) -> None:
 def test_a_plain_call_without_gradients_records_nothing(name: str, device: torch.device) -> None:
     operator = OPERATORS[name]
     named = named_arguments(name, Sample(), device)
-    assert outputs(operator(**named))[0].grad_fn is None
+    first = operator.gradients_of[0]
+
+    def recorded() -> bool:
+        return results_of(operator, operator, named)[first].grad_fn is not None
+
+    assert not recorded()
     named[operator.wrt[0]].requires_grad_()
-    assert outputs(operator(**named))[0].grad_fn is not None
+    assert recorded()
     with torch.no_grad():
-        assert outputs(operator(**named))[0].grad_fn is None
+        assert not recorded()
 
 
 # --- the layer under transforms --------------------------------------------------------------------------------------
