@@ -62,7 +62,7 @@ FILE_BUDGET_SECONDS = {
     "test_validation.py": 10,
     "test_public_defects.py": 5,
     "test_backends.py": 20,
-    "test_operators.py": 260,
+    "test_operators.py": 180,
     "test_examples.py": 10,
     "test_attention.py": 35,
     "test_compilation.py": 330,

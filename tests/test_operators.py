@@ -5,316 +5,108 @@ mode and double backward. What a transform can't do must raise: a tangent that i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import harness
 import pytest
 import torch
+from benchmarks import flops
+from benchmarks.shapes import Case
 from harness import HALF, check_identical
 from runs import baseline_layer, compare, oracle_layer, run_layer
-from strategies import LayerCase, draw, draw_mask, generator, lay_out
+from samples import (
+    DIM,
+    SAMPLES,
+    VARIANTS,
+    Sample,
+    arguments_of,
+    backward_arguments,
+    forward_of,
+    named_arguments,
+    run,
+    to,
+)
+from strategies import LayerCase, draw, lay_out
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import optimized
 import reference
 from optimized import ops
+from optimized.ops.operator import OPERATORS, Operator
 
-# --- samples ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Arguments of an operator. n = 0 and batch = 0 are legal in the layer, and so here, but a top-k needs a token."""
-
-    dtype: torch.dtype = torch.float64
-    masked: bool = False
-    layout: str = "contiguous"
-    batch: int = 2
-    n: int = 6
-    experts: int = 3
-
-    def floats(self, *shape: int, seed: int = 0) -> Tensor:
-        return lay_out(draw(shape, "normal", seed).to(self.dtype), self.layout)
-
-    def token_mask(self) -> Tensor | None:
-        if not self.masked:
-            return None
-        mask = draw_mask(self.batch, self.n, "random", 5)
-        return mask.T.contiguous().T if self.layout != "contiguous" else mask
-
-    def routing(self) -> tuple[Tensor, Tensor, Tensor]:
-        """indices and mask (B, E, K), inverse (B, E, N)."""
-        k = min(4, self.n)
-        rows = [torch.randperm(self.n, generator=generator(r))[:k] for r in range(self.batch * self.experts)]
-        indices = torch.stack(rows) if rows else torch.empty(0, k, dtype=torch.int64)
-        indices = indices.view(self.batch, self.experts, k)
-        mask = torch.ones_like(indices, dtype=torch.bool)
-        if self.masked:
-            mask = torch.rand(indices.shape, generator=generator(9)) < 0.6
-        inverse = ops.inverse_map(indices, mask, self.n)
-        if self.layout != "contiguous":
-            indices, mask, inverse = (t.mT.contiguous().mT for t in (indices, mask, inverse))
-        return indices, mask, inverse
+CPU = torch.device("cpu")
+DIFFERENTIABLE = [name for name in SAMPLES if OPERATORS[name].wrt]
+# Whose kernels take long when interpreted.
+STAGES = ("router_logits", "gather_norm", "routed_rows", "combine", "expert_attention", "window", "window_attention")
+SOLVERS = ("coordinate_descent", "capped_simplex")
+MODEL_DTYPE = ("gather_norm", "attention", "combine")  # kernels of ours on rows of the model's dtype
+MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 
 
-DESCENT = (3.375, 6, 0.1, 4.0, 0.7)  # k, n_iters, eps, eps_init, eps_decay
-
-
-def sample_descent(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch, s.experts, s.n), s.token_mask(), *DESCENT, s.masked)  # masked ones by Triton
-
-
-def sample_descent_backward(s: Sample) -> tuple[Any, ...]:
-    logits, mask, k, _, *epsilons = sample_descent(s)
-    saved = torch.ops.moa.coordinate_descent(logits, mask, *DESCENT)  # epsilons end with who computes
-    return (s.floats(s.batch, s.experts, s.n, seed=1), logits, mask, *saved, k, *epsilons)
-
-
-def sample_capped(s: Sample) -> tuple[Any, ...]:
-    return s.floats(s.batch, s.experts, s.n), s.token_mask(), 3.375, 0.5, s.masked
-
-
-def sample_capped_backward(s: Sample) -> tuple[Any, ...]:
-    logits, mask, k, eps, triton = sample_capped(s)
-    saved = torch.ops.moa.capped_simplex(logits, mask, k, eps)
-    return (s.floats(s.batch, s.experts, s.n, seed=1), logits, mask, *saved, eps, triton)
-
-
-def sample_select(s: Sample) -> tuple[Any, ...]:
-    return s.floats(s.batch, s.experts, s.n), s.token_mask(), min(4, s.n), s.masked
-
-
-def sample_dispatch(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch, s.n, 5), *s.routing())
-
-
-def sample_collect(s: Sample) -> tuple[Any, ...]:
-    routing = s.routing()
-    return (s.floats(s.experts, s.batch, routing[0].shape[-1], 5), *routing)
-
-
-def routing_tokens(s: Sample, seed: int) -> Tensor:
-    """Of every item its own if masked."""
-    return s.floats(*((s.batch, s.experts) if s.masked else (s.experts,)), 5, seed=seed)
-
-
-def sample_logits(s: Sample) -> tuple[Any, ...]:
-    return s.floats(s.batch, s.n, 5), routing_tokens(s, 1), s.token_mask(), 8.0
-
-
-def sample_logits_backward(s: Sample) -> tuple[Any, ...]:
-    x, tokens, mask, scale = sample_logits(s)
-    wide = torch.promote_types(s.dtype, torch.float32)
-    factors = scale / tokens.to(wide).norm(dim=-1).expand(s.batch, -1)
-    logits = s.floats(s.batch, s.experts, s.n, seed=3).to(wide).contiguous()
-    saved = logits, x.to(wide).norm(dim=-1).contiguous(), factors.contiguous()
-    return (s.floats(s.batch, s.experts, s.n, seed=2), x, tokens, mask, *saved)
-
-
-def sample_gather(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch, s.n, 5), s.floats(s.experts, 5, seed=1)[..., None], *s.routing())
-
-
-def sample_gather_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = sample_gather(s)
-    norms = arguments[0].to(torch.promote_types(s.dtype, torch.float32)).norm(dim=-1).contiguous()
-    return (s.floats(s.experts, s.batch, arguments[2].shape[-1], 5, seed=2), *arguments, norms)
-
-
-def sample_rotary(s: Sample) -> tuple[Any, ...]:
-    angles = draw((7, 4), "normal", 3)
-    wide = torch.promote_types(s.dtype, torch.float32)
-    positions = torch.randint(7, (s.batch * s.experts, s.n), generator=generator(4))
-    tables = (angles.cos().to(wide), angles.sin().to(wide))
-    return (s.floats(s.batch * s.experts, s.n, 3, 4), *tables, positions, False)
-
-
-def sample_rows(s: Sample) -> tuple[Any, ...]:
-    """By the exact solver, whose scores are handed on, if masked; by the iterative one, straight-through, if not."""
-    tokens = (routing_tokens(s, i) for i in (1, 2))
-    gammas = (s.floats(s.experts, 5, seed=i)[..., None] for i in (3, 4))
-    slots = min(4, s.n), min(3, s.n)
-    epsilons = DESCENT[2:]
-    return (
-        s.floats(s.batch, s.n, 5),
-        *tokens,
-        *gammas,
-        s.token_mask(),
-        *slots,
-        3.375,
-        2.25,
-        8.0,
-        not s.masked,
-        s.masked,
-        6,
-        *epsilons,
-    )
-
-
-def sample_rows_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = tuple(to(harness.DEVICE, a) for a in sample_rows(s))  # what is saved comes from a kernel of ours
-    rows, kv_rows, q_picked, kv_picked, *saved = torch.ops.moa.routed_rows(*arguments)
-    outputs = rows, kv_rows, q_picked, kv_picked, saved[0]
-    grads = [draw(tuple(t.shape), "normal", i).to(t.device, t.dtype) for i, t in enumerate(outputs)]
-    return *grads, *arguments[:6], *saved, *arguments[8:]
-
-
-def sample_experts(s: Sample) -> tuple[Any, ...]:
-    """With rotation and lengths if masked."""
-    batch, experts, n = s.batch, s.experts, s.n
-    rows = s.floats(experts, batch, n, 5), s.floats(experts, batch, n, 6, seed=1)
-    weights = (
-        s.floats(experts * 8, 5, 1, seed=2),
-        s.floats(experts * 16, 6, 1, seed=3),
-        s.floats(experts * 5, 8, 1, seed=4),
-    )
-    wide = torch.promote_types(s.dtype, torch.float32)
-    scores = draw((batch, experts, n), "normal", 5).to(wide)
-    angles = draw((7, 4), "normal", 6)
-    positions = torch.randint(7, (batch * experts, n), generator=generator(7))
-    lengths = torch.randint(n + 1, (batch * experts,), generator=generator(8), dtype=torch.int32)
-    tables = (angles.cos().to(wide), angles.sin().to(wide), positions, positions.flip(-1)) if s.masked else (None,) * 4
-    hidden = lengths if s.masked else None
-    return *rows, scores, *weights, s.floats(2, experts, 2, 1, 4, seed=9), hidden, *tables, 0.0, False, "math", s.masked
-
-
-def sample_experts_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = sample_experts(s)
-    y, *saved = torch.ops.moa.expert_attention(*arguments[:-1], False)
-    return draw(tuple(y.shape), "normal", 10).to(s.dtype), *arguments[:12], *saved, *arguments[12:]
-
-
-def sample_combine(s: Sample) -> tuple[Any, ...]:
-    routing = s.routing()
-    k = routing[0].shape[-1]
-    scores = draw((s.batch, s.experts, k), "normal", 1).to(torch.promote_types(s.dtype, torch.float32))
-    local = s.floats(s.batch, s.n, 5, seed=2) if s.masked else None
-    null = None if s.masked else draw((5,), "normal", 3).to(s.dtype)
-    dtype = torch.bfloat16 if s.dtype == torch.float32 else s.dtype  # of the result, as under autocast
-    return (s.floats(s.experts, s.batch, k, 5), scores, *routing, local, null, s.token_mask(), s.masked, dtype)
-
-
-def sample_combine_backward(s: Sample) -> tuple[Any, ...]:
-    return (s.floats(s.batch, s.n, 5, seed=4), *sample_combine(s))
-
-
-def sample_attention(s: Sample) -> tuple[Any, ...]:
-    rows = s.batch * s.experts
-    q, k, v = (s.floats(rows, s.n, 2, 4, seed=i) for i in range(3))
-    lengths = torch.randint(s.n + 1, (rows,), generator=generator(6), dtype=torch.int32) if s.masked else None
-    null = (s.floats(s.experts, 2, 4, seed=3), s.floats(s.experts, 2, 4, seed=4))
-    return (q, k, v, *null, lengths, 0.0, -1, False, "math", s.masked)
-
-
-def sample_attention_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = sample_attention(s)
-    saved = torch.ops.moa.attention(*arguments[:-1], False)
-    return (s.floats(s.batch * s.experts, s.n, 2, 4, seed=5), *arguments[:6], *saved, *arguments[6:])
-
-
-def sample_window(s: Sample) -> tuple[Any, ...]:
-    weights = s.floats(24, 5, seed=1), s.floats(5, 8, seed=2)
-    return s.floats(s.batch, s.n, 5), *weights, 2, 2, s.masked, "math", s.masked
-
-
-def sample_window_backward(s: Sample) -> tuple[Any, ...]:
-    arguments = sample_window(s)
-    y, *saved = torch.ops.moa.window_attention(*arguments[:-1], False)
-    return s.floats(*y.shape, seed=4), *arguments[:3], *saved, *arguments[3:]
-
-
-SAMPLES = {
-    "router_logits": sample_logits,
-    "router_logits_backward": sample_logits_backward,
-    "gather_norm": sample_gather,
-    "gather_norm_backward": sample_gather_backward,
-    "rotary": sample_rotary,
-    "routed_rows": sample_rows,
-    "routed_rows_backward": sample_rows_backward,
-    "expert_attention": sample_experts,
-    "expert_attention_backward": sample_experts_backward,
-    "combine": sample_combine,
-    "combine_backward": sample_combine_backward,
-    "attention": sample_attention,
-    "attention_backward": sample_attention_backward,
-    "window_attention": sample_window,
-    "window_attention_backward": sample_window_backward,
-    "coordinate_descent": sample_descent,
-    "coordinate_descent_backward": sample_descent_backward,
-    "capped_simplex": sample_capped,
-    "capped_simplex_backward": sample_capped_backward,
-    "select": sample_select,
-    "dispatch": sample_dispatch,
-    "collect": sample_collect,
-}
-TRITON = ("router_logits", "gather_norm", "rotary", "routed_rows", "combine")  # by kernels of ours alone
-DIFFERENTIABLE = (
-    "coordinate_descent",
-    "capped_simplex",
-    "dispatch",
-    "collect",
-    "attention",
-    "expert_attention",
-    *TRITON,
-)
-MOVES = ("dispatch", "collect")
-
-
-def samples() -> Iterator[Any]:
-    # Every pair of dtype, mask and layout; and every layout and dtype by either kind of kernels.
+def every_sample() -> Iterator[Any]:
+    """Every pair of dtype, mask and layout; every layout and dtype by either kind of kernels; and every variant."""
     every = [
         Sample(),
         Sample(torch.float32, True),
         Sample(torch.float32, False, "transposed"),
         Sample(torch.float64, True, "transposed"),
         Sample(torch.float64, False, "sliced"),
-        Sample(torch.float32, True, "sliced"),
+        Sample(torch.float32, True, "sliced", triton=False),
     ]
-    # These run in the dtype of the model, the solvers and the selection in float32 at least.
-    half = [Sample(torch.bfloat16, True, "transposed"), Sample(torch.float16, True, "sliced")]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True), Sample(n=1, masked=True)]
-    for name in SAMPLES:
-        low = half * (name in (*MOVES, "attention")) + [Sample(torch.float16)] * name.startswith("combine")
-        for s in every + edges + low:
-            if name == "select" and s.n == 0:
+    for name in OPERATORS:
+        of = forward_of(name)
+        routing = of in (*SOLVERS, "select", "pick")  # in float32 at least
+        half = [] if routing else [Sample(torch.bfloat16, True, "transposed", triton=of in MODEL_DTYPE)]
+        half += [Sample(torch.float16, of == "gather_norm", "sliced")] * (of in MODEL_DTYPE)
+        variants = [Sample(variant=v, masked=m, triton=False) for v in VARIANTS.get(of, {}) for m in (False, True)]
+        for s in every + half + edges + variants:
+            if of == "select" and s.n == 0:  # takes k of at least as many tokens
                 continue
-            size = "" if s.batch and s.n > 1 else f"-B{s.batch}-N{s.n}"
-            label = f"{name}-{str(s.dtype)[6:]}-{'masked' if s.masked else 'plain'}-{s.layout}{size}"
-            yield pytest.param(name, s, id=label)
+            yield pytest.param(name, s, id=f"{name}-{label(s)}")
 
 
-EVERY_SAMPLE = pytest.mark.parametrize(("name", "sample"), list(samples()))
+def label(s: Sample) -> str:
+    size = [] if s.batch and s.n > 1 else [f"B{s.batch}-N{s.n}"]
+    kind = "masked" if s.masked else "plain"
+    return "-".join([str(s.dtype)[6:], kind, s.layout, *size, *([s.variant] if s.variant else [])])
 
 
-def arguments_of(name: str, sample: Sample, device: torch.device) -> tuple[Any, ...]:
-    """On the device, in the strides that they have."""
-    return tuple(to(device, a) for a in SAMPLES[name](sample))
+EVERY_SAMPLE = pytest.mark.parametrize(("name", "sample"), list(every_sample()))
 
 
-def to(device: torch.device, value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.device == device:
-        return value
-    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return moved.copy_(value)
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def seeded(call: Callable[..., Any], *arguments: Any) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    return outputs(call(*arguments))
 
 
 # --- the operators ---------------------------------------------------------------------------------------------------
 
 
 def test_no_operator_is_missed() -> None:
+    """By what the dispatcher knows: every forward has samples, every backward is that of a forward."""
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("moa::")}
-    assert registered == set(SAMPLES)
+    assert registered == set(OPERATORS)
+    backwards = {f"{name}_backward" for name in DIFFERENTIABLE}
+    assert registered == {*SAMPLES, *backwards}
+    assert all(OPERATORS[name].backward is OPERATORS[f"{name}_backward"] for name in DIFFERENTIABLE)
 
 
 @EVERY_SAMPLE
@@ -324,11 +116,15 @@ def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
     AOTAutograd knows dtypes and strides from the fake kernel alone, which every sample compares with the real one.
     """
     arguments = arguments_of(name, sample, device)
-    if name in DIFFERENTIABLE:
-        arguments = (arguments[0].requires_grad_(), *arguments[1:])
+    operator = OPERATORS[name]
+    if operator.wrt:
+        wrt = [operator.names.index(key) for key in operator.wrt]
+        arguments = tuple(
+            a.requires_grad_() if i in wrt and isinstance(a, Tensor) and i == wrt[0] else a
+            for i, a in enumerate(arguments)
+        )
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    # Of whole stages fewer, whose kernels take long when interpreted.
-    layouts = ("contiguous",) if name.removesuffix("_backward") in STAGES else ("contiguous", "transposed")
+    layouts = ("contiguous",) if forward_of(name) in STAGES else ("contiguous", "transposed")
     if sample.dtype != torch.float32 and sample.layout in layouts:
         checks.append("test_aot_dispatch_dynamic")
     result = opcheck(getattr(torch.ops.moa, name).default, arguments, test_utils=checks)
@@ -337,18 +133,20 @@ def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
 
 @EVERY_SAMPLE
 def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: torch.device) -> None:
+    """And give the same twice; by the dispatcher or not."""
     arguments = arguments_of(name, sample, device)
     before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-    first, second = (getattr(torch.ops.moa, name)(*arguments) for _ in range(2))
+    first, second = seeded(getattr(torch.ops.moa, name), *arguments), seeded(OPERATORS[name], *arguments)
     for a, b in zip(arguments, before):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a is b
-    for a, b in zip(*((t,) if isinstance(t, Tensor) else t for t in (first, second))):
+    assert len(first) == len(OPERATORS[name].results)
+    for a, b in zip(first, second):
         check_identical(a, b)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@MASKED
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
-@pytest.mark.parametrize("name", list(SAMPLES))
+@pytest.mark.parametrize("name", list(OPERATORS))
 def test_layout_changes_nothing(name: str, layout: str, masked: bool, device: torch.device) -> None:
     """f(view) = f(contiguous), also of masks and maps."""
     samples = (Sample(masked=masked), Sample(masked=masked, layout=layout))
@@ -356,30 +154,83 @@ def test_layout_changes_nothing(name: str, layout: str, masked: bool, device: to
     torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
 
 
+def forms() -> Iterator[Any]:
+    """Names and samples; those of variants run with the other properties of kernels, since they take long."""
+    for name in OPERATORS:
+        for variant in ("", *VARIANTS.get(forward_of(name), {})):
+            for masked in (False, True):
+                sample = Sample(variant=variant, masked=masked)
+                kernels = "triton" if variant or not masked else "both"
+                yield pytest.param(name, sample, kernels, id=f"{name}-{label(sample)}-{kernels}")
+
+
+@pytest.mark.parametrize(("name", "sample", "kernels"), list(forms()))
+def test_pytorch_form_equals_the_kernels(name: str, sample: Sample, kernels: str, device: torch.device) -> None:
+    """In float64. What is drawn is drawn alike, also in front of a backward."""
+    of, found = OPERATORS[forward_of(name)], []
+    named = named_arguments(of.name, sample, device, triton=False)
+    if name != of.name:
+        named = backward_arguments(of, named, sample)
+    for triton in (False, True):
+        found.append(run(OPERATORS[name], named | {"triton": triton}))
+    for key, expected in found[0].items():
+        torch.testing.assert_close(
+            found[1][key], expected, rtol=1e-11, atol=1e-12, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+# --- batching --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize(
-    "sample", [Sample(experts=2), Sample(masked=True, experts=2), Sample(batch=0)], ids=["plain", "masked", "empty"]
+    "sample",
+    [Sample(experts=2), Sample(masked=True, experts=2), Sample(batch=0)],
+    ids=["plain", "masked", "empty"],
 )
-@pytest.mark.parametrize("name", list(SAMPLES))
+@pytest.mark.parametrize("name", list(OPERATORS))
 def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None:
-    """vmap of an operator equals a loop, with the new dimension first or last, and with every other argument shared."""
+    """vmap of an operator equals a loop, with the new dimension first or last, and with every other argument shared;
+    of the registered operator and of the function, which has a rule of its own.
+    """
     op = getattr(torch.ops.moa, name)
-    calls = [arguments_of(name, sample, device)]
+    calls = [arguments_of(name, replace(sample, seed=seed), device) for seed in range(3)]
     tensors = [i for i, a in enumerate(calls[0]) if isinstance(a, Tensor)]
-    for step in (1, 2):  # other values: along the batch, and another sign
-        calls.append(tuple(a.roll(step, 0) if i in tensors else a for i, a in enumerate(calls[0])))
     halves = (tensors[::2], tensors[1::2]) if len(tensors) > 1 else ()
-    for batched, places in ((tensors, (0, -1)), *((half, (0,)) for half in halves)):
-        loop = [op(*(call[i] if i in batched else a for i, a in enumerate(calls[0]))) for call in calls]
-        expected = (
-            torch.stack(loop) if isinstance(loop[0], Tensor) else tuple(torch.stack(outputs) for outputs in zip(*loop))
-        )
-        for place in places:
-            in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
-            stacked = [
-                torch.stack([call[i] for call in calls], place) if i in batched else a for i, a in enumerate(calls[0])
-            ]
-            torch.testing.assert_close(vmap(op, in_dims=in_dims)(*stacked), expected, rtol=1e-12, atol=1e-12)
+    for call, batched, place in (
+        (op, tensors, 0),
+        (OPERATORS[name], tensors, -1),
+        *((op, half, 0) for half in halves),
+    ):
+        loop = [outputs(op(*(c[i] if i in batched else a for i, a in enumerate(calls[0])))) for c in calls]
+        expected = tuple(torch.stack(parts) for parts in zip(*loop))
+        in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
+        stacked = [torch.stack([c[i] for c in calls], place) if i in batched else a for i, a in enumerate(calls[0])]
+        found = outputs(vmap(call, in_dims=in_dims)(*stacked))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "shared"])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if "dropout" in VARIANTS.get(name, {})])
+def test_batching_of_draws(name: str, batched: bool, device: torch.device) -> None:
+    """As randomness says: an error, the same masks for equal items, or others."""
+    operator = OPERATORS[name]
+    x, *rest = arguments_of(name, Sample(variant="dropout"), device)
+    places = (0 if batched else None, *[None] * len(rest), 0)
+    given = (torch.stack([x] * 3) if batched else x, *rest, torch.zeros(3, dtype=x.dtype, device=device))
+
+    def call(*arguments: Any) -> Tensor:
+        return operator(*arguments[:-1])[0] + arguments[-1]
+
+    with pytest.raises(RuntimeError, match=rf"^moa::{name}: vmap: .*randomness='different'"):
+        vmap(call, in_dims=places)(*given)
+    same = vmap(call, in_dims=places, randomness="same")(*given)
+    other = vmap(call, in_dims=places, randomness="different")(*given)
+    for i in (1, 2):
+        check_identical(same[i], same[0])
+        assert not torch.equal(other[i], other[0])
+    assert not torch.equal(other[1], other[2])
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -391,11 +242,11 @@ def away_from_kinks(solver: str, mask: Tensor | None, options: tuple[Any, ...]) 
         logits = draw((2, 2, 7), "normal", seed)
         valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
         if solver == "coordinate_descent":
-            scores, a, _ = torch.ops.moa.coordinate_descent(logits, mask, *options)
+            scores, a, _ = ops.coordinate_descent(logits, mask, *options, False)
             margin = (logits + a[..., None]).abs()[valid.expand(len(a), -1, -1, -1)].min()
             # The counts are read from a_0 on; a row may saturate for some steps only.
         else:
-            scores, threshold = torch.ops.moa.capped_simplex(logits, mask, *options)
+            scores, threshold = ops.capped_simplex(logits, mask, *options, False)
             free = valid & (logits <= threshold[..., None])
             a = (options[1] * scores.log() - logits).masked_fill(~free, -math.inf).amax(-1, keepdim=True)
             margin = (logits + a).abs()[valid].min()
@@ -413,18 +264,24 @@ DESCENTS = {
     "constant eps": (2.5, 6, 0.5, 0.5, 1.0),
     "defaults": (3.375, 20, 0.03, 4.0, 0.7),
 }
+SOLVED = [
+    *(pytest.param("coordinate_descent", options, id=f"coordinate_descent-{key}") for key, options in DESCENTS.items()),
+    *(pytest.param("capped_simplex", options) for options in ((3.375, 0.5), (2.0, 0.3), (1.5, 1.0))),
+]
 
 
-def check_both_forms(
-    function: Callable[..., Any], operator: Any, logits: Tensor, mask: Tensor | None, options: tuple[Any, ...]
-) -> None:
-    """gradcheck of a solver as called here (which torch.func can batch) and as registered, in two layouts."""
-    for call, batched in ((function, True), (operator, False)):
+@MASKED
+@pytest.mark.parametrize(("name", "options"), SOLVED)
+def test_gradcheck_of_solvers(name: str, options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
+    """Away from kinks, as called here (which torch.func can batch) and as registered, in two layouts."""
+    mask = MASK if masked else None
+    logits = away_from_kinks(name, mask, options).to(device)
+    mask = None if mask is None else mask.to(device)
+    for call, batched in ((OPERATORS[name], True), (getattr(torch.ops.moa, name), False)):
         for layout in ("contiguous", "transposed"):
-            leaf = lay_out(logits, layout).detach().requires_grad_()
             assert gradcheck(
-                lambda s, call=call: call(s, mask, *options)[0],
-                leaf,
+                lambda s, call=call: call(s, mask, *options, False)[0],
+                lay_out(logits, layout).detach().requires_grad_(),
                 check_grad_dtypes=True,
                 check_batched_grad=batched,
                 rtol=1e-4,
@@ -432,139 +289,344 @@ def check_both_forms(
             )
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("options", DESCENTS.values(), ids=DESCENTS)
-def test_gradcheck_of_coordinate_descent(options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
-    mask = MASK if masked else None
-    logits = away_from_kinks("coordinate_descent", mask, options).to(device)
-    mask = None if mask is None else mask.to(device)
-    check_both_forms(ops.descend, torch.ops.moa.coordinate_descent, logits, mask, options)
+def variants(name: str) -> list[str]:
+    return ["", *VARIANTS.get(name, {})]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("options", [(3.375, 0.5), (2.0, 0.3), (1.5, 1.0)], ids=str)
-def test_gradcheck_of_capped_simplex(options: tuple[Any, ...], masked: bool, device: torch.device) -> None:
-    mask = MASK if masked else None
-    logits = away_from_kinks("capped_simplex", mask, options).to(device)
-    mask = None if mask is None else mask.to(device)
-    check_both_forms(ops.cap, torch.ops.moa.capped_simplex, logits, mask, options)
+def results_of(call: Callable[..., Any], operator: Operator, named: dict[str, Any]) -> dict[str, Tensor]:
+    """By name, those that pass a gradient on."""
+    results = dict(zip(operator.results, seeded(call, *(named[key] for key in operator.names))))
+    return {key: results[key] for key in operator.gradients_of}
 
 
-STAGES = {  # operator: its differentiable arguments, and how many of its results are
-    "router_logits": ((0, 1), 1),
-    "gather_norm": ((0, 1), 1),
-    "routed_rows": ((0, 1, 2, 3, 4), 5),
-    "combine": ((0, 1, 5, 6), 1),
-    "expert_attention": ((0, 1, 2, 3, 4, 5, 6), 1),
-    "window_attention": ((0, 1, 2), 1),
-}
-EITHER = ("expert_attention", "window_attention")  # by PyTorch too, as their last argument says
+def with_gradients(operator: Operator, named: dict[str, Any]) -> list[str]:
+    """Arguments of this call that can have a gradient."""
+    return [key for key in operator.wrt if named[key] is not None]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize(
-    ("name", "kernels"), [*((name, "triton") for name in STAGES), *((name, "torch") for name in EITHER)]
-)
-def test_gradcheck_of_whole_stages(name: str, kernels: str, masked: bool, device: torch.device) -> None:
+EVERY_VARIANT = pytest.mark.parametrize(("name", "variant"), [(n, v) for n in DIFFERENTIABLE for v in variants(n)])
+
+
+@MASKED
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@EVERY_VARIANT
+def test_gradcheck_of_whole_stages(name: str, variant: str, kernels: str, masked: bool, device: torch.device) -> None:
     """In float64, all differentiable arguments at once; scores are handed on as they are, not straight-through."""
-    arguments = list(arguments_of(name, Sample(masked=masked), device))
-    if name == "routed_rows":
-        arguments[11] = False  # straight_through
-    if name in EITHER:
-        arguments[-1] = kernels == "triton"
-    places, results = STAGES[name]
-    places = [i for i in places if arguments[i] is not None]
+    operator = OPERATORS[name]
+    named = named_arguments(name, Sample(masked=masked, variant=variant), device, triton=kernels == "triton")
+    if "straight_through" in named:
+        named["straight_through"] = False
+    # Unit scores are promised, so they don't vary.
+    wrt = [key for key in with_gradients(operator, named) if not (key == "scores" and named.get("unit_scores"))]
+    forms = (operator, operator.op) if kernels == "torch" else (operator,)
+    for form in forms:
 
-    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(places, leaves))
-        found = getattr(torch.ops.moa, name)(*(given.get(i, a) for i, a in enumerate(arguments)))
-        return (found,) if isinstance(found, Tensor) else found[:results]
+        def call(*leaves: Tensor, form: Any = form) -> tuple[Tensor, ...]:
+            return tuple(results_of(form, operator, named | dict(zip(wrt, leaves))).values())
 
-    leaves = [arguments[i].detach().requires_grad_() for i in places]
-    # Where its fast mode fails, gradcheck goes on to the slow one for the message: minutes of interpreted kernels.
-    module = sys.modules["torch.autograd.gradcheck"]
-    with mock.patch.object(module, "_run_slow_mode_and_get_error", create=True, return_value=""):
-        assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("name", MOVES)
-def test_gradcheck_of_the_moves(name: str, masked: bool, device: torch.device) -> None:
-    """Linear, and differentiable twice."""
-    tokens, *routing = arguments_of(name, Sample(masked=masked, n=6, experts=2), device)
-    for call in (ops.gather_tokens if name == "dispatch" else ops.scatter_tokens, getattr(torch.ops.moa, name)):
-        for leaf in (tokens.clone(), lay_out(tokens, "transposed").detach()):
-            leaf.requires_grad_()
-            move = lambda t, call=call: call(t, *routing)  # noqa: E731
-            assert gradcheck(move, leaf, check_grad_dtypes=True)
-            assert gradgradcheck(move, leaf)
+        leaves = [named[key].detach().clone().requires_grad_() for key in wrt]
+        # Where its fast mode fails, gradcheck goes on to the slow one for the message: minutes of interpreted kernels.
+        module = sys.modules["torch.autograd.gradcheck"]
+        with mock.patch.object(module, "_run_slow_mode_and_get_error", create=True, return_value=""):
+            assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sample", [Sample(), Sample(masked=True), Sample(batch=0), Sample(n=0)], ids=repr)
-def test_dispatch_and_collect_are_transposed(sample: Sample, device: torch.device) -> None:
-    """<dispatch(x), y> == <x, collect(y)>, exactly: the numbers are integers. What no valid slot holds may be NaN."""
-    x, *routing = arguments_of("dispatch", sample, device)
-    y = arguments_of("collect", sample, device)[0]
-    _, mask, inverse = routing
-    x, y = (10 * x).round(), (10 * y).round()
-    slots = mask.transpose(0, 1)[..., None]
-    held = (inverse >= 0).any(1)[..., None]
-    there = ops.gather_tokens(x.masked_fill(~held, math.nan), *routing)
-    back = ops.scatter_tokens(y.masked_fill(~slots, math.nan), *routing)
-    assert (there * y).sum() == (x * back).sum()
-    assert not there.masked_fill(slots, 0).any()
-    assert not back.masked_fill(held, 0).any()
-    if x.numel():
-        assert there.any()
-        assert back.any()
-    for call, other, leaf, cotangent in (
-        (ops.gather_tokens, back, x, y.masked_fill(~slots, math.nan)),
-        (ops.scatter_tokens, there, y, x.masked_fill(~held, math.nan)),
-    ):
-        leaf = leaf.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(call(leaf, *routing), leaf, cotangent)
-        check_identical(gradient, other)
+@MASKED
+@pytest.mark.parametrize("block", [None, 4], ids=["whole", "blocks"])
+@pytest.mark.parametrize("exact", [False, True], ids=["iterative", "exact"])
+@pytest.mark.parametrize("name", ["pick", "routed_rows"])
+def test_straight_through_has_the_gradient_of_soft_scores(
+    name: str, exact: bool, block: int | None, masked: bool, device: torch.device
+) -> None:
+    operator, found = OPERATORS[name], []
+    for straight_through in (False, True):
+        options = {"exact": exact, "block": block, "straight_through": straight_through, "eps": 0.5}
+        named = named_arguments(name, Sample(masked=masked, triton=False), device, **options)
+        leaf = named[operator.wrt[0]].requires_grad_()
+        results = results_of(operator, operator, named)
+        scores = [t for key, t in results.items() if "picked" in key or key == "scores"]
+        ones = torch.cat([t.detach().flatten() for t in scores])
+        assert bool(((ones == 0) | (ones == 1)).all()) == straight_through
+        cotangents = [draw(tuple(t.shape), "normal", i).to(t) for i, t in enumerate(scores)]
+        found.append(torch.autograd.grad(scores, leaf, cotangents)[0])
+    assert found[0].any()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_collect_rounds_once(dtype: torch.dtype, device: torch.device) -> None:
-    """Three experts' rows are added up in float32."""
-    y, *routing = arguments_of("collect", Sample(dtype), device)
-    check_identical(torch.ops.moa.collect(y, *routing), torch.ops.moa.collect(y.float(), *routing).to(dtype))
+def subsets(keys: list[str]) -> Iterator[tuple[str, ...]]:
+    return itertools.chain.from_iterable(itertools.combinations(keys, size) for size in range(1, len(keys) + 1))
 
 
-@pytest.mark.parametrize(("name", "call"), [("coordinate_descent", ops.descend), ("capped_simplex", ops.cap)])
-def test_solvers_refuse_higher_derivatives(name: str, call: Any, device: torch.device) -> None:
-    """By name, whichever way they are asked; the operator itself refuses double backward too."""
-    logits, mask, *options = arguments_of(name, Sample(), device)
-    tangent = torch.ones_like(logits)
+def bits(operator: Operator, wanted: tuple[str, ...]) -> int:
+    return sum(1 << operator.wrt.index(key) for key in wanted)
 
-    def soft(s: Tensor) -> Tensor:
-        return call(s, mask, *options)[0]
 
-    def twice(f: Any) -> None:
-        leaf = logits.clone().requires_grad_()
-        (g,) = torch.autograd.grad(f(leaf, mask, *options)[0].square().sum(), leaf, create_graph=True)
+def check_gradient(actual: Tensor, expected: Tensor, name: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13, msg=lambda m: f"{name}: {m}")
+
+
+def counted(work: Callable[[], Any]) -> int:
+    """FLOPs by PyTorch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@MASKED
+@EVERY_VARIANT
+def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torch.device) -> None:
+    """Every subset of gradients is the same as among all of them, the others are empty; through autograd too.
+
+    But for the order in which a product of matrices sums, which depends on its size.
+    """
+    operator, sample = OPERATORS[name], Sample(masked=masked, variant=variant, triton=False)
+    named = named_arguments(name, sample, device)
+    possible = with_gradients(operator, named)
+    given = backward_arguments(operator, named, sample)
+    backward = operator.backward
+    assert backward is not None
+    full = run(backward, given)
+    for wanted in subsets(possible):
+        found = run(backward, given | {"needs": bits(operator, wanted)})
+        for key in operator.wrt:
+            if key in wanted:
+                check_gradient(found[f"d_{key}"], full[f"d_{key}"], f"{key} of {wanted}")
+                assert (found[f"d_{key}"].shape, found[f"d_{key}"].dtype) == (named[key].shape, named[key].dtype)
+            else:
+                assert found[f"d_{key}"].shape == (0,), f"{key}, of which nobody asked for a gradient"
+    for wanted in (*((key,) for key in possible), tuple(possible)):
+        leaves = {key: named[key].detach().clone().requires_grad_() for key in wanted}
+        results = results_of(operator, operator, named | leaves)
+        torch.autograd.backward(list(results.values()), [given[f"d_{key}"] for key in results])
+        for key, leaf in leaves.items():
+            check_gradient(leaf.grad, full[f"d_{key}"], f"{key} of {wanted}, by autograd")
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_each_result_passes_its_gradient_on(name: str, device: torch.device) -> None:
+    """On its own: those of all, added up, are the gradient of all at once; zeros, not None, where none comes."""
+    operator, sample = OPERATORS[name], Sample()
+    named = named_arguments(name, sample, device)
+    given = backward_arguments(operator, named, sample)
+    total: dict[str, Tensor] = {}
+    leaves = {key: named[key].detach().requires_grad_() for key in with_gradients(operator, named)}
+    results = results_of(operator, operator, named | leaves)
+    for key, result in results.items():
+        found = torch.autograd.grad(
+            result, list(leaves.values()), given[f"d_{key}"], retain_graph=True, allow_unused=True
+        )
+        for leaf, g in zip(leaves, found):
+            assert g is not None, f"{leaf}: None for the gradient of {key}"
+            total[leaf] = total[leaf] + g if leaf in total else g
+    full = run(operator.backward, given)
+    for leaf, g in total.items():
+        torch.testing.assert_close(g, full[f"d_{leaf}"], rtol=1e-11, atol=1e-12)
+
+
+@MASKED
+@pytest.mark.parametrize("name", list(SAMPLES))
+def test_flops_are_those_of_the_products(name: str, masked: bool) -> None:
+    """What an operator says of itself, and of each subset of gradients, is what PyTorch counts inside of it.
+
+    Windows reach over all tokens, which is what attention written out computes.
+    """
+    operator, sample = OPERATORS[name], Sample(masked=masked, triton=False, n=7)
+    changes = {"window": 9, "causal": False, "mask": None, "backend": "math"} if name.startswith("window") else {}
+    named = named_arguments(name, sample, CPU, **changes)
+    values = [named[key] for key in operator.names]
+    said = counted(lambda: operator.op(*values))
+    assert said == counted(lambda: operator.raw(*values))
+    assert (said > 0) == (name in ("router_logits", "routed_rows") or "attention" in name or name == "window")
+    if operator.backward is None:
+        return
+    given = backward_arguments(operator, named, sample)
+    for wanted in subsets(with_gradients(operator, named)):
+        values = [{**given, "needs": bits(operator, wanted)}[key] for key in operator.backward.names]
+        said = counted(lambda values=values: operator.backward.op(*values))
+        assert said == counted(lambda values=values: operator.backward.raw(*values)), wanted
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "reach"), [(0, 2), (1, 3), (7, 2), (7, 6), (7, 60), (30, 4)])
+def test_flops_of_a_window(n: int, reach: int, causal: bool) -> None:
+    """In proportion to the pairs that it shows, forward and backward."""
+    apart = torch.arange(n)[:, None] - torch.arange(n)
+    pairs = int(((apart <= reach) & (apart >= (0 if causal else -reach))).sum())
+    sample = Sample(n=n)
+    changes = {"window": reach, "causal": causal}
+    products = 4 * pairs * sample.batch * 2 * 4
+    projections = 2 * sample.batch * n * DIM * 32
+    for name, extra in (("window", 0), ("window_attention", projections)):
+        operator, named = OPERATORS[name], named_arguments(name, sample, CPU, **changes)
+        assert counted(lambda o=operator, v=named: run(o, v)) == products + extra
+        given = backward_arguments(operator, named, sample)
+        assert counted(lambda o=operator, v=given: run(o.backward, v)) == products * 5 // 2 + 2 * extra
+    named = named_arguments("attention", replace(sample, experts=1), CPU, **changes)
+    assert counted(lambda: run(OPERATORS["attention"], named)) == products
+
+
+CASE = Case("small", "", batch=2, n=20, dim=16, heads=2, experts=3, slots=5, dim_head=8, dtype="float32")
+
+
+def counts_of_a_layer(case: Case, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
+    """FLOPs forward, and forward and backward; the frozen parameters, and x by that name, need no gradient."""
+    layer = optimized.MixtureOfAttention(**case.layer_arguments())
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name not in frozen)
+    x = case.make_x(CPU).requires_grad_("x" not in frozen)
+    return counted(lambda: layer(x)), counted(lambda: layer(x).sum().backward())
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["routed", "local"])
+def test_flops_of_the_layer(window: int | None) -> None:
+    """As the benchmarks count them from the definition; a frozen weight drops its product, and no other."""
+    case = replace(CASE, window=window)
+    parts = flops.layer(case)
+    both = flops.total(parts, "forward+backward")
+    assert counts_of_a_layer(case) == (flops.total(parts, "forward"), both)
+    rows = 2 * case.batch * case.experts * case.taken * case.dim * case.inner
+    drops = {"attn.to_q.weight": rows, "attn.to_kv.weight": 2 * rows, "attn.to_out.weight": rows}
+    drops |= dict.fromkeys(("query_router.routing_token", "key_value_router.routing_token"), parts["router"] / 2)
+    drops["x"] = parts["router"]
+    if window is not None:
+        drops |= {
+            "local_attn.to_qkv.weight": parts["local projections"] * 3 / 4,
+            "local_attn.to_out.weight": parts["local projections"] / 4,
+        }
+    for name, count in drops.items():
+        assert counts_of_a_layer(case, (name,))[1] == both - count, name
+    tokens = ("query_router.routing_token", "key_value_router.routing_token", "x")
+    assert counts_of_a_layer(case, tokens)[1] == both - 2 * parts["router"]
+    every = [name for name, _ in optimized.MixtureOfAttention(**case.layer_arguments()).named_parameters()]
+    rest = tuple(name for name in (*every, "x") if name != "attn.to_out.weight")
+    assert counts_of_a_layer(case, rest)[1] == flops.total(parts, "forward") + rows
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_operators_refuse_higher_derivatives(name: str, device: torch.device) -> None:
+    """By name, whichever way they are asked; the registered operator refuses double backward too."""
+    operator = OPERATORS[name]
+    named = named_arguments(name, Sample(), device)
+    first = operator.wrt[0]
+    value = named[first]
+
+    def loss(call: Any, t: Tensor) -> Tensor:
+        return sum(r.square().sum() for r in results_of(call, operator, named | {first: t}).values())
+
+    def twice(call: Any) -> None:
+        leaf = value.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(call, leaf), leaf, create_graph=True)
         torch.autograd.grad(g.square().sum(), leaf)
 
     refused = pytest.raises(RuntimeError, match=rf"^moa::{name}: double backward is not supported")
-    for f in (call, getattr(torch.ops.moa, name)):
+    for call in (operator, operator.op):
         with refused:
-            twice(f)
+            twice(call)
     with refused:
-        grad(lambda s: grad(lambda t: soft(t).square().sum())(s).square().sum())(logits)
+        grad(lambda s: grad(lambda t: loss(operator, t))(s).square().sum())(value)
+    tangent = torch.ones_like(value)
     refused = pytest.raises(RuntimeError, match=rf"^moa::{name}: forward-mode differentiation is not supported")
     with refused:
-        jvp(soft, (logits,), (tangent,))
+        jvp(lambda t: loss(operator, t), (value,), (tangent,))
     with refused, forward_ad.dual_level():
-        soft(forward_ad.make_dual(logits, tangent))
+        loss(operator, forward_ad.make_dual(value, tangent))
     with forward_ad.dual_level():
-        check_identical(soft(logits), soft(logits.clone()))
+        check_identical(loss(operator, value), loss(operator, value.clone()))
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_other_results_are_not_differentiable(name: str, device: torch.device) -> None:
+    """A loss on a threshold, say, would get a gradient of zero without a word."""
+    operator = OPERATORS[name]
+    named = named_arguments(name, Sample(), device)
+    named[operator.wrt[0]] = named[operator.wrt[0]].clone().requires_grad_()
+    values = [named[key] for key in operator.names]
+    for call in (operator, operator.op):
+        for key, t in zip(operator.results, outputs(call(*values))):
+            assert t.requires_grad == (key in operator.gradients_of), key
+
+
+# Temperatures that fall far at once where a step saturates nothing: (tokens, k, n_iters, eps, eps_init, eps_decay).
+FALLS = [
+    (11, 1.0, 3, 1e-3, 4.0, 0.01),
+    (50, 2.0, 4, 1e-4, 10.0, 0.001),
+    (7, 0.5, 2, 1e-5, 1.0, 1e-4),
+    (200, 3.0, 6, 1e-3, 100.0, 0.05),
+]
+
+
+@pytest.mark.parametrize("values", ["equal", "near", "masked"])
+@pytest.mark.parametrize("fall", FALLS, ids=str)
+@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+def test_gradient_of_a_temperature_that_falls(
+    triton: bool, fall: tuple[Any, ...], values: str, device: torch.device
+) -> None:
+    """The share of the mass that is saturated is 0 there, not 0 times infinity."""
+    n, *options = fall
+    logits = torch.zeros(1, 1, n, dtype=torch.float64)
+    if values != "equal":
+        logits = 1e-6 * draw((1, 1, n), "normal", 3)
+    mask = torch.arange(n)[None] % 3 != 1 if values == "masked" else None
+    mask = None if mask is None else mask.to(device)
+    g, found = draw((1, 1, n), "normal", 4).to(device), []
+    for call in (
+        lambda s: reference.coordinate_descent(s, options[0], mask, **dict(zip(NAMES, options[1:]))),
+        lambda s: ops.coordinate_descent(s, mask, *options, triton)[0],
+    ):
+        leaf = logits.to(device).requires_grad_()
+        found.append(torch.autograd.grad(call(leaf), leaf, g)[0])
+    assert found[1].isfinite().all()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-9 * found[0].abs().max().item())
+
+
+NAMES = ("n_iters", "eps", "eps_init", "eps_decay")
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sample", [Sample(), Sample(masked=True), Sample(batch=0), Sample(n=0)], ids=repr)
+def test_gather_and_its_gradient_are_transposed(sample: Sample, device: torch.device) -> None:
+    """<gather(x), y> == <x, gather'(y)>, exactly: the numbers are integers. What no valid slot holds may be NaN."""
+    sample = replace(sample, variant="no_norm")
+    x, _, *routing, triton = arguments_of("gather_norm", sample, device)
+    _, mask, inverse = routing
+    x = (10 * x).round()
+    slots, held = mask.transpose(0, 1)[..., None], (inverse >= 0).any(1)[..., None]
+    leaf = x.masked_fill(~held, math.nan).requires_grad_()
+    rows = ops.gather_norm(leaf, None, *routing, triton)[0]
+    y = (10 * draw(tuple(rows.shape), "normal", 1).to(rows)).round()
+    (back,) = torch.autograd.grad(rows, leaf, y.masked_fill(~slots, math.nan))
+    rows = rows.detach()
+    assert (rows * y).sum() == (x * back).sum()
+    assert not rows.masked_fill(slots, 0).any()
+    assert not back.masked_fill(held, 0).any()
+    if x.numel():
+        assert rows.any()
+        assert back.any()
+
+
+@pytest.mark.parametrize("name", ["gather_norm_backward", "combine"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_sum_over_experts_rounds_once(dtype: torch.dtype, name: str, device: torch.device) -> None:
+    """Three experts' rows are added up in float32."""
+    variant = "no_norm" if name != "combine" else "alone"
+    named = dict(zip(OPERATORS[name].names, arguments_of(name, Sample(dtype, variant=variant), device)))
+    wide = {key: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t for key, t in named.items()}
+    if name == "combine":
+        wide["dtype"] = torch.float32
+    low, exact = (next(iter(run(OPERATORS[name], given).values())) for given in (named, wide))
+    assert low.dtype == dtype
+    check_identical(low, exact.to(dtype))
+
+
+FORMS = pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+
+
+@FORMS
 @pytest.mark.parametrize("heads", [2, 5], ids=["few", "many"])
 @pytest.mark.parametrize("placed", [False, True], ids=["in order", "placed"])
-def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> None:
+def test_rotation_by_hand(placed: bool, heads: int, triton: bool, device: torch.device) -> None:
     """Rows at positions of their own; many: more heads than a program of the kernel turns at a time."""
     t = draw((3, 2, heads, 1024), "normal", 1).to(device)
     angles = draw((4, 1024), "normal", 2).to(device)  # unlike in both halves
@@ -573,7 +635,7 @@ def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> Non
     first, second = t.chunk(2, -1)
     expected = t * at.cos() + torch.cat((-second, first), -1) * at.sin()
     leaf = t.clone().requires_grad_()
-    actual = ops.turn(leaf, angles.cos(), angles.sin(), positions, False)
+    actual = ops.rotary(leaf, angles.cos(), angles.sin(), positions, False, triton)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     g = draw(tuple(t.shape), "normal", 3).to(device)
     (gradient,) = torch.autograd.grad(actual, leaf, g)
@@ -581,23 +643,24 @@ def test_rotation_by_hand(placed: bool, heads: int, device: torch.device) -> Non
     torch.testing.assert_close(gradient, g * at.cos() + torch.cat((turned[1], -turned[0]), -1), rtol=1e-12, atol=1e-12)
 
 
+@FORMS
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
 @pytest.mark.parametrize("rest", ["null", "local"])
 @pytest.mark.parametrize("dim", [3, 5000], ids=["few", "many"])
-def test_combination_and_its_gradients(dim: int, rest: str, average: bool, device: torch.device) -> None:
+def test_combination_and_its_gradients(dim: int, rest: str, average: bool, triton: bool, device: torch.device) -> None:
     """Against the sum over a dense map of slots to tokens. Many: more channels than a program holds at a time.
 
     Masked slots hold NaN, and so do the cotangents of masked tokens; many tokens are taken by nobody.
     """
     sample = Sample(masked=True, n=40)
-    indices, slots, inverse = (t.to(device) for t in sample.routing())
-    mask = sample.token_mask().to(device)
+    indices, slots, inverse = (t.to(device) for t in sample.routing().values())
+    mask = to(device, sample.token_mask())
     y = draw((3, 2, 4, dim), "normal", 1).to(device).masked_fill(~slots.transpose(0, 1)[..., None], math.nan)
     scores = draw((2, 3, 4), "normal", 2).to(device)
     other = draw((dim,) if rest == "null" else (2, 40, dim), "normal", 3).to(device)
     leaves = [t.requires_grad_() for t in (y, scores, other)]
     local, null = (None, other) if rest == "null" else (other, None)
-    actual = ops.merge_experts(y, scores, indices, slots, inverse, local, null, mask, average, y.dtype)
+    actual = ops.combine(y, scores, indices, slots, inverse, local, null, mask, average, y.dtype, triton)
 
     place = torch.nn.functional.one_hot(indices, 40) * slots[..., None]
     shown = y.masked_fill(~slots.transpose(0, 1)[..., None], 0)
@@ -614,6 +677,100 @@ def test_combination_and_its_gradients(dim: int, rest: str, average: bool, devic
     g = draw((2, 40, dim), "normal", 4).to(device).masked_fill(~mask[..., None], math.nan)
     for a, e in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g)):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+GRAPHS = [(name, v) for name in SAMPLES for v in ("", "blocks") if v in variants(name)]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(("name", "variant"), GRAPHS)
+def test_one_graph_for_all_lengths(name: str, variant: str, device: torch.device) -> None:
+    """Forward and backward, below, at and above K, a window and a block; the first of a size that no other has."""
+    operator, masked, graphs = OPERATORS[name], name.startswith("window"), set()  # masked windows are cut in blocks
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def compiled(named: dict[str, Any]) -> Any:
+        return operator(**named)
+
+    # `select` takes four of at least as many; so do the maps of others here.
+    for n in (11, 4, 8, 5) if "inverse" in operator.names or name == "select" else (11, 2, 3, 4, 8):
+        sample, found = Sample(masked=masked, variant=variant, n=n, triton=False), []
+        for call in (compiled, lambda named: operator(**named)):
+            named = named_arguments(name, sample, device)
+            wrt = with_gradients(operator, named)
+            leaves = [named[key].requires_grad_() for key in wrt]
+            results = dict(zip(operator.results, outputs(call(named))))
+            tensors = [results[key] for key in operator.gradients_of]
+            cotangents = [draw(tuple(t.shape), "normal", i).to(t) for i, t in enumerate(tensors)]
+            gradients = torch.autograd.grad(tensors, leaves, cotangents) if wrt else ()
+            found.append({**results, **{f"d_{key}": g for key, g in zip(wrt, gradients)}})
+        for key, expected in found[1].items():
+            torch.testing.assert_close(
+                found[0][key], expected, rtol=1e-12, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+            )
+        graphs.add(counter.frame_count)  # the first call may try twice, where a float is no symbol after all
+    assert len(graphs) == 1, f"new graphs after the first call: {sorted(graphs)}"
+
+
+# --- past the dispatcher ---------------------------------------------------------------------------------------------
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the operators that the dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_plain_call_is_the_operator(name: str, device: torch.device) -> None:
+    """Values, gradients and layout; and a mode that looks on sees the operators, forward and backward."""
+    operator, found, names = OPERATORS[name], [], []
+    for mode in (contextlib.nullcontext(), _Seen()):
+        named = named_arguments(name, Sample(), device)
+        leaf = named[operator.wrt[0]].requires_grad_()
+        with mode:
+            results = outputs(operator(*(named[key] for key in operator.names)))
+            differentiable = [t for t in results if t.requires_grad]
+            cotangents = [draw(tuple(t.shape), "normal", i).to(t) for i, t in enumerate(differentiable)]
+            torch.autograd.backward(differentiable, cotangents)
+        found.append((*(t.detach() for t in results), leaf.grad))
+        names.append(getattr(mode, "names", []))
+    for plain, seen in zip(*found):
+        check_identical(plain, seen)
+    assert {f"moa::{name}", f"moa::{name}_backward"} <= set(names[1])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_plain_call_without_gradients_records_nothing(name: str, device: torch.device) -> None:
+    operator = OPERATORS[name]
+    named = named_arguments(name, Sample(), device)
+    first = operator.gradients_of[0]
+
+    def recorded() -> bool:
+        return results_of(operator, operator, named)[first].grad_fn is not None
+
+    assert not recorded()
+    named[operator.wrt[0]].requires_grad_()
+    assert recorded()
+    with torch.no_grad():
+        assert not recorded()
 
 
 # --- the layer under transforms --------------------------------------------------------------------------------------
@@ -675,13 +832,6 @@ def outcome(layer: Any, inputs: dict[str, Any], parameters: list[Tensor], inject
     wrt = [*leaves_of(inputs), *parameters]
     gradients = torch.autograd.grad(out, wrt, draw(tuple(out.shape), "normal", 99).to(out), allow_unused=True)
     return found | {f"gradient {i}": g for i, g in enumerate(gradients)}
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -942,51 +1092,3 @@ def test_compiled_layer_refuses_forward_mode(device: torch.device) -> None:
             compiled(forward_ad.make_dual(x, torch.ones_like(x)))
         with pytest.raises(RuntimeError, match=r"moa::\w+: forward-mode"):
             jvp(compiled, (x,), (torch.ones_like(x),))
-
-
-class _Seen(TorchDispatchMode):
-    """Names of the operators that the dispatcher is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_plain_call_is_the_operator() -> None:
-    """Values, gradients and layout; and a mode that looks on sees the operators, forward and backward."""
-    logits = torch.randn(2, 3, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = torch.arange(17.0, dtype=torch.float64)
-    found, names = [], []
-    for mode in (contextlib.nullcontext(), _Seen()):
-        s = logits.clone().requires_grad_()
-        with mode:
-            scores, a, counts = ops.descend(s, None, 5.0, 20, 0.03, 4.0, 0.7)
-            (scores * weights).sum().backward()
-        assert scores.requires_grad
-        assert not a.requires_grad
-        assert not counts.requires_grad
-        found.append((scores.detach(), a, counts, s.grad))
-        names.append(getattr(mode, "names", []))
-    for plain, seen in zip(*found):
-        check_identical(plain, seen)
-    assert {"moa::coordinate_descent", "moa::coordinate_descent_backward"} <= set(names[1])
-
-
-def test_the_threshold_is_not_differentiable() -> None:
-    """A loss on it would get a gradient of zero without a word."""
-    logits = torch.linspace(0, 1, 4, dtype=torch.float64).view(1, 1, 4).requires_grad_()
-    for call in (ops.cap, torch.ops.moa.capped_simplex):
-        scores, threshold = call(logits, None, 2.0, 0.1)
-        assert scores.requires_grad
-        assert not threshold.requires_grad
-
-
-def test_a_plain_call_without_gradients_records_nothing() -> None:
-    with torch.no_grad():
-        scores = ops.cap(torch.zeros(1, 1, 4, requires_grad=True), None, 2.0, 0.1)[0]
-    assert scores.grad_fn is None
-    assert ops.cap(torch.zeros(1, 1, 4), None, 2.0, 0.1)[0].grad_fn is None

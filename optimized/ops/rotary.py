@@ -45,7 +45,7 @@ def rotate_into(out: Tensor, t: Tensor, angles: Angles, transposed: bool, triton
         kernel.rotate_into(out, t, *angles, transposed)
         return
     cos, sin, positions = angles
-    at = slice(None) if positions is None else positions
+    at = slice(t.shape[1]) if positions is None else positions
     (cos1, cos2), (sin1, sin2) = (table[at].unsqueeze(-2).chunk(2, -1) for table in (cos, sin))
     t1, t2 = t.to(cos.dtype).chunk(2, -1)
     if transposed:

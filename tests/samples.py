@@ -1,0 +1,292 @@
+"""Arguments for every operator of `optimized.ops`, by name: one function for each forward operator, whose declaration
+gives those of its backward. Shared by the tests of what all operators must stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from strategies import draw, draw_mask, generator, lay_out
+from torch import Tensor
+
+from optimized import ops
+from optimized.ops.operator import OPERATORS, Operator
+
+HEADS, DIM_HEAD, DIM = 2, 4, 5
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What arguments are to be like. masked: with masks, lengths and the like.
+
+    triton: who computes; by default Triton what is masked, and PyTorch the rest. variant: one of VARIANTS. seed: of
+    the values. n = 0 and batch = 0 are legal in the layer, and so here.
+    """
+
+    dtype: torch.dtype = torch.float64
+    masked: bool = False
+    layout: str = "contiguous"
+    batch: int = 2
+    n: int = 6
+    experts: int = 3
+    variant: str = ""
+    seed: int = 0
+    triton: bool | None = None
+
+    @property
+    def wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.experts
+
+    def floats(self, *shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """In the layout."""
+        return lay_out(draw(shape, "normal", 100 * self.seed + seed).to(dtype or self.dtype), self.layout)
+
+    def integers(self, most: int, *shape: int, seed: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(most, shape, generator=generator(100 * self.seed + seed), dtype=dtype)
+
+    def token_mask(self) -> Tensor | None:
+        if not self.masked:
+            return None
+        mask = draw_mask(self.batch, self.n, "random", 5 + self.seed)
+        return mask.T.contiguous().T if self.layout != "contiguous" else mask
+
+    def lengths(self, most: int) -> Tensor | None:
+        return self.integers(most + 1, self.rows, seed=8, dtype=torch.int32) if self.masked else None
+
+    def routing(self) -> dict[str, Tensor]:
+        """indices and slots (B, E, K), inverse (B, E, N)."""
+        k = min(4, self.n)
+        order = torch.rand(self.batch, self.experts, self.n, generator=generator(20 + self.seed)).argsort(-1)
+        indices = order[..., :k].contiguous()
+        slots = torch.ones_like(indices, dtype=torch.bool)
+        if self.masked:
+            slots = torch.rand(indices.shape, generator=generator(9 + self.seed)) < 0.6
+        found = {"indices": indices, "slots": slots, "inverse": ops.inverse_map(indices, slots, self.n)}
+        if self.layout != "contiguous":
+            found = {name: t.mT.contiguous().mT for name, t in found.items()}
+        return found
+
+    def routing_tokens(self, seed: int) -> Tensor:
+        """Of every item its own if masked."""
+        return self.floats(*((self.batch, self.experts) if self.masked else (self.experts,)), DIM, seed=seed)
+
+
+EPSILONS = {"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7}
+
+
+def solver(s: Sample) -> dict[str, Any]:
+    """Exact, with soft scores, if masked; iterative, straight-through, if not."""
+    return {"ratio": 1.125, "straight_through": not s.masked, "exact": s.masked, "n_iters": 6, **EPSILONS}
+
+
+def router_logits(s: Sample) -> dict[str, Any]:
+    return {"x": s.floats(s.batch, s.n, DIM), "tokens": s.routing_tokens(1), "mask": s.token_mask(), "scale": 8.0}
+
+
+def pick(s: Sample) -> dict[str, Any]:
+    logits = s.floats(s.batch, s.experts, s.n)
+    return {"logits": logits, "keys": None, "mask": s.token_mask(), "k": 3, "block": None, **solver(s)}
+
+
+def select(s: Sample) -> dict[str, Any]:
+    return {"logits": s.floats(s.batch, s.experts, s.n), "mask": s.token_mask(), "k": min(4, s.n)}
+
+
+def coordinate_descent(s: Sample) -> dict[str, Any]:
+    given = {"logits": s.floats(s.batch, s.experts, s.n), "mask": s.token_mask()}
+    return {**given, "k": 3.375, "n_iters": 6, **EPSILONS}
+
+
+def capped_simplex(s: Sample) -> dict[str, Any]:
+    return {"logits": s.floats(s.batch, s.experts, s.n), "mask": s.token_mask(), "k": 3.375, "eps": 0.5}
+
+
+def gather_norm(s: Sample) -> dict[str, Any]:
+    return {"x": s.floats(s.batch, s.n, DIM), "gamma": s.floats(s.experts, DIM, seed=1)[..., None], **s.routing()}
+
+
+def routed_rows(s: Sample) -> dict[str, Any]:
+    given: dict[str, Any] = {"x": s.floats(s.batch, s.n, DIM)}
+    for i, side in enumerate(("q", "kv")):
+        given[f"{side}_tokens"] = s.routing_tokens(1 + i)
+        given[f"{side}_gamma"] = s.floats(s.experts, DIM, seed=3 + i)[..., None]
+    return {**given, "mask": s.token_mask(), "k_q": 3, "k_kv": 2, "block": None, "scale": 8.0, **solver(s)}
+
+
+def combine(s: Sample) -> dict[str, Any]:
+    routing = s.routing()
+    k = routing["indices"].shape[-1]
+    return {
+        "y": s.floats(s.experts, s.batch, k, DIM),
+        "scores": draw((s.batch, s.experts, k), "normal", 100 * s.seed + 1).to(s.wide),
+        **routing,
+        "local": s.floats(s.batch, s.n, DIM, seed=2) if s.masked else None,
+        "null": None if s.masked else null_of(s),
+        "mask": s.token_mask(),
+        "average": s.masked,
+        "dtype": torch.bfloat16 if s.dtype == torch.float32 else s.dtype,  # of the result, as under autocast
+    }
+
+
+def null_of(s: Sample) -> Tensor:
+    return draw((DIM,), "normal", 100 * s.seed + 3).to(s.dtype)
+
+
+def tables(s: Sample, seed: int) -> dict[str, Tensor]:
+    angles = draw((7, DIM_HEAD), "normal", seed)
+    return {"cos": angles.cos().to(s.wide), "sin": angles.sin().to(s.wide)}
+
+
+def rotary(s: Sample) -> dict[str, Any]:
+    t = s.floats(s.rows, s.n, 3, DIM_HEAD)
+    return {"t": t, **tables(s, 3), "positions": s.integers(7, s.rows, s.n, seed=4), "transposed": False}
+
+
+def attention(s: Sample) -> dict[str, Any]:
+    given: dict[str, Any] = {name: s.floats(s.rows, s.n, HEADS, DIM_HEAD, seed=i) for i, name in enumerate("qkv")}
+    given |= {f"null_{name}": s.floats(s.experts, HEADS, DIM_HEAD, seed=3 + i) for i, name in enumerate("kv")}
+    options = {"dropout": 0.0, "window": -1, "causal": False, "backend": "math"}
+    return {**given, "lengths": s.lengths(s.n), "mask": None, **options}
+
+
+def expert_attention(s: Sample) -> dict[str, Any]:
+    """With rotation and lengths if masked."""
+    batch, experts, n, inner = s.batch, s.experts, s.n, HEADS * DIM_HEAD
+    positions = s.integers(7, s.rows, n, seed=7)
+    angles = {**tables(s, 6), "q_positions": positions, "k_positions": positions.flip(-1)}
+    return {
+        "queries": s.floats(experts, batch, n, DIM),
+        "keys_values": s.floats(experts, batch, n, 6, seed=1),
+        "scores": draw((batch, experts, n), "normal", 100 * s.seed + 5).to(s.wide),
+        "w_q": s.floats(experts * inner, DIM, 1, seed=2),
+        "w_kv": s.floats(experts * 2 * inner, 6, 1, seed=3),
+        "w_out": s.floats(experts * DIM, inner, 1, seed=4),
+        "null_kv": s.floats(2, experts, HEADS, 1, DIM_HEAD, seed=9),
+        "lengths": s.lengths(n),
+        **(angles if s.masked else dict.fromkeys(angles)),
+        "dropout": 0.0,
+        "unit_scores": False,
+        "backend": "math",
+    }
+
+
+def window(s: Sample) -> dict[str, Any]:
+    """By a library that has windows; by one that takes a mask, if masked."""
+    options = {"window": 2, "causal": s.masked, "backend": "banded_math" if s.masked else "math"}
+    return {"qkv": s.floats(s.batch, s.n, 3, HEADS, DIM_HEAD), "mask": s.token_mask(), **options}
+
+
+def window_attention(s: Sample) -> dict[str, Any]:
+    weights = {"w_qkv": s.floats(24, DIM, seed=1), "w_out": s.floats(DIM, 8, seed=2)}
+    given = window(s)
+    del given["qkv"]
+    return {"x": s.floats(s.batch, s.n, DIM), **weights, "heads": HEADS, **given}
+
+
+SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
+    function.__name__: function
+    for function in (
+        router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
+        attention, expert_attention, window, window_attention,
+    )
+}  # fmt: skip
+
+# Branches that the samples above do not take, by name: other arguments, constants or made of the sample.
+NO_NORM = {"q_gamma": None, "kv_gamma": None}
+BLOCKS = {"block": 4}  # of six tokens: one gives two of four, the other both
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "router_logits": {"product": {"scale": None}},
+    "pick": {
+        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},  # soft, or straight-through
+        "other_solver": {"exact": lambda s: not s.masked},
+        "blocks": BLOCKS,
+        "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
+        "keys": {"keys": lambda s: s.floats(s.batch, s.experts, s.n, seed=7)},
+        "takes_all": {"k": 6},
+        "more_slots": {"k": 9, "straight_through": False},
+    },
+    "coordinate_descent": {"one_step": {"n_iters": 1}},
+    "gather_norm": {"no_norm": {"gamma": None}},
+    "routed_rows": {
+        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},
+        "other_solver": {"exact": lambda s: not s.masked},
+        "blocks": BLOCKS,
+        "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
+        "product": {"scale": None, **NO_NORM},
+        "all_queries": {"k_q": 6},
+        "takes_all": {"k_q": 9, "k_kv": 6},
+    },
+    "combine": {
+        "alone": {"local": None, "null": None},
+        "average_null": {"local": None, "null": null_of, "average": True},
+    },
+    "rotary": {"in_order": {"positions": None}, "transposed": {"transposed": True}},
+    "attention": {
+        "dropout": {"dropout": 0.3},
+        "no_null": {"null_k": None, "null_v": None},
+        "no_null_dropout": {"null_k": None, "null_v": None, "dropout": 0.3},
+        "window": {"window": 2},
+        "causal": {"window": 2, "causal": True},
+        "mask": {"mask": lambda s: torch.rand(s.rows, s.n, s.n, generator=generator(3)) < 0.7},
+    },
+    "expert_attention": {
+        "dropout": {"dropout": 0.3},
+        "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
+    },
+    "window": {"causal": {"causal": lambda s: not s.masked}, "beyond": {"window": 9}},
+    "window_attention": {"causal": {"causal": lambda s: not s.masked}, "beyond": {"window": 9}},
+}
+
+
+def forward_of(name: str) -> str:
+    return name.removesuffix("_backward")
+
+
+def named_arguments(name: str, sample: Sample, device: torch.device, **changes: Any) -> dict[str, Any]:
+    """Of a forward operator, on the device in the strides that they have."""
+    triton = sample.masked if sample.triton is None else sample.triton
+    changes = {"triton": triton} | VARIANTS.get(name, {}).get(sample.variant, {}) | changes
+    changes = {key: value(sample) if callable(value) else value for key, value in changes.items()}
+    return {key: to(device, value) for key, value in (SAMPLES[name](sample) | changes).items()}
+
+
+def run(operator: Operator, named: dict[str, Any]) -> dict[str, Tensor]:
+    """Results by name; what is drawn is drawn alike."""
+    torch.manual_seed(0)
+    out = operator.op(*(named[key] for key in operator.names))
+    return dict(zip(operator.results, out if isinstance(out, tuple) else (out,)))
+
+
+def backward_arguments(operator: Operator, named: dict[str, Any], sample: Sample) -> dict[str, Any]:
+    """Of its backward: cotangents in the sample's layout, what a run of the forward saved, and all possible needs."""
+    found = named | run(operator, {k: v.detach() if isinstance(v, Tensor) else v for k, v in named.items()})
+    arguments: dict[str, Any] = {
+        f"d_{key}": to(found[key].device, sample.floats(*found[key].shape, seed=40 + i, dtype=found[key].dtype))
+        for i, key in enumerate(operator.gradients_of)
+    }
+    arguments |= {key: found[key] for key in (*operator.saves, *operator.constants)}
+    arguments["needs"] = sum(1 << i for i, key in enumerate(operator.wrt) if named[key] is not None)
+    return arguments
+
+
+def arguments_of(name: str, sample: Sample, device: torch.device) -> tuple[Any, ...]:
+    """By position; of forward operators and of backward ones."""
+    operator = OPERATORS[forward_of(name)]
+    named = named_arguments(operator.name, sample, device)
+    if name != operator.name:
+        named = backward_arguments(operator, named, sample)
+    return tuple(named[key] for key in OPERATORS[name].names)
+
+
+def to(device: torch.device, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.device == device:
+        return value
+    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return moved.copy_(value)
