@@ -5,7 +5,6 @@ The oracle is the definition: one softmax over the null slot and all visible key
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,10 +29,13 @@ from hypothesis import strategies as st
 from runs import BASELINE_OF, compare
 from strategies import SEEDS, draw, generator, lay_out
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+import optimized
 from optimized import ops
-from optimized.attention import adapter, module_name
+from optimized.attention import ADAPTERS, adapter, calls, torch_cudnn, torch_flash
 from optimized.kernels.null_slot import ROWS
+from optimized.ops import null_slot
 from optimized.plan import Request, obstacle
 
 LENGTHS = ("none", "random", "some_empty", "full")
@@ -159,9 +161,8 @@ def operator(
     t = {n: lay_out(x.to(dtype).to(device), case.layout).requires_grad_() for n, x in case.leaves().items()}
     lengths = case.key_lengths()
     lengths = None if lengths is None else lengths.to(device)
-    name = module_name(backend, device)
-    arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), lengths)
-    out, _, keep, _ = ops.attend(*arguments, dropout, case.window, case.causal, name, kernels == "triton")
+    arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), lengths, None)
+    out, _, keep, _ = ops.attention(*arguments, dropout, case.window, case.causal, backend, kernels == "triton")
     g = cotangent(case).to(dtype).to(device)
     return Run(out.detach(), dict(zip(t, torch.autograd.grad(out, list(t.values()), g))), 0.0), keep
 
@@ -263,7 +264,7 @@ def test_a_backend_is_handed_rows_that_it_can_load(
 
     def noted(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*given: Any) -> Any:
-            handed.append([t for t in given if isinstance(t, Tensor) and t.ndim == 4])
+            handed.append([t for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim == 4])
             return call(*given)
 
         return made
@@ -272,7 +273,7 @@ def test_a_backend_is_handed_rows_that_it_can_load(
         monkeypatch.setattr(backend, direction, noted(getattr(backend, direction)))
     case = Case(dim_head=8, null=False)
     t = {n: lay_out(x.float().to(device), layout).requires_grad_() for n, x in case.leaves().items()}
-    out = ops.attend(*t.values(), None, None, None, 0.0, -1, False, "math", False)[0]
+    out = ops.attention(*t.values(), None, None, None, None, 0.0, -1, False, "math", False)[0]
     torch.autograd.grad(out, list(t.values()), lay_out(cotangent(case).float().to(device), layout))
     assert [len(tensors) for tensors in handed] == [3, 7]  # q, k, v; dout, q, k, v, out, dk, dv
     for tensor in (tensor for tensors in handed for tensor in tensors):
@@ -284,16 +285,15 @@ def test_a_backend_is_handed_rows_that_it_can_load(
 @EVERY_KERNEL
 def test_rows_without_keys_are_the_null_value(kernels: str, device: torch.device) -> None:
     """Whatever a kernel leaves in their output and log-sum-exp."""
-    from optimized.ops.attention import _merge
-
     case = Case(groups=1, per_group=3, queries=5)
     t = {n: x.to(device) for n, x in case.leaves().items()}
     lengths = torch.tensor([0, 4, 0], dtype=torch.int32, device=device)
     out = t["q"].clone()
     lse = torch.zeros(3, case.heads, case.queries, dtype=torch.float64, device=device)
-    expected = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    null = t["null_k"], t["null_v"]
+    expected = null_slot.merge(t["q"], null, out, lse, None, lengths, kernels == "triton")
     out[0], out[2], lse[0], lse[2] = math.nan, math.inf, -math.inf, 7.0
-    merged = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    merged = null_slot.merge(t["q"], null, out, lse, None, lengths, kernels == "triton")
     for actual, clean in zip(merged, expected):
         check_identical(actual, clean)
     check_identical(merged[0][::2], t["null_v"].expand(2, case.queries, -1, -1))
@@ -305,12 +305,13 @@ def test_gradient_of_the_null_slot_rounds_once(kernels: str, device: torch.devic
     case = Case(per_group=3, queries=ROWS + 5)
     half = [x.half().to(device) for x in case.leaves().values()]
     setting = (0.0, -1, False, "math", kernels == "triton")
-    out, lse, *rest = torch.ops.moa.attention(*half, None, *setting)
+    out, lse, *rest = ops.attention(*half, None, None, *setting)
     g = cotangent(case).half().to(device)
-    runs = []
+    runs, all_of_them = [], 2**5 - 1
     for dtype in (torch.float16, torch.float32):
         leaves, sent, seen = [x.to(dtype) for x in half], g.to(dtype), out.to(dtype)
-        runs.append(torch.ops.moa.attention_backward(sent, *leaves, None, seen, lse, *rest, *setting)[3:])
+        saved = *leaves, None, None, seen, lse, *rest
+        runs.append(ops.attention.backward(sent, *saved, *setting, all_of_them)[3:])
     for low, once in zip(*runs):
         check_identical(low, once.half())
 
@@ -327,8 +328,8 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
         for name in ("k", "v"):
             t[name] = t[name] + shift * hidden[..., None, None].to(dtype)
         t = {n: x.detach().requires_grad_() for n, x in t.items()}
-        rest = (0.0, -1, False, module_name(backend, device), False)
-        out = ops.attend(t["q"], t["k"], t["v"], t["null_k"], t["null_v"], lengths, *rest)[0]
+        rest = (None, 0.0, -1, False, backend, False)
+        out = ops.attention(t["q"], t["k"], t["v"], t["null_k"], t["null_v"], lengths, *rest)[0]
         grads = torch.autograd.grad(out, list(t.values()), cotangent(case).to(dtype).to(device))
         assert not grads[1][hidden].any()
         assert not grads[2][hidden].any()
@@ -382,8 +383,8 @@ def kept_keys(case: Case, backend: str, dtype: torch.dtype, device: torch.device
         for c in range(min(case.dim_head, case.keys - start)):
             v[:, start + c, :, c] = 1
         torch.manual_seed(seed)
-        rest = (lengths, dropout, -1, False, module_name(backend, device), False)
-        parts.append(ops.attend(torch.zeros_like(t["q"]), t["k"], v, None, None, *rest)[0])
+        rest = (lengths, None, dropout, -1, False, backend, False)
+        parts.append(ops.attention(torch.zeros_like(t["q"]), t["k"], v, None, None, *rest)[0])
     return torch.cat(parts, -1)[..., : case.keys].transpose(1, 2) > 0
 
 
@@ -422,7 +423,7 @@ def test_dropout_given_the_kernels_own_draw(
 @pytest.fixture
 def three_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of 65535, beyond which a backend's grid ends: 70,000 items of a batch were refused on a GPU."""
-    monkeypatch.setattr(importlib.import_module("optimized.ops.attention"), "MOST_ROWS", 3)
+    monkeypatch.setattr(calls, "MOST_ROWS", 3)
 
 
 @pytest.mark.usefixtures("three_rows_at_a_time")
@@ -479,8 +480,8 @@ def test_gradcheck(kernels: str, lengths: str, null: bool, device: torch.device)
 
     def f(*given: Tensor) -> Tensor:
         t: dict[str, Any] = dict(zip(leaves, given))
-        arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), counts)
-        return ops.attend(*arguments, 0.0, -1, False, "math", kernels == "triton")[0]
+        arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), counts, None)
+        return ops.attention(*arguments, 0.0, -1, False, "math", kernels == "triton")[0]
 
     assert torch.autograd.gradcheck(f, tuple(leaves.values()), fast_mode=interpreted())
 
@@ -490,8 +491,8 @@ def test_only_the_output_is_differentiable(kernels: str, device: torch.device) -
     """A loss on the log-sum-exp would get a gradient of zero without a word."""
     case = Case(queries=2, keys=3)
     t = {n: x.to(device).requires_grad_() for n, x in case.leaves().items()}
-    for attend in (ops.attend, torch.ops.moa.attention):
-        out, *rest = attend(*t.values(), None, 0.0, -1, False, "math", kernels == "triton")
+    for attend in (ops.attention, torch.ops.moa.attention):
+        out, *rest = attend(*t.values(), None, None, 0.0, -1, False, "math", kernels == "triton")
         assert out.requires_grad
         assert not any(other.requires_grad for other in rest)
 

@@ -252,7 +252,7 @@ def check_gradient(actual: Tensor, exact: Tensor, baseline: Tensor, scale: float
 def descend(logits: Tensor, k: float, mask: Tensor | None, p: dict, kernels: str = "torch") -> tuple[Tensor, Tensor]:
     """The optimized solver's scores and iterates a (T, B, E)."""
     epsilons = (p["eps"], p["eps_init"], p["eps_decay"])
-    scores, a, _ = ops.descend(logits, mask, float(k), p["n_iters"], *epsilons, kernels == "triton")
+    scores, a, _ = ops.coordinate_descent(logits, mask, float(k), p["n_iters"], *epsilons, kernels == "triton")
     return scores, a
 
 
@@ -344,7 +344,7 @@ def test_smallest_temperature(kernels: str, device: torch.device) -> None:
 def test_saturation_begins_at_equality(kernels: str, device: torch.device) -> None:
     """Mass N makes a_0 = 0, and then a logit of 0 is saturated: it counts."""
     logits = torch.tensor([[[0.0, -1.0, 1.0, 0.0, 2.0, -0.0, -3.0, 0.0]]], dtype=torch.float64, device=device)
-    _, a, counts = ops.descend(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
+    _, a, counts = ops.coordinate_descent(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
     assert a[0].item() == 0
     assert counts[1].item() == 6
 
@@ -469,9 +469,9 @@ def test_solvers_leave_logits_and_cotangents_alone(kernels: str, solver: str, de
     mask = draw_mask(2, 9, "random", 1).to(device)
     leaf, sent = logits.clone().requires_grad_(), g.clone()
     if solver == "exact":
-        scores = ops.cap(leaf, mask, 2.5, 0.3, kernels == "triton")[0]
+        scores = ops.capped_simplex(leaf, mask, 2.5, 0.3, kernels == "triton")[0]
     else:
-        scores = ops.descend(leaf, mask, 2.5, 5, 0.3, 4.0, 0.7, kernels == "triton")[0]
+        scores = ops.coordinate_descent(leaf, mask, 2.5, 5, 0.3, 4.0, 0.7, kernels == "triton")[0]
     torch.autograd.grad(scores, leaf, sent)
     check_identical(leaf.detach(), logits)
     check_identical(sent, g)
