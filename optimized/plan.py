@@ -201,7 +201,9 @@ class Kind:
 
     @property
     def computed_in(self) -> torch.dtype:
-        if torch.is_autocast_enabled(self.device.type) and self.dtype != torch.float64:
+        if self.device.type == "meta" or self.dtype == torch.float64:  # autocast knows no such device
+            return self.dtype
+        if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return self.dtype
 
