@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 import optimized
 from optimized import ops
-from optimized.attention import ADAPTERS, adapter, calls, torch_cudnn, torch_flash
+from optimized.attention import Setting, adapter, calls, torch_cudnn, torch_flash
 from optimized.kernels.null_slot import ROWS
 from optimized.ops import null_slot
 from optimized.plan import Request, obstacle
@@ -127,10 +130,36 @@ class FromRoundedOutput(torch.autograd.Function):
         return p * (dp - (g * out).sum(-1, keepdim=True)), kept.mT @ g, None
 
 
+class InHalf(torch.autograd.Function):
+    """What flash attention makes of logits in float32: weights, output and logits' gradient rounded to half precision.
+
+    For logits of thousands, which half precision itself knows to a dozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, v: Tensor, half: torch.dtype) -> Tensor:
+        p = probabilities(s, None)[0]
+        out = (p.to(half).to(s.dtype) @ v).to(half).to(s.dtype)
+        ctx.save_for_backward(p, v, out)
+        ctx.half = half
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, v, out = ctx.saved_tensors
+        ds = (p * (g @ v.mT - (g * out).sum(-1, keepdim=True))).to(ctx.half).to(g.dtype)
+        return ds, p.to(ctx.half).to(g.dtype).mT @ g, None
+
+
 def definition(
-    case: Case, dtype: torch.dtype, under_test: torch.dtype, device: torch.device, keep: Tensor | None = None
+    case: Case,
+    dtype: torch.dtype,
+    under_test: torch.dtype,
+    device: torch.device,
+    keep: Tensor | None = None,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """keep (R, H, L, 1 + S): factors on the probabilities, the null slot's first."""
+    """keep (R, H, L, 1 + S): factors on the probabilities, the null slot's first. attend: from logits and values."""
     t = {n: x.to(under_test).to(dtype).to(device).requires_grad_() for n, x in case.leaves().items()}
     q, k, v = t["q"], t["k"], t["v"]
     visible = torch.ones(q.shape[0], case.queries, case.keys, dtype=torch.bool, device=device)
@@ -146,7 +175,8 @@ def definition(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = (q @ k.mT * case.dim_head**-0.5).masked_fill(~visible[:, None], -math.inf)
     factors = None if keep is None else (keep if case.null else keep[..., 1:]).to(dtype)
-    attend = attend_by_definition if dtype == torch.float64 else FromRoundedOutput.apply
+    if attend is None:
+        attend = attend_by_definition if dtype == torch.float64 else FromRoundedOutput.apply
     out = attend(s, v, factors).transpose(1, 2)
     size = math.prod(x.detach().norm(dim=-1).max().item() if x.numel() else 0.0 for x in (q, k)) * case.dim_head**-0.5
     size += math.log(1 + case.keys)  # exp(s - lse) makes an absolute error of the lse a relative one
@@ -350,6 +380,157 @@ def test_saturated_softmax_cancels(
     """
     case = Case(queries=9, keys=12, per_group=1, values="large", seed=seed)
     compare_with_the_definition(case, backend, kernels, dtype, device)
+
+
+# --- logits far from 0, and the last tile of keys --------------------------------------------------------------------
+
+TILE = torch_cudnn.TILE
+NUMBERS_OF_KEYS = (*range(1, TILE + 3), TILE + TILE // 2, 2 * TILE + TILE // 2)
+OFFSETS = (-3000.0, -300.0, -90.0, -30.0, 30.0, 300.0, 3000.0)
+
+
+@dataclass(frozen=True)
+class Shifted(Case):
+    """A channel of all queries and keys makes every logit, the null slot's too, about `offset`.
+
+    A key that is hidden by zeros has the logit 0 then: exp(0 - lse) overflows where the log-sum-exp is far below.
+    """
+
+    offset: float = 0.0
+
+    @property
+    def root(self) -> float:
+        """In few enough digits for half precision."""
+        return float(torch.tensor((abs(self.offset) * self.dim_head**0.5) ** 0.5, dtype=torch.bfloat16))
+
+    def leaves(self) -> dict[str, Tensor]:
+        t = super().leaves()
+        t["q"][..., 0] = self.root
+        for name in {"k", "null_k"} & t.keys():
+            t[name][..., 0] = math.copysign(self.root, self.offset)
+        return t
+
+
+def check_shifted(case: Shifted, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    actual, _ = operator(case, backend, "torch", dtype, device)
+    for name, t in {"out": actual.out, **actual.grads}.items():
+        assert t.isfinite().all(), name
+    exact = definition(case, torch.float64, dtype, device)
+    if dtype not in HALF:
+        baseline = definition(case, BASELINE_OF.get(dtype, dtype), dtype, device)
+        compare(actual, exact, baseline, stage="routed_attention", dtype=dtype)
+        return
+    baseline = definition(case, torch.float32, dtype, device, attend=lambda s, v, _: InHalf.apply(s, v, dtype))
+    baseline = Run(baseline.out.to(dtype), {n: g.to(dtype) for n, g in baseline.grads.items()}, 0.0)
+    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, amplification=case.root)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+@given(
+    keys=st.integers(1, 4 * TILE),
+    offset=st.sampled_from(OFFSETS),
+    null=st.booleans(),
+    dim_head=st.sampled_from((8, 64)),
+    seed=SEEDS,
+)
+@counted
+def test_logits_far_from_zero(
+    backend: str,
+    keys: int,
+    offset: float,
+    null: bool,
+    dim_head: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Of either sign: gradients are finite, and within the budget of the definition in float64."""
+    case = Shifted(queries=25, keys=keys, dim_head=dim_head, null=null, per_group=1, seed=seed, offset=offset)
+    check_shifted(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("null", [True, False])
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+def test_negative_logits_and_every_last_tile(
+    backend: str, null: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of cuDNN's own backward dq was NaN where 64 keys are left over by 128 and a log-sum-exp is below -88.7."""
+    for keys in NUMBERS_OF_KEYS:
+        case = Shifted(groups=1, per_group=1, queries=9, keys=keys, null=null, seed=keys, offset=-300.0)
+        check_shifted(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("keys", [TILE // 2, TILE, TILE + TILE // 2])
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+def test_negative_logits_of_a_layer(backend: str, dtype: torch.dtype, keys: int, device: torch.device) -> None:
+    """All about -1000: gradients of the tokens and of the projection of queries are finite, and not all 0."""
+    arguments = {"num_routed_queries": 20, "num_routed_key_values": keys, "num_experts": 2, "heads": 2, "dim_head": 8}
+    layer = optimized.MixtureOfAttention(
+        16, **arguments, prenorm=False, dropout=0.0, cosine_sim_routing=True, device=device, dtype=dtype
+    )
+    root = (1000 * 8**0.5) ** 0.5
+    with torch.no_grad():  # the first channel of every head is the first of a token, which is 1, times this
+        for weight, factor in ((layer.attn.to_q.weight, root), (layer.attn.to_kv.weight[: 16 * 4], -root)):
+            first = weight.view(-1, 8, 16)
+            first = first if factor > 0 else first.view(2, 2, 2, 8, 16)[:, 0].flatten(0, 1)
+            first[:, 0] = 0
+            first[:, 0, 0] = factor
+        layer.attn.null_kv[0, ..., 0] = -root
+    x = draw((2, keys + 30, 16), "normal", keys)
+    x[..., 0] = 1
+    x = x.to(dtype).to(device).requires_grad_()
+    with optimized.use_backends(routed_attention=backend), smallest_logit() as logits:
+        layer(x).backward(draw(tuple(x.shape), "normal", 1).to(dtype).to(device))
+    assert max(logits) < -500
+    for gradient in (x.grad, layer.attn.to_q.weight.grad):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+@contextmanager
+def smallest_logit() -> Iterator[list[float]]:
+    """Log-sum-exps that attention libraries returned, the largest of each call."""
+    found: list[float] = []
+    forward = calls.forward
+
+    def noted(*given: Any) -> Any:
+        out, lse, state = forward(*given)
+        found.append(lse.max().item())
+        return out, lse, state
+
+    with mock.patch.object(calls, "forward", noted):
+        yield found
+
+
+def test_cudnn_hands_over_where_it_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To `torch_flash`, with all that it was given, and nowhere else."""
+    called: list[tuple[str, int]] = []
+    dout = torch.ones(1, 2, 3, 8)
+    kv = torch.zeros(1, 4 * TILE, 3, 8)
+    given = dout, torch.zeros_like(dout), kv, kv, dout, torch.zeros(1, 3, 2), torch.zeros(0, dtype=torch.int64)
+
+    def of_flash(*handed: Any) -> Any:
+        called.append(("flash", handed[2].shape[1]))
+        assert len(handed) == 9
+        assert handed[0] is dout
+        assert handed[7] is setting
+        assert handed[8] is into
+        return handed[1:4]
+
+    def of_cudnn(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Any:
+        called.append(("cudnn", k.shape[2]))
+        assert scale == setting.scale
+        return q, k, v
+
+    setting = Setting(scale=0.5)
+    monkeypatch.setattr(torch_flash.ADAPTER, "backward", of_flash)
+    monkeypatch.setattr(torch_cudnn, "aten", SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=of_cudnn))
+    for keys in range(1, 4 * TILE + 1):
+        k, v = (t[:, :keys] for t in (kv, kv))
+        into = torch.empty_like(k), torch.empty_like(v)
+        found = torch_cudnn.ADAPTER.backward(*given[:2], k, v, *given[4:], setting, into)
+        assert [t.shape for t in found] == [dout.shape, k.shape, v.shape]
+    assert called == [("flash" if k % 128 == 64 else "cudnn", k) for k in range(1, 4 * TILE + 1)]
 
 
 WINDOWED = [p for p in attention_backends("local_attention") if not p.values[0].startswith(("banded", "flex"))]
