@@ -470,16 +470,15 @@ def test_negative_logits_of_a_layer(backend: str, dtype: torch.dtype, keys: int,
     )
     root = (1000 * 8**0.5) ** 0.5
     with torch.no_grad():  # the first channel of every head is the first of a token, which is 1, times this
-        for weight, factor in ((layer.attn.to_q.weight, root), (layer.attn.to_kv.weight[: 16 * 4], -root)):
-            first = weight.view(-1, 8, 16)
-            first = first if factor > 0 else first.view(2, 2, 2, 8, 16)[:, 0].flatten(0, 1)
-            first[:, 0] = 0
-            first[:, 0, 0] = factor
+        q, k = layer.attn.to_q.weight.view(2, 2, 8, 16), layer.attn.to_kv.weight.view(2, 2, 2, 8, 16)[:, 0]
+        for weight, factor in ((q, root), (k, -root)):
+            weight[..., 0, :] = 0
+            weight[..., 0, 0] = factor
         layer.attn.null_kv[0, ..., 0] = -root
     x = draw((2, keys + 30, 16), "normal", keys)
     x[..., 0] = 1
     x = x.to(dtype).to(device).requires_grad_()
-    with optimized.use_backends(routed_attention=backend), smallest_logit() as logits:
+    with optimized.use_backends(routed_attention=backend), log_sum_exps() as logits:
         layer(x).backward(draw(tuple(x.shape), "normal", 1).to(dtype).to(device))
     assert max(logits) < -500
     for gradient in (x.grad, layer.attn.to_q.weight.grad):
@@ -488,8 +487,8 @@ def test_negative_logits_of_a_layer(backend: str, dtype: torch.dtype, keys: int,
 
 
 @contextmanager
-def smallest_logit() -> Iterator[list[float]]:
-    """Log-sum-exps that attention libraries returned, the largest of each call."""
+def log_sum_exps() -> Iterator[list[float]]:
+    """Of each call of a library, the largest that it returned."""
     found: list[float] = []
     forward = calls.forward
 
