@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 import optimized
 from optimized import ops
-from optimized.attention import Setting, adapter, calls, torch_cudnn, torch_flash
+from optimized.attention import Adapter, Setting, adapter, calls, torch_cudnn, torch_flash
 from optimized.kernels.null_slot import ROWS
 from optimized.ops import null_slot
 from optimized.plan import Request, obstacle
@@ -291,6 +291,7 @@ def test_a_backend_is_handed_rows_that_it_can_load(
 ) -> None:
     """16 bytes at a time, as the flash kernels do; a row that starts elsewhere ends their process, or is read askew."""
     backend, handed = adapter("math"), []
+    monkeypatch.setattr(backend, "alignment", Adapter.alignment)  # as of a flash kernel, of which the CPU has none
 
     def noted(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*given: Any) -> Any:

@@ -272,7 +272,9 @@ def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch
     assert checked.count("x") == checked.count("mask") == 1
     assert checked.count("the routing token") == 2  # one of each router
     assert checked.count("the layer's parameters") <= 2
-    assert set(checked) == {"x", "mask", "the routing token", "the layer's parameters"}
+    # A projection with a hook may cast what it is given, so that nobody asks for it.
+    parameters = {"the layer's parameters"} if path == "fused" else set()
+    assert set(checked) == {"x", "mask", "the routing token"} | parameters
 
 
 def test_flash_attn_false_keeps_flash_out(device: torch.device) -> None:
