@@ -47,6 +47,7 @@ def local_attention(
     """
     weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
     contract.local_input(x, window_size, mask, causal, heads, weights)
+    window_size, heads = contract.positive_int("window_size", window_size), contract.positive_int("heads", heads)
     plan = _plan(x, mask, w_out.shape[1] // heads)
     hidden = _hide(x, mask)
     if norm_weight is not None:

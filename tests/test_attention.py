@@ -5,11 +5,13 @@ The oracle is the definition: one softmax over the null slot and all visible key
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,10 +32,13 @@ from hypothesis import strategies as st
 from runs import BASELINE_OF, compare
 from strategies import SEEDS, draw, generator, lay_out
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+import optimized
 from optimized import ops
-from optimized.attention import adapter, module_name
+from optimized.attention import Adapter, Setting, adapter, calls, torch_cudnn, torch_flash
 from optimized.kernels.null_slot import ROWS
+from optimized.ops import null_slot
 from optimized.plan import Request, obstacle
 
 LENGTHS = ("none", "random", "some_empty", "full")
@@ -125,10 +130,36 @@ class FromRoundedOutput(torch.autograd.Function):
         return p * (dp - (g * out).sum(-1, keepdim=True)), kept.mT @ g, None
 
 
+class InHalf(torch.autograd.Function):
+    """What flash attention makes of logits in float32: weights, output and logits' gradient rounded to half precision.
+
+    For logits of thousands, which half precision itself knows to a dozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, v: Tensor, half: torch.dtype) -> Tensor:
+        p = probabilities(s, None)[0]
+        out = (p.to(half).to(s.dtype) @ v).to(half).to(s.dtype)
+        ctx.save_for_backward(p, v, out)
+        ctx.half = half
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, v, out = ctx.saved_tensors
+        ds = (p * (g @ v.mT - (g * out).sum(-1, keepdim=True))).to(ctx.half).to(g.dtype)
+        return ds, p.to(ctx.half).to(g.dtype).mT @ g, None
+
+
 def definition(
-    case: Case, dtype: torch.dtype, under_test: torch.dtype, device: torch.device, keep: Tensor | None = None
+    case: Case,
+    dtype: torch.dtype,
+    under_test: torch.dtype,
+    device: torch.device,
+    keep: Tensor | None = None,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Run:
-    """keep (R, H, L, 1 + S): factors on the probabilities, the null slot's first."""
+    """keep (R, H, L, 1 + S): factors on the probabilities, the null slot's first. attend: from logits and values."""
     t = {n: x.to(under_test).to(dtype).to(device).requires_grad_() for n, x in case.leaves().items()}
     q, k, v = t["q"], t["k"], t["v"]
     visible = torch.ones(q.shape[0], case.queries, case.keys, dtype=torch.bool, device=device)
@@ -144,7 +175,8 @@ def definition(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     s = (q @ k.mT * case.dim_head**-0.5).masked_fill(~visible[:, None], -math.inf)
     factors = None if keep is None else (keep if case.null else keep[..., 1:]).to(dtype)
-    attend = attend_by_definition if dtype == torch.float64 else FromRoundedOutput.apply
+    if attend is None:
+        attend = attend_by_definition if dtype == torch.float64 else FromRoundedOutput.apply
     out = attend(s, v, factors).transpose(1, 2)
     size = math.prod(x.detach().norm(dim=-1).max().item() if x.numel() else 0.0 for x in (q, k)) * case.dim_head**-0.5
     size += math.log(1 + case.keys)  # exp(s - lse) makes an absolute error of the lse a relative one
@@ -159,9 +191,8 @@ def operator(
     t = {n: lay_out(x.to(dtype).to(device), case.layout).requires_grad_() for n, x in case.leaves().items()}
     lengths = case.key_lengths()
     lengths = None if lengths is None else lengths.to(device)
-    name = module_name(backend, device)
-    arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), lengths)
-    out, _, keep, _ = ops.attend(*arguments, dropout, case.window, case.causal, name, kernels == "triton")
+    arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), lengths, None)
+    out, _, keep, _ = ops.attention(*arguments, dropout, case.window, case.causal, backend, kernels == "triton")
     g = cotangent(case).to(dtype).to(device)
     return Run(out.detach(), dict(zip(t, torch.autograd.grad(out, list(t.values()), g))), 0.0), keep
 
@@ -260,10 +291,11 @@ def test_a_backend_is_handed_rows_that_it_can_load(
 ) -> None:
     """16 bytes at a time, as the flash kernels do; a row that starts elsewhere ends their process, or is read askew."""
     backend, handed = adapter("math"), []
+    monkeypatch.setattr(backend, "alignment", Adapter.alignment)  # as of a flash kernel, of which the CPU has none
 
     def noted(call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*given: Any) -> Any:
-            handed.append([t for t in given if isinstance(t, Tensor) and t.ndim == 4])
+            handed.append([t for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim == 4])
             return call(*given)
 
         return made
@@ -272,7 +304,7 @@ def test_a_backend_is_handed_rows_that_it_can_load(
         monkeypatch.setattr(backend, direction, noted(getattr(backend, direction)))
     case = Case(dim_head=8, null=False)
     t = {n: lay_out(x.float().to(device), layout).requires_grad_() for n, x in case.leaves().items()}
-    out = ops.attend(*t.values(), None, None, None, 0.0, -1, False, "math", False)[0]
+    out = ops.attention(*t.values(), None, None, None, None, 0.0, -1, False, "math", False)[0]
     torch.autograd.grad(out, list(t.values()), lay_out(cotangent(case).float().to(device), layout))
     assert [len(tensors) for tensors in handed] == [3, 7]  # q, k, v; dout, q, k, v, out, dk, dv
     for tensor in (tensor for tensors in handed for tensor in tensors):
@@ -284,16 +316,15 @@ def test_a_backend_is_handed_rows_that_it_can_load(
 @EVERY_KERNEL
 def test_rows_without_keys_are_the_null_value(kernels: str, device: torch.device) -> None:
     """Whatever a kernel leaves in their output and log-sum-exp."""
-    from optimized.ops.attention import _merge
-
     case = Case(groups=1, per_group=3, queries=5)
     t = {n: x.to(device) for n, x in case.leaves().items()}
     lengths = torch.tensor([0, 4, 0], dtype=torch.int32, device=device)
     out = t["q"].clone()
     lse = torch.zeros(3, case.heads, case.queries, dtype=torch.float64, device=device)
-    expected = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    null = t["null_k"], t["null_v"]
+    expected = null_slot.merge(t["q"], null, out, lse, None, lengths, kernels == "triton")
     out[0], out[2], lse[0], lse[2] = math.nan, math.inf, -math.inf, 7.0
-    merged = _merge(t["q"], t["null_k"], t["null_v"], out, lse, None, lengths, kernels == "triton")
+    merged = null_slot.merge(t["q"], null, out, lse, None, lengths, kernels == "triton")
     for actual, clean in zip(merged, expected):
         check_identical(actual, clean)
     check_identical(merged[0][::2], t["null_v"].expand(2, case.queries, -1, -1))
@@ -305,12 +336,13 @@ def test_gradient_of_the_null_slot_rounds_once(kernels: str, device: torch.devic
     case = Case(per_group=3, queries=ROWS + 5)
     half = [x.half().to(device) for x in case.leaves().values()]
     setting = (0.0, -1, False, "math", kernels == "triton")
-    out, lse, *rest = torch.ops.moa.attention(*half, None, *setting)
+    out, lse, *rest = ops.attention(*half, None, None, *setting)
     g = cotangent(case).half().to(device)
-    runs = []
+    runs, all_of_them = [], 2**5 - 1
     for dtype in (torch.float16, torch.float32):
         leaves, sent, seen = [x.to(dtype) for x in half], g.to(dtype), out.to(dtype)
-        runs.append(torch.ops.moa.attention_backward(sent, *leaves, None, seen, lse, *rest, *setting)[3:])
+        saved = *leaves, None, None, seen, lse, *rest
+        runs.append(ops.attention.backward(sent, *saved, *setting, all_of_them)[3:])
     for low, once in zip(*runs):
         check_identical(low, once.half())
 
@@ -327,8 +359,8 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
         for name in ("k", "v"):
             t[name] = t[name] + shift * hidden[..., None, None].to(dtype)
         t = {n: x.detach().requires_grad_() for n, x in t.items()}
-        rest = (0.0, -1, False, module_name(backend, device), False)
-        out = ops.attend(t["q"], t["k"], t["v"], t["null_k"], t["null_v"], lengths, *rest)[0]
+        rest = (None, 0.0, -1, False, backend, False)
+        out = ops.attention(t["q"], t["k"], t["v"], t["null_k"], t["null_v"], lengths, *rest)[0]
         grads = torch.autograd.grad(out, list(t.values()), cotangent(case).to(dtype).to(device))
         assert not grads[1][hidden].any()
         assert not grads[2][hidden].any()
@@ -349,6 +381,156 @@ def test_saturated_softmax_cancels(
     """
     case = Case(queries=9, keys=12, per_group=1, values="large", seed=seed)
     compare_with_the_definition(case, backend, kernels, dtype, device)
+
+
+# --- logits far from 0, and the last tile of keys --------------------------------------------------------------------
+
+TILE = torch_cudnn.TILE
+NUMBERS_OF_KEYS = (*range(1, TILE + 3), TILE + TILE // 2, 2 * TILE + TILE // 2)
+OFFSETS = (-3000.0, -300.0, -90.0, -30.0, 30.0, 300.0, 3000.0)
+
+
+@dataclass(frozen=True)
+class Shifted(Case):
+    """A channel of all queries and keys makes every logit, the null slot's too, about `offset`.
+
+    A key that is hidden by zeros has the logit 0 then: exp(0 - lse) overflows where the log-sum-exp is far below.
+    """
+
+    offset: float = 0.0
+
+    @property
+    def root(self) -> float:
+        """In few enough digits for half precision."""
+        return float(torch.tensor((abs(self.offset) * self.dim_head**0.5) ** 0.5, dtype=torch.bfloat16))
+
+    def leaves(self) -> dict[str, Tensor]:
+        t = super().leaves()
+        t["q"][..., 0] = self.root
+        for name in {"k", "null_k"} & t.keys():
+            t[name][..., 0] = math.copysign(self.root, self.offset)
+        return t
+
+
+def check_shifted(case: Shifted, backend: str, dtype: torch.dtype, device: torch.device) -> None:
+    actual, _ = operator(case, backend, "torch", dtype, device)
+    for name, t in {"out": actual.out, **actual.grads}.items():
+        assert t.isfinite().all(), name
+    exact = definition(case, torch.float64, dtype, device)
+    if dtype not in HALF:
+        baseline = definition(case, BASELINE_OF.get(dtype, dtype), dtype, device)
+        compare(actual, exact, baseline, stage="routed_attention", dtype=dtype)
+        return
+    baseline = definition(case, torch.float32, dtype, device, attend=lambda s, v, _: InHalf.apply(s, v, dtype))
+    baseline = Run(baseline.out.to(dtype), {n: g.to(dtype) for n, g in baseline.grads.items()}, 0.0)
+    compare(actual, exact, baseline, stage="routed_attention", dtype=dtype, amplification=case.root)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+@given(
+    keys=st.integers(1, 4 * TILE),
+    offset=st.sampled_from(OFFSETS),
+    null=st.booleans(),
+    dim_head=st.sampled_from((8, 64)),
+    seed=SEEDS,
+)
+@counted
+def test_logits_far_from_zero(
+    backend: str,
+    keys: int,
+    offset: float,
+    null: bool,
+    dim_head: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Of either sign: gradients are finite, and within the budget of the definition in float64."""
+    case = Shifted(queries=25, keys=keys, dim_head=dim_head, null=null, per_group=1, seed=seed, offset=offset)
+    check_shifted(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("null", [True, False])
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+def test_negative_logits_and_every_last_tile(
+    backend: str, null: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of cuDNN's own backward dq was NaN where 64 keys are left over by 128 and a log-sum-exp is below -88.7."""
+    for keys in NUMBERS_OF_KEYS:
+        case = Shifted(groups=1, per_group=1, queries=9, keys=keys, null=null, seed=keys, offset=-300.0)
+        check_shifted(case, backend, dtype, device)
+
+
+@pytest.mark.parametrize("keys", [TILE // 2, TILE, TILE + TILE // 2])
+@pytest.mark.parametrize(("backend", "dtype"), attention_backends("routed_attention"))
+def test_negative_logits_of_a_layer(backend: str, dtype: torch.dtype, keys: int, device: torch.device) -> None:
+    """All about -1000: gradients of the tokens and of the projection of queries are finite, and not all 0."""
+    arguments = {"num_routed_queries": 20, "num_routed_key_values": keys, "num_experts": 2, "heads": 2, "dim_head": 8}
+    layer = optimized.MixtureOfAttention(
+        16, **arguments, prenorm=False, dropout=0.0, cosine_sim_routing=True, device=device, dtype=dtype
+    )
+    root = (1000 * 8**0.5) ** 0.5
+    with torch.no_grad():  # the first channel of every head is the first of a token, which is 1, times this
+        q, k = layer.attn.to_q.weight.view(2, 2, 8, 16), layer.attn.to_kv.weight.view(2, 2, 2, 8, 16)[:, 0]
+        for weight, factor in ((q, root), (k, -root)):
+            weight[..., 0, :] = 0
+            weight[..., 0, 0] = factor
+        layer.attn.null_kv[0, ..., 0] = -root
+    x = draw((2, keys + 30, 16), "normal", keys)
+    x[..., 0] = 1
+    x = x.to(dtype).to(device).requires_grad_()
+    with optimized.use_backends(routed_attention=backend), log_sum_exps() as logits:
+        layer(x).backward(draw(tuple(x.shape), "normal", 1).to(dtype).to(device))
+    assert max(logits) < -500
+    for gradient in (x.grad, layer.attn.to_q.weight.grad):
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+@contextmanager
+def log_sum_exps() -> Iterator[list[float]]:
+    """Of each call of a library, the largest that it returned."""
+    found: list[float] = []
+    forward = calls.forward
+
+    def noted(*given: Any) -> Any:
+        out, lse, state = forward(*given)
+        found.append(lse.max().item())
+        return out, lse, state
+
+    with mock.patch.object(calls, "forward", noted):
+        yield found
+
+
+def test_cudnn_hands_over_where_it_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To `torch_flash`, with all that it was given, and nowhere else."""
+    called: list[tuple[str, int]] = []
+    dout = torch.ones(1, 2, 3, 8)
+    kv = torch.zeros(1, 4 * TILE, 3, 8)
+    given = dout, torch.zeros_like(dout), kv, kv, dout, torch.zeros(1, 3, 2), torch.zeros(0, dtype=torch.int64)
+
+    def of_flash(*handed: Any) -> Any:
+        called.append(("flash", handed[2].shape[1]))
+        assert len(handed) == 9
+        assert handed[0] is dout
+        assert handed[7] is setting
+        assert handed[8] is into
+        return handed[1:4]
+
+    def of_cudnn(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Any:
+        called.append(("cudnn", k.shape[2]))
+        assert scale == setting.scale
+        return q, k, v
+
+    setting = Setting(scale=0.5)
+    monkeypatch.setattr(torch_flash.ADAPTER, "backward", of_flash)
+    monkeypatch.setattr(torch_cudnn, "aten", SimpleNamespace(_scaled_dot_product_cudnn_attention_backward=of_cudnn))
+    for keys in range(1, 4 * TILE + 1):
+        k, v = (t[:, :keys] for t in (kv, kv))
+        into = torch.empty_like(k), torch.empty_like(v)
+        found = torch_cudnn.ADAPTER.backward(*given[:2], k, v, *given[4:], setting, into)
+        assert [t.shape for t in found] == [dout.shape, k.shape, v.shape]
+    assert called == [("flash" if k % 128 == 64 else "cudnn", k) for k in range(1, 4 * TILE + 1)]
 
 
 WINDOWED = [p for p in attention_backends("local_attention") if not p.values[0].startswith(("banded", "flex"))]
@@ -382,8 +564,8 @@ def kept_keys(case: Case, backend: str, dtype: torch.dtype, device: torch.device
         for c in range(min(case.dim_head, case.keys - start)):
             v[:, start + c, :, c] = 1
         torch.manual_seed(seed)
-        rest = (lengths, dropout, -1, False, module_name(backend, device), False)
-        parts.append(ops.attend(torch.zeros_like(t["q"]), t["k"], v, None, None, *rest)[0])
+        rest = (lengths, None, dropout, -1, False, backend, False)
+        parts.append(ops.attention(torch.zeros_like(t["q"]), t["k"], v, None, None, *rest)[0])
     return torch.cat(parts, -1)[..., : case.keys].transpose(1, 2) > 0
 
 
@@ -422,7 +604,7 @@ def test_dropout_given_the_kernels_own_draw(
 @pytest.fixture
 def three_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of 65535, beyond which a backend's grid ends: 70,000 items of a batch were refused on a GPU."""
-    monkeypatch.setattr(importlib.import_module("optimized.ops.attention"), "MOST_ROWS", 3)
+    monkeypatch.setattr(calls, "MOST_ROWS", 3)
 
 
 @pytest.mark.usefixtures("three_rows_at_a_time")
@@ -479,8 +661,8 @@ def test_gradcheck(kernels: str, lengths: str, null: bool, device: torch.device)
 
     def f(*given: Tensor) -> Tensor:
         t: dict[str, Any] = dict(zip(leaves, given))
-        arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), counts)
-        return ops.attend(*arguments, 0.0, -1, False, "math", kernels == "triton")[0]
+        arguments = (t["q"], t["k"], t["v"], t.get("null_k"), t.get("null_v"), counts, None)
+        return ops.attention(*arguments, 0.0, -1, False, "math", kernels == "triton")[0]
 
     assert torch.autograd.gradcheck(f, tuple(leaves.values()), fast_mode=interpreted())
 
@@ -490,8 +672,8 @@ def test_only_the_output_is_differentiable(kernels: str, device: torch.device) -
     """A loss on the log-sum-exp would get a gradient of zero without a word."""
     case = Case(queries=2, keys=3)
     t = {n: x.to(device).requires_grad_() for n, x in case.leaves().items()}
-    for attend in (ops.attend, torch.ops.moa.attention):
-        out, *rest = attend(*t.values(), None, 0.0, -1, False, "math", kernels == "triton")
+    for attend in (ops.attention, torch.ops.moa.attention):
+        out, *rest = attend(*t.values(), None, None, 0.0, -1, False, "math", kernels == "triton")
         assert out.requires_grad
         assert not any(other.requires_grad for other in rest)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 import textwrap
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +26,14 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 import reference
+from optimized import plan
+from optimized.attention import Adapter, adapter, flash_attn_2
 from optimized.plan import StageReport
+from reference import contract
 
 ROOT = Path(optimized.__file__).parent.parent
 ATTENTION = optimized.backends()["routed_attention"]
+LOCAL_ATTENTION = optimized.backends()["local_attention"]
 OPERATORS = {  # what the profiler calls the kernel of a backend, on the CPU and on CUDA
     "torch_flash": ("_scaled_dot_product_flash_attention_for_cpu", "_flash_attention_forward"),
     "torch_cudnn": (None, "_scaled_dot_product_cudnn_attention"),
@@ -119,14 +125,156 @@ def test_explain_prints_an_aligned_table(device: torch.device) -> None:
     layer = build(optimized, LOCAL, device)
     explanation = optimized.explain(layer, inputs(LOCAL, device))
     assert set(explanation.stages) == set(optimized.backends())
-    lines = str(explanation).splitlines()
+    *lines, path = str(explanation).splitlines()
     column = lines[0].index("why")
     assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+    assert path.split(maxsplit=1) == ["path", explanation.path]
+    assert path.index(explanation.path) == lines[0].index("backend")
     assert "local_attention" not in optimized.explain(build(optimized, CASE, device), inputs(CASE, device)).stages
     with pytest.raises(TypeError, match="module"):
         optimized.explain(nn.Linear(2, 2), inputs(CASE, device))
     with pytest.raises(ValueError, match="x: expected"):
         optimized.explain(layer, inputs(CASE, device)[0])
+    with pytest.raises(TypeError, match="maks"):
+        optimized.explain(layer, inputs(CASE, device), maks=None)
+
+
+ATTACHED = {  # attachment to a layer: what `explain` says of it
+    "pre-hook": (lambda m: m.attn.to_q.register_forward_pre_hook(lambda *_: None), "attn.to_q has a forward pre-hook"),
+    "hook": (lambda m: m.query_router.register_forward_hook(lambda *_: None), "query_router has a forward hook"),
+    "backward hook": (
+        lambda m: m.attn.context_norm.register_full_backward_hook(lambda *_: None),
+        "attn.context_norm has a backward hook",
+    ),
+    "replaced module": (
+        lambda m: setattr(m.local_attn, "to_out", nn.Sequential(m.local_attn.to_out)),
+        "local_attn.to_out is of class Sequential, not Linear",
+    ),
+    "replaced forward": (
+        lambda m: setattr(m.key_value_router, "forward", m.key_value_router.forward),
+        "key_value_router has a replaced forward",
+    ),
+    "other options": (
+        lambda m: setattr(m.query_router, "options", replace(m.query_router.options, eps=0.5)),
+        "the routers have different options",
+    ),
+    "parametrization": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.attn.to_out),
+        "attn.to_out is of class ParametrizedExpertProjection, not ExpertProjection",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACHED)
+def test_explain_tells_why_modules_are_called(name: str, device: torch.device) -> None:
+    layer, x = build(optimized, LOCAL, device), inputs(LOCAL, device)
+    assert optimized.explain(layer, x).path == "fused"
+    attach, reason = ATTACHED[name]
+    attach(layer)
+    assert optimized.explain(layer, x).path == reason
+
+
+def test_explain_tells_which_calls_are_not_fused(device: torch.device) -> None:
+    layer, x = build(optimized, CASE, device), inputs(CASE, device)
+    mask, other = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for _ in range(2))
+    _, routes = layer(x, return_routes=True)
+    context = "keys and values come from a context"
+    for given, path in (
+        ({}, "fused"),
+        ({"mask": mask, "return_routes": True, "num_routed_queries": 50}, "fused"),
+        ({"routes": routes}, "routes are injected"),
+        ({"context": x.clone()}, context),
+        ({"context": x, "mask": mask, "context_mask": other}, context),
+        ({"context": x, "mask": mask, "context_mask": mask}, "fused"),
+    ):
+        assert optimized.explain(layer, x, **given).path == path, given
+    if device.type == "cpu":
+        with optimized.use_backends(routing="triton_interpreted"):
+            assert optimized.explain(layer, x).path == "routing and dispatch have different backends"
+
+
+def test_explain_notes_what_else_is_to_be_known(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of cuDNN: that its backward is another's where it would give NaN."""
+    layer, x = build(optimized, CASE, device), inputs(CASE, device)
+    with optimized.use_backends(routed_attention="math"):
+        report = optimized.explain(layer, x)
+        assert report.stages["routed_attention"].note == ""
+        assert "note:" not in str(report)
+    only = plan.Backend("torch_cudnn", lambda request: None)
+    monkeypatch.setitem(plan.REGISTRY, "routed_attention", (only,))
+    monkeypatch.setattr(plan, "_plans", {})
+    report = optimized.explain(layer, x)
+    assert "backward is torch_flash's where 64 keys are left over by 128" in report.stages["routed_attention"].note
+    assert f"note: {report.stages['routed_attention'].note}" in str(report)
+
+
+# --- what a call does once -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fused", "composed"])
+def path(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def on_path(path: str, device: torch.device) -> nn.Module:
+    layer = build(optimized, LOCAL, device)
+    if path == "composed":
+        for module in layer.modules():
+            module.register_forward_pre_hook(lambda *_: None)
+    return layer
+
+
+def test_backends_are_chosen_once_for_a_kind_of_call(
+    path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One choice a stage in the first call, none in the next; another where anything changes that decides."""
+    layer, x = on_path(path, device), inputs(LOCAL, device)
+    asked: list[str] = []
+    choose = plan.choose
+
+    def counting(stage: str, request: plan.Request) -> plan.Backend:
+        asked.append(stage)
+        return choose(stage, request)
+
+    monkeypatch.setattr(plan, "choose", counting)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+    with optimized.use_backends():  # forgets all plans
+        layer(x)
+        assert sorted(asked) == sorted(optimized.backends())
+        for change, count in ((dict, 0), (lambda: {"mask": mask}, 5), (dict, 0), (lambda: {"mask": mask}, 0)):
+            asked.clear()
+            layer(x, **change()).sum().backward()
+            assert len(asked) == count
+        with optimized.use_backends(routed_attention="math"):
+            layer(x)
+        assert sorted(asked) == sorted(optimized.backends())
+
+
+def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the layer; modules look at device and dtype beside parameters of their own, and at nothing else."""
+    layer, x = on_path(path, device), inputs(LOCAL, device)
+    checked: list[str] = []
+    real, beside = contract.tensor, contract.beside_parameters
+
+    def counting(argument: str, *given: object, **named: object) -> None:
+        checked.append(argument)
+        real(argument, *given, **named)
+
+    def counting_beside(argument: str, value: Tensor, parameter: Tensor | None, what: str) -> None:
+        beside(argument, value, parameter, what)
+        checked.remove(argument)
+        checked.append(what)
+
+    monkeypatch.setattr(contract, "tensor", counting)
+    monkeypatch.setattr(contract, "beside_parameters", counting_beside)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+    layer(x, mask=mask)
+    assert checked.count("x") == checked.count("mask") == 1
+    assert checked.count("the routing token") == 2  # one of each router
+    assert checked.count("the layer's parameters") <= 2
+    # A projection with a hook may cast what it is given, so that nobody asks for it.
+    parameters = {"the layer's parameters"} if path == "fused" else set()
+    assert set(checked) == {"x", "mask", "the routing token"} | parameters
 
 
 def test_flash_attn_false_keeps_flash_out(device: torch.device) -> None:
@@ -177,28 +325,26 @@ def test_an_interpreter_that_fails_is_an_obstacle(monkeypatch: pytest.MonkeyPatc
         raise TypeError("only 0-dimensional arrays can be converted")
 
     monkeypatch.setattr(value_score, "value_score", fail)
-    probe = sys.modules["optimized.backends"]._interpreter_obstacle.__wrapped__
+    probe = plan._interpreter_obstacle.__wrapped__
     assert probe() == "Triton's interpreter fails here: only 0-dimensional arrays can be converted"
 
 
 def test_adapters_keep_the_contract() -> None:
-    """Read from the sources: most of the packages they import are not installed here."""
-    contract = {
-        "state": ["q", "k", "dropout"],
-        "forward": ["q", "k", "v", "setting"],
-        "backward": ["dout", "q", "k", "v", "out", "lse", "state", "setting", "dk", "dv"],
-    }
-    sources = {name: ROOT / "optimized" / "attention" / f"{name}.py" for name in (*ATTENTION, "torch_flash_cpu")}
-    for name, path in sources.items():
-        functions = {
-            node.name: [a.arg for a in node.args.args]
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.FunctionDef)
-        }
-        if name == "cudnn_flash_attn_4":  # made of two others
-            assert not functions
-            continue
-        assert {key: functions.get(key) for key in contract} == contract, name
+    """All of them are made here, whatever is installed: they import their libraries when they are asked."""
+    methods = ("obstacle", "state", "forward", "backward")
+    libraries = {name.removeprefix("banded_") for names in (ATTENTION, LOCAL_ATTENTION) for name in names}
+    for name in (libraries | {"torch_flash_cpu"}) - {"flex_attention"}:
+        library = adapter(name)
+        assert type(library).__module__ == f"optimized.attention.{name}"
+        for method in methods:
+            expected = inspect.signature(getattr(Adapter, method))
+            assert inspect.signature(getattr(type(library), method)) == expected, f"{name}: {method}"
+            if method != "state":
+                assert getattr(type(library), method) is not getattr(Adapter, method), f"{name}: {method}"
+        given = {attribute: getattr(library, attribute) for attribute in vars(Adapter) if not attribute.startswith("_")}
+        for attribute, value in vars(Adapter).items():
+            if attribute in given and not callable(value):
+                assert type(given[attribute]) is type(value), f"{name}: {attribute}"
 
 
 def test_the_probe_of_flash_attn_2_runs_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,23 +355,21 @@ def test_the_probe_of_flash_attn_2_runs_both_directions(monkeypatch: pytest.Monk
         called.append("forward")
         return q, q.new_zeros(q.shape[0], q.shape[2], q.shape[1]), q, q
 
+    def run_backward(dout: Tensor, *given: Tensor, **_: object) -> None:
+        called.append("backward")
+        assert len(given) == 8
+        assert all(buffer.shape == dout.shape for buffer in given[-3:])
+
     interface = types.ModuleType("flash_attn.flash_attn_interface")
     interface._flash_attn_forward = run_forward
-    interface._flash_attn_backward = lambda *_, **__: called.append("backward")
+    interface._flash_attn_backward = run_backward
     package = types.ModuleType("flash_attn")
     package.flash_attn_interface = interface
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    # Where flash-attn is installed, the real adapter is there already: in the table of modules and in its package.
-    monkeypatch.delitem(sys.modules, "optimized.attention.flash_attn_2", raising=False)
-    monkeypatch.delattr(sys.modules["optimized.attention"], "flash_attn_2", raising=False)
-    probe = sys.modules["optimized.backends"]._flash_2_obstacle.__wrapped__
-    monkeypatch.setattr(sys.modules["optimized.backends"], "_import_obstacle", lambda *_: None)
-    try:
-        assert probe(torch.device("cpu"), torch.float16, 64) is None
-    finally:
-        sys.modules.pop("optimized.attention.flash_attn_2", None)
-        vars(sys.modules["optimized.attention"]).pop("flash_attn_2", None)
+    monkeypatch.setattr(flash_attn_2, "import_obstacle", lambda *_: None)
+    probe = flash_attn_2._build_obstacle.__wrapped__
+    assert probe(torch.device("cpu"), torch.float16, 64) is None
     assert called == ["forward", "backward"]
 
 
@@ -444,28 +588,114 @@ def test_cuda_graph_replays_new_values(device: torch.device) -> None:
 # --- the packages ----------------------------------------------------------------------------------------------------
 
 
-def imported(path: Path) -> set[str]:
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def sources(package: str) -> dict[str, ast.Module]:
+    """Modules of a package by name."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All beneath, but for what only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            for other in node.orelse:
+                yield from (other, *nodes(other))
+            continue
+        yield node
+        yield from nodes(node)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names: what `from a import b` takes is a.b. Imports in functions included."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names.add(node.module.split(".")[0])
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
     return names
 
 
-def test_packages_share_no_code() -> None:
-    """Neither package imports the other, but for the job that compares them."""
-    for path in (ROOT / "reference").rglob("*.py"):
-        assert "optimized" not in imported(path), path.name
-    importers = [p for p in (ROOT / "optimized").rglob("*.py") if "reference" in imported(p)]
-    assert {p.parent for p in importers} == {ROOT / "optimized" / "prove"}
-    assert imported(ROOT / "reference" / "oracle.py") <= {"__future__", "math", "numpy", "typing", "collections"}
+def of_package(names: set[str], package: str) -> set[str]:
+    return {name for name in names if name.split(".")[0] == package}
 
 
-def child(program: str) -> str:
+def test_packages_share_the_contract_alone() -> None:
+    """The reference imports nothing of the other; this takes refusals and types from `reference.contract`.
+
+    Only the job that compares them has both. What is shared computes nothing, and the oracle is NumPy.
+    """
+    for name, tree in sources("reference").items():
+        assert not of_package(imported(tree), "optimized"), name
+    shared = set()
+    for name, tree in sources("optimized").items():
+        if name.startswith("optimized.prove"):
+            continue
+        taken = of_package(imported(tree), "reference")
+        assert all(f"{t}.".startswith("reference.contract.") for t in taken), f"{name}: {taken}"
+        shared |= taken
+    assert shared
+    contract_tree = sources("reference")["reference.contract"]
+    assert not of_package(imported(contract_tree), "reference")
+    arithmetic = {ast.MatMult, ast.Pow}
+    assert not [node for node in ast.walk(contract_tree) if isinstance(node, ast.BinOp) and type(node.op) in arithmetic]
+    oracle = {name.split(".")[0] for name in imported(sources("reference")["reference.oracle"])}
+    assert oracle <= {"__future__", "math", "numpy", "typing", "collections"}
+
+
+@pytest.mark.parametrize("package", ["reference", "optimized"])
+def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+    """Imports in functions count; one alone goes back: `explain` asks a layer of the class that it reports on."""
+    modules = sources(package)
+    needs = {}
+    for name, tree in modules.items():
+        taken = imported(tree)
+        # `from package import module` needs the module, `from module import thing` that module.
+        needs[name] = {t if t in modules else t.rpartition(".")[0] for t in taken} & modules.keys()
+    if package == "optimized":
+        needs["optimized.plan"].remove("optimized.mixture")
+    while needs:
+        leaves = {name for name, others in needs.items() if not others & needs.keys()}
+        assert leaves, f"in circles: {needs}"
+        needs = {name: others for name, others in needs.items() if name not in leaves}
+
+
+# Stages as functions of tensors, which users and the oracle call; wrappers of kernels have what their operators have.
+STAGES = {"route", "routed_attention", "local_attention", "combine", "mixture_of_attention"}
+WRAPPERS = {"combine_backward", "coordinate_descent_picked_backward"}
+
+
+@pytest.mark.parametrize("package", ["reference", "optimized"])
+def test_functions_take_few_arguments(package: str) -> None:
+    """Ten at most, but for constructors and `forward` of a layer, stages, and kernels."""
+    public = {"__init__", "forward", *STAGES}
+    for name, tree in sources(package).items():
+        for node in ast.walk(tree):
+            if not isinstance(node, Function) or "triton.jit" in map(jitted, node.decorator_list):
+                continue
+            given = node.args
+            count = len([*given.posonlyargs, *given.args, *given.kwonlyargs]) + bool(given.vararg) + bool(given.kwarg)
+            allowed = node.name in public or (name.startswith("optimized.kernels") and node.name in WRAPPERS)
+            assert count <= 10 or allowed, f"{name}: {node.name} takes {count} arguments"
+
+
+def jitted(decorator: ast.expr) -> str:
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+
+def child(program: str, *arguments: str) -> str:
     """Output of a Python program run from the checkout."""
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -482,11 +712,16 @@ def test_optional_parts_are_imported_lazily() -> None:
 
 def test_signatures_hold_at_run_time() -> None:
     """jaxtyping checks every annotated shape and dtype while both layers run, and rejects a wrong one."""
-    out = child("""
+    every = sources("reference") | sources("optimized")
+    annotated = [name for name, tree in every.items() if any(n.startswith("jaxtyping.") for n in imported(tree))]
+    assert {"optimized.mixture", "reference.mixture"} <= set(annotated)
+    out = child(
+        """
+        import sys
         from jaxtyping import install_import_hook
-        with install_import_hook(["reference", "optimized"], "beartype.beartype"):
+        with install_import_hook(sys.argv[1:], "beartype.beartype"):
             import optimized, reference
-            from optimized.routed_attention import rms_norm
+            from optimized.routed_attention import RMSNorm
         import torch
         torch.set_num_threads(1)
         runs = 0
@@ -510,8 +745,10 @@ def test_signatures_hold_at_run_time() -> None:
                 out.square().sum().backward()
                 runs += 1
         try:
-            rms_norm(torch.randn(3, 2, 4, 16), torch.randn(3, 15))
+            RMSNorm(3, 16)(torch.randn(2, 4, 16))
         except Exception as error:
             print(runs, type(error).__name__)
-    """)
+    """,
+        *annotated,
+    )
     assert out.split() == ["12", "TypeCheckError"]

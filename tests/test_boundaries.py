@@ -5,7 +5,6 @@ added brings its own tests, or a reason why not. Every case of cases.py, in floa
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from launches import modules
 from strategies import draw
 
 import optimized
+from optimized.attention import banded
 
 # --- constants -------------------------------------------------------------------------------------------------------
 
@@ -27,7 +27,7 @@ BYTES = {"launch.ROWS_IN_REGISTERS": 8}  # constants that count bytes: of a floa
 def constants() -> dict[str, int]:
     """Integers that the kernels' modules, and that of the banded attention, assign to a name in capitals."""
     found = {}
-    for module in (*modules().values(), importlib.import_module("optimized.local_attention")):
+    for module in (*modules().values(), banded):
         tree = ast.parse(Path(module.__file__).read_text())
         targets = [t for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign)) for t in _targets(node)]
         for name in (t.id for t in targets if isinstance(t, ast.Name)):
@@ -103,7 +103,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
 }
 SMALL = 20  # sizes up to here are interpreted along every axis
 ROUTED = 300  # channels: the router takes them in small pieces
-WINDOWS = ("local_attention.MIN_BLOCK", "local_attention.MAX_BLOCK")
+WINDOWS = ("banded.MIN_BLOCK", "banded.MAX_BLOCK")
 
 
 def cases_of(interpreted: bool) -> Iterator[Any]:
@@ -178,4 +178,4 @@ def test_introspection_sees_what_it_should() -> None:
     found = constants()
     assert found["launch.MAX_BLOCK_D"] == 4096
     assert "rows.CHUNK" not in found, "imported, not declared"
-    assert found["local_attention.MIN_BLOCK"] < found["local_attention.MAX_BLOCK"]
+    assert found["banded.MIN_BLOCK"] < found["banded.MAX_BLOCK"]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimized
 import reference
 from optimized import ops
-from optimized.local_attention import MAX_BLOCK, MIN_BLOCK
+from optimized.attention.banded import MAX_BLOCK, MIN_BLOCK
 from optimized.plan import Request, obstacle
 from reference import oracle
 from reference.local_attention import ROWS
@@ -359,8 +359,7 @@ def test_one_operator_for_a_windowed_kernel(
         torch.randn(shape, generator=g, dtype=torch.float64).to(device).requires_grad_()
         for shape in ((2, n, dim), (3 * heads * dim_head, dim), (dim, heads * dim_head))
     )
-    reach = min(window, n - 1)
-    actual = ops.attend_in_window(x, w_qkv, w_out, heads, reach, causal, "math", kernels == "triton")[0]
+    actual = ops.window_attention(x, w_qkv, w_out, None, heads, window, causal, "math", kernels == "triton")[0]
     exact = reference.local_attention(x, window, causal=causal, w_qkv=w_qkv, w_out=w_out, heads=heads)
     cotangent = torch.randn(exact.shape, generator=g, dtype=torch.float64).to(device)
     pairs = [(actual, exact)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -623,3 +624,111 @@ def test_more_items_than_a_grid_is_wide(device: torch.device) -> None:
     few = x[-3:].detach()
     assert (layer(few) - out[-3:]).abs().max() <= 1e-5
     assert x.grad[-1].any()
+
+
+# --- two paths -------------------------------------------------------------------------------------------------------
+
+
+def submodules(layer: torch.nn.Module) -> list[str]:
+    return [name for name, _ in layer.named_modules() if name]
+
+
+@pytest.fixture
+def hooked(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], list[str]]:
+    """By calling it: layers made from now on have a hook, which changes nothing, on one submodule; and what it saw."""
+    wanted: list[str | None] = [None]
+    called: list[str] = []
+    init = optimized.MixtureOfAttention.__init__
+
+    def with_hook(layer: torch.nn.Module, *args: object, **named: object) -> None:
+        init(layer, *args, **named)
+        if wanted[0] is not None:
+            name = wanted[0]
+            layer.get_submodule(name).register_forward_hook(lambda *_: called.append(name))
+
+    monkeypatch.setattr(optimized.MixtureOfAttention, "__init__", with_hook)
+
+    def on(name: str | None) -> list[str]:
+        wanted[0] = name
+        called.clear()
+        return called
+
+    return on
+
+
+def off_the_kinks(case: LayerCase) -> LayerCase:
+    """See `test_optimized_matches_with_its_own_routers`."""
+    ratio = case.options.get("fetch_k_ratio", 9 / 8)
+    for k, n in ((case.k_q, case.n), (case.k_kv, case.context or case.n)):
+        if k < n <= k * ratio:
+            return replace(case, options={**case.options, "fetch_k_ratio": 1.0})
+    return case
+
+
+@EVERY_KERNEL
+@given(data=st.data(), case=layer_cases(values=("normal",)))
+@counted
+def test_a_hook_changes_nothing(
+    kernels: str, data: st.DataObject, case: LayerCase, hooked: Callable, device: torch.device
+) -> None:
+    """On any one submodule: it is called, with all others computed as they were or one by one, within the budget.
+
+    And so by the fused path; values and every gradient, float64, its own routers.
+    """
+    case = off_the_kinks(replace(case, mask=case.mask if case.mask in ("none", "all") else "none"))
+    hooked(None)
+    exact = oracle_layer(case, torch.float64, device)
+    baseline = oracle_layer_in_float32(case, exact, device)
+    layer = optimized.MixtureOfAttention(**case.arguments(), device=device)
+    given = {name: t.to(device, torch.float32) if name != "mask" else t.to(device) for name, t in case.inputs().items()}
+    if case.context is None:
+        assert optimized.explain(layer.eval(), **given).path == "fused"
+    size = max(r.logits.abs().max().item() for r in exact.routes)
+    growth = 1 + case.options.get("n_iters", 20) * size / case.options.get("eps", 0.03)
+    name = data.draw(st.sampled_from(submodules(layer)))
+    for module in (None, name):
+        called = hooked(module)
+        actual = run_layer(optimized, case, torch.float64, device, layout=True)
+        assert called == ([] if module is None else [module])
+        for got, expected in zip(actual.routes, exact.routes):
+            check_identical(got.indices, expected.indices)
+            check_identical(got.mask, expected.mask)
+        compare(actual, exact, baseline, stage="mixture", dtype=torch.float64, amplification=growth)
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, k_q=50, mask="random")], ids=["routed", "local", "all"])
+def test_a_hook_on_each_submodule(kernels: str, case: LayerCase, hooked: Callable, device: torch.device) -> None:
+    """One after another, all of them: the path that `explain` tells, and the same numbers as fused."""
+    hooked(None)
+    fused = run_layer(optimized, case, torch.float64, device)
+    names = submodules(optimized.MixtureOfAttention(**case.arguments(), device=device))
+    assert len(names) == (12 if case.window is not None else 8)
+    for name in names:
+        called = hooked(name)
+        layer = optimized.MixtureOfAttention(**case.arguments(), device=device)
+        path = optimized.explain(layer, case.inputs()["x"].float().to(device)).path
+        assert path == ("fused" if name in ("local_attn", "local_attn.norm") else f"{name} has a forward hook")
+        actual = run_layer(optimized, case, torch.float64, device)
+        assert called == [name]
+        torch.testing.assert_close(actual.out, fused.out, rtol=1e-11, atol=1e-12)
+        assert actual.grads.keys() == fused.grads.keys()
+        for key, gradient in actual.grads.items():
+            torch.testing.assert_close(
+                gradient, fused.grads[key], rtol=1e-8, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+@BOTH
+@pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, k_q=60, k_kv=60)], ids=["routed", "local", "all"])
+def test_injected_routes_give_routing_tokens_a_gradient_of_zeros(
+    implementation: ModuleType, case: LayerCase, device: torch.device
+) -> None:
+    """Not None: every parameter has a gradient in every step."""
+    layer = build(implementation, case, device)
+    x = case.inputs()["x"].to(device)
+    _, routes = layer(x, return_routes=True)
+    layer(x, routes=tuple(r._replace(scores=r.scores.detach()) for r in routes)).square().sum().backward()
+    for router in (layer.query_router, layer.key_value_router):
+        check_identical(router.routing_token.grad, torch.zeros_like(router.routing_token))
+    assert all(p.grad is not None for p in layer.parameters())

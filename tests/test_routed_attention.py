@@ -35,8 +35,8 @@ from torch import Tensor
 
 import optimized
 import reference
-from optimized.ops.expert_attention import _scale, _scale_backward
-from optimized.routed_attention import rotate
+from optimized import ops
+from optimized.ops.expert_attention import _scale_backward, scale
 from reference import oracle
 
 ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -435,7 +435,7 @@ def test_value_scores(kernels: str, device: torch.device) -> None:
     scores[..., ::3], scores[..., 1::7], scores[..., 2::7] = 1, 0, math.nan
     by_row = scores.transpose(0, 1).reshape(4, 40, 1, 1)
     for unit in (False, True):
-        scaled = _scale(v.clone(), scores, unit, kernels == "triton")
+        scaled = scale(v.clone(), scores, unit, kernels == "triton")
         assert torch.equal(scaled.isnan(), by_row.isnan().expand_as(v))
         check_identical(scaled.nan_to_num(), (v * by_row).nan_to_num())
     scores, by_row = scores.nan_to_num(0.5), by_row.nan_to_num(0.5)
@@ -453,8 +453,8 @@ def test_rotation_rounds_once(kernels: str, device: torch.device) -> None:
     t = draw((2, 9, 3, 8), "normal", 1).half().to(device)
     angles = 10 * draw((9, 8), "normal", 2).to(device)
     tables = angles.cos(), angles.sin()
-    once = rotate(t.float(), *tables, None, kernels == "triton").half()
-    check_identical(rotate(t, *tables, None, kernels == "triton"), once)
+    once = ops.rotary(t.float(), *tables, None, False, kernels == "triton").half()
+    check_identical(ops.rotary(t, *tables, None, False, kernels == "triton"), once)
 
 
 @EVERY_KERNEL
@@ -463,9 +463,9 @@ def test_rotation_by_positions(kernels: str, device: torch.device) -> None:
     t = draw((3, 5, 2, 8), "normal", 1).float().to(device)
     angles = 10 * draw((9, 8), "normal", 2).to(device)
     positions = torch.randint(9, (3, 5), generator=generator(3)).to(device)
-    together = rotate(t, angles.cos(), angles.sin(), positions, kernels == "triton")
+    together = ops.rotary(t, angles.cos(), angles.sin(), positions, False, kernels == "triton")
     for row, own, turned in zip(t, angles[positions], together):
-        check_identical(rotate(row[None], own.cos(), own.sin(), None, kernels == "triton")[0], turned)
+        check_identical(ops.rotary(row[None], own.cos(), own.sin(), None, False, kernels == "triton")[0], turned)
 
 
 @BOTH

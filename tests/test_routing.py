@@ -252,7 +252,7 @@ def check_gradient(actual: Tensor, exact: Tensor, baseline: Tensor, scale: float
 def descend(logits: Tensor, k: float, mask: Tensor | None, p: dict, kernels: str = "torch") -> tuple[Tensor, Tensor]:
     """The optimized solver's scores and iterates a (T, B, E)."""
     epsilons = (p["eps"], p["eps_init"], p["eps_decay"])
-    scores, a, _ = ops.descend(logits, mask, float(k), p["n_iters"], *epsilons, kernels == "triton")
+    scores, a, _ = ops.coordinate_descent(logits, mask, float(k), p["n_iters"], *epsilons, kernels == "triton")
     return scores, a
 
 
@@ -344,7 +344,7 @@ def test_smallest_temperature(kernels: str, device: torch.device) -> None:
 def test_saturation_begins_at_equality(kernels: str, device: torch.device) -> None:
     """Mass N makes a_0 = 0, and then a logit of 0 is saturated: it counts."""
     logits = torch.tensor([[[0.0, -1.0, 1.0, 0.0, 2.0, -0.0, -3.0, 0.0]]], dtype=torch.float64, device=device)
-    _, a, counts = ops.descend(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
+    _, a, counts = ops.coordinate_descent(logits, None, 8.0, 2, 0.1, 4.0, 0.7, kernels == "triton")
     assert a[0].item() == 0
     assert counts[1].item() == 6
 
@@ -469,9 +469,9 @@ def test_solvers_leave_logits_and_cotangents_alone(kernels: str, solver: str, de
     mask = draw_mask(2, 9, "random", 1).to(device)
     leaf, sent = logits.clone().requires_grad_(), g.clone()
     if solver == "exact":
-        scores = ops.cap(leaf, mask, 2.5, 0.3, kernels == "triton")[0]
+        scores = ops.capped_simplex(leaf, mask, 2.5, 0.3, kernels == "triton")[0]
     else:
-        scores = ops.descend(leaf, mask, 2.5, 5, 0.3, 4.0, 0.7, kernels == "triton")[0]
+        scores = ops.coordinate_descent(leaf, mask, 2.5, 5, 0.3, 4.0, 0.7, kernels == "triton")[0]
     torch.autograd.grad(scores, leaf, sent)
     check_identical(leaf.detach(), logits)
     check_identical(sent, g)
@@ -552,8 +552,8 @@ def test_optimized_route_matches(kernels: str, case: RouterCase, device: torch.d
         scores = (run.scores.detach() for run in (actual, expected, baseline))
         check_scores(*scores, expected.logits, case.options.get("eps", 0.03))
     if case.n <= case.k:
-        assert not actual.scores.requires_grad
-        assert not actual.logits.requires_grad
+        assert not expected.scores.requires_grad
+        assert_constant(actual.scores, x, tokens)
         return
     g = torch.randn(expected.scores.shape, generator=generator(case.seed), dtype=torch.float64).to(device)
     eps = case.options.get("eps", 0.03)
@@ -582,6 +582,27 @@ def test_optimized_route_matches(kernels: str, case: RouterCase, device: torch.d
         terms = (g.abs().max() * slope / eps).item()
         scale = growth * max(e.abs().max().item(), terms)
         check(a, e, b, stage="router_gradient", name=name, expect=expectation(e), scale=scale)
+
+
+def assert_constant(t: Tensor, *leaves: Tensor) -> None:
+    """Nothing, or exactly zero, comes back through it, whatever is sent."""
+    if not t.requires_grad:
+        return
+    sent = torch.randn(t.shape, generator=generator(8), dtype=torch.float64).to(t)
+    for gradient in torch.autograd.grad(t, leaves, sent, allow_unused=True, retain_graph=True):
+        assert gradient is None or not gradient.any()
+
+
+@BOTH
+@pytest.mark.parametrize("n", [7, 8])
+def test_nothing_to_choose_gives_the_router_no_gradient(
+    implementation: ModuleType, n: int, device: torch.device
+) -> None:
+    """Neither through the scores nor through the logits, which nobody compared."""
+    x, tokens, _ = (t if t is None else t.to(device).requires_grad_() for t in RouterCase(n=n).tensors())
+    routes = implementation.route(x, tokens, 8)
+    for t in (routes.scores, routes.logits):
+        assert_constant(t, x, tokens)
 
 
 def kink_free(routes: reference.Routes, case: RouterCase, mask: Tensor | None) -> bool:
@@ -636,7 +657,7 @@ def test_random_route_is_shared(
         routes = package.route(x, tokens, 8, mask, random_route=True, generator=g, route_block_size=block)
         assert_declared_order(routes, mask, 30)
         check_identical(routes.scores.detach(), routes.mask.float())
-        assert not routes.scores.requires_grad
+        assert_constant(routes.scores, tokens)
         chosen.append(routes.indices)
     check_identical(chosen[0], chosen[1].clone())
 
@@ -725,10 +746,15 @@ def test_straight_through_scores_need_a_solver_for_their_gradient_alone(
     x, tokens, hidden = (None if t is None else t.to(device) for t in case.tensors())
     with_gradient = optimized.route(x, tokens.requires_grad_(), case.k, hidden, **options)
     assert with_gradient.scores.requires_grad
-    for name in ("descend", "cap"):
-        monkeypatch.setattr(ops, name, None)
+
+    def solve(*_: object) -> None:
+        raise AssertionError("solved")
+
+    monkeypatch.setattr(ops.Solver, "solve", solve)
     with torch.no_grad():
         without = optimized.route(x, tokens, case.k, hidden, **options)
+        with pytest.raises(AssertionError, match="solved"):
+            optimized.route(x, tokens, case.k, hidden, **options, straight_through=False)
     for a, b in zip(without, with_gradient):
         check_identical(a, b.detach())
 

@@ -14,6 +14,8 @@ from harness import check_identical
 from strategies import draw, draw_mask, generator
 from torch import Tensor
 
+from optimized import ops
+
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 MASKED = pytest.mark.parametrize("mask_kind", ["none", "random", "none_valid"])
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -159,10 +161,10 @@ def test_solvers_are_pytorchs(
         tolerance = 64 * torch.finfo(dtype).eps * (1 + abs(offset)) / EPSILONS[0]
         for i, mass in enumerate(MASSES):
             if solver == "exact":
-                expected = torch.ops.moa.capped_simplex(halves(s)[i], mask, mass, EPSILONS[0])
+                expected = ops.capped_simplex(halves(s)[i], mask, mass, EPSILONS[0], False)
                 actual = tuple(halves(t)[i] for t in found)
             else:
-                expected = torch.ops.moa.coordinate_descent(halves(s)[i], mask, mass, n_iters, *EPSILONS)
+                expected = ops.coordinate_descent(halves(s)[i], mask, mass, n_iters, *EPSILONS, False)
                 actual = halves(found[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in found[1:])
             for a, e in zip(actual, expected):
                 torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
@@ -191,10 +193,10 @@ def test_picked_backward_is_the_dense_one(
         g, s = halves(dense(grads, inverses))[i], halves(logits)[i]
         if solver == "exact":
             parts = halves(saved[0])[i], halves(saved[1])[i]
-            expected = torch.ops.moa.capped_simplex_backward(g, s, mask, *parts, EPSILONS[0])
+            expected = ops.capped_simplex.backward(g, s, mask, *parts, mass, EPSILONS[0], False, 1)
         else:
             parts = halves(saved[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in saved[1:])
-            expected = torch.ops.moa.coordinate_descent_backward(g, s, mask, *parts, mass, *EPSILONS)
+            expected = ops.coordinate_descent.backward(g, s, mask, *parts, mass, n_iters, *EPSILONS, False, 1)
         assert expected.any() or mask_kind != "none"  # few valid tokens may all be saturated
         error = (halves(plain)[i] - expected).abs().max()
         # The exponentials' arguments are rounded logits over eps; the sums are of n terms.
@@ -233,13 +235,17 @@ def test_solvers_beyond_their_blocks(kernels: str, solver: str, device: torch.de
     g[..., :2000] *= 10
     actual = solve(solver, logits, mask, mass, n_iters)
     if solver == "exact":
-        expected = torch.ops.moa.capped_simplex(logits, mask, mass, EPSILONS[0])
-        gradient = torch.ops.moa.capped_simplex_backward(g, logits, mask, *expected, EPSILONS[0])
-        found = torch.ops.moa.capped_simplex_backward(g, logits, mask, *expected, EPSILONS[0], True)
+        expected = ops.capped_simplex(logits, mask, mass, EPSILONS[0], False)
+        gradient, found = (
+            ops.capped_simplex.backward(g, logits, mask, *expected, mass, EPSILONS[0], triton, 1)
+            for triton in (False, True)
+        )
     else:
-        expected = torch.ops.moa.coordinate_descent(logits, mask, mass, n_iters, *EPSILONS)
-        gradient = torch.ops.moa.coordinate_descent_backward(g, logits, mask, *expected, mass, *EPSILONS)
-        found = torch.ops.moa.coordinate_descent_backward(g, logits, mask, *expected, mass, *EPSILONS, True)
+        expected = ops.coordinate_descent(logits, mask, mass, n_iters, *EPSILONS, False)
+        gradient, found = (
+            ops.coordinate_descent.backward(g, logits, mask, *expected, mass, n_iters, *EPSILONS, triton, 1)
+            for triton in (False, True)
+        )
     assert (expected[0] == 1).any()
     for a, e in zip((*actual, found), (*expected, gradient)):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)

@@ -961,7 +961,7 @@ def test_extra_repr_has_the_main_numbers(implementation: ModuleType) -> None:
 
 
 def test_both_take_the_same_arguments() -> None:
-    """The reference has two besides, by which tests inject decisions."""
+    """The reference has two besides, by which tests inject decisions; a layer hands its plan to routers."""
     for path in ("MixtureOfAttention", "MixtureOfAttention.forward", "Router.forward", *STAGES):
         parameters = []
         for implementation in (reference, optimized):
@@ -969,6 +969,6 @@ def test_both_take_the_same_arguments() -> None:
             for part in path.split("."):
                 found = getattr(found, part)
             signature = inspect.signature(found).parameters.values()
-            own = ("dropout_mask", "saturated")
+            own = ("dropout_mask", "saturated", "plan")
             parameters.append([(p.name, p.kind, p.default) for p in signature if p.name not in own])
         assert parameters[0] == parameters[1], path

@@ -127,8 +127,12 @@ class Operator:
         return self._direct.apply(*args) if recorded else self.raw(*args)
 
     def raw(self, *args: Any, **named: Any) -> Any:
-        """The computation alone, for operators that contain it."""
-        return self._body.forward(self._bind(self._positional(args, named)))
+        """The computation alone, for operators that contain it; in the dtypes that it is given, under autocast too."""
+        bound = self._bind(self._positional(args, named))
+        if not torch._C._is_any_autocast_enabled():
+            return self._body.forward(bound)
+        with torch._C._DisableAutocast():
+            return self._body.forward(bound)
 
     def _positional(self, args: tuple, named: dict[str, Any]) -> tuple:
         if len(args) == len(self.names):
