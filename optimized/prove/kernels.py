@@ -71,7 +71,7 @@ def record_calls(party: Party) -> list[tuple[str, tuple]]:
     The injected scores differ from slot to slot, and tokens have rotary positions: else neither would be seen.
     """
     layer, x = party.layer, party.x
-    angles = torch.linspace(0, 3, x.shape[1] * layer.dim_head, dtype=x.dtype, device=x.device)
+    angles = torch.linspace(0, 3, x.shape[1] * layer.config.dim_head, dtype=x.dtype, device=x.device)
     with torch.no_grad(), Recorded() as recorded:
         routes = layer.query_router(x, party.slots)
         layer(x)
