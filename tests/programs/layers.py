@@ -103,17 +103,17 @@ def zero_if_none(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def assert_close(actual: Tensor, expected: Tensor, name: str = "", **tolerance: float) -> None:
+def assert_agrees(actual: Tensor, expected: Tensor, name: str = "", **tolerance: float) -> None:
     """Float64 results of one computation made in two ways; `tolerance` for others."""
     assert actual.isfinite().all(), f"{name}: not finite"
     torch.testing.assert_close(actual, expected, **{**CLOSE, **tolerance}, msg=lambda text: f"{name}: {text}")
 
 
-def assert_all_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], **tolerance: float) -> None:
+def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], **tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     assert actual, "nothing to compare"
     for name, value in expected.items():
-        assert_close(actual[name], value, name, **tolerance)
+        assert_agrees(actual[name], value, name, **tolerance)
 
 
 def injected(package: str, layer: nn.Module, call: Mapping[str, Any]) -> tuple[Any, Any]:

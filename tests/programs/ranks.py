@@ -50,7 +50,7 @@ class Ranks:
             self._stop()
             self._start()
         failed = [f"rank {rank}:\n{answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
-        if failed or len(answers) < WORLD:
+        if failed or len(answers) != WORLD:
             raise AssertionError("\n".join(failed) or f"no answer but of ranks {sorted(answers)}")
         return [answers[rank][1] for rank in range(WORLD)]
 

@@ -16,7 +16,7 @@ from programs.layers import (
     OPTIONS,
     PACKAGES,
     Option,
-    assert_all_close,
+    assert_all_agree,
     call_of,
     gradients_of,
     injected,
@@ -68,7 +68,7 @@ def train(
         expected = mean_over_ranks([gradients_of(plain, call) for call in calls])
         wrapped.zero_grad()
         loss_of(wrapped(**calls[rank])).backward()
-        assert_all_close({name: zero_if_none(p) for name, p in wrapped.module.named_parameters()}, expected)
+        assert_all_agree({name: zero_if_none(p) for name, p in wrapped.module.named_parameters()}, expected)
         for name, p in plain.named_parameters():
             p.grad = expected[name]
         step_of(plain, wrapped)
@@ -122,7 +122,7 @@ def accumulate(rank: int, package: str, lengths: tuple) -> None:
             loss_of(wrapped(**calls[rank])).backward()
         means = mean_over_ranks([gradients_of(plain, call) for call in calls])
         total = {name: total.get(name, 0) + value for name, value in means.items()}
-    assert_all_close({name: zero_if_none(p) for name, p in wrapped.module.named_parameters()}, total)
+    assert_all_agree({name: zero_if_none(p) for name, p in wrapped.module.named_parameters()}, total)
 
 
 @PACKAGES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs.layers import K_KV, K_Q, OPTIONS, WINDOW, Option, assert_close, call_of, layer_of
+from programs.layers import K_KV, K_Q, OPTIONS, WINDOW, Option, assert_agrees, call_of, layer_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -43,7 +43,7 @@ def test_any_size(option: str, example: int) -> None:
     program = exported(layer, of, example).module()
     for batch, n in SIZES:
         given = call_of(of, n, n, batch=batch)
-        assert_close(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
+        assert_agrees(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
 
 
 def test_slots_from_the_length() -> None:
@@ -59,7 +59,7 @@ def test_slots_from_the_length() -> None:
     program = exported(layer, Option(), 12).module()
     for batch, n in SIZES:
         given = call_of(Option(), n, n, batch=batch)
-        assert_close(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
+        assert_agrees(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
 
 
 def test_saved(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_saved(tmp_path: Path) -> None:
     program = torch.export.load(tmp_path / "layer.pt2").module()
     for batch, n in SIZES[:3]:
         given = call_of(of, n, n, batch=batch)
-        assert_close(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
+        assert_agrees(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
 
 
 @pytest.mark.slow
@@ -85,4 +85,4 @@ def test_machine_code(option: str, tmp_path: Path) -> None:
         run = torch._inductor.aoti_load_package(package)
         for batch, n in SIZES:
             given = call_of(of, n, n, batch=batch)
-            assert_close(run(**given), layer(**given), f"B = {batch}, N = {n}")
+            assert_agrees(run(**given), layer(**given), f"B = {batch}, N = {n}")

@@ -17,8 +17,8 @@ from programs.layers import (
     OPTIONS,
     PACKAGES,
     Option,
-    assert_all_close,
-    assert_close,
+    assert_agrees,
+    assert_all_agree,
     call_of,
     gradients_of,
     injected,
@@ -90,13 +90,13 @@ def train(rank: int, package: str, option: Option, units: list[str], schedule: t
         by_rank = [gradients_of(plain, call) for call in calls]
         split.zero_grad()
         out = split(**calls[rank])
-        assert_close(out.detach(), plain(**calls[rank]).detach(), f"step {step}")
+        assert_agrees(out.detach(), plain(**calls[rank]).detach(), f"step {step}")
         loss_of(out).backward()
         found, own = gradients(split)
         mean = mean_over_ranks(by_rank)
-        assert_all_close(found, {name: mean[name] for name in found})
+        assert_all_agree(found, {name: mean[name] for name in found})
         if own:
-            assert_all_close(own, {name: by_rank[rank][name] for name in own})
+            assert_all_agree(own, {name: by_rank[rank][name] for name in own})
 
 
 @PACKAGES
@@ -203,7 +203,7 @@ def train_checkpointed(rank: int, package: str) -> None:
         loss_of(split(xs[rank])).backward()
         found, _ = gradients(split)
         found = {name.replace("_checkpoint_wrapped_module.", ""): g for name, g in found.items()}
-        assert_all_close(found, mean_over_ranks(by_rank))
+        assert_all_agree(found, mean_over_ranks(by_rank))
 
 
 @PACKAGES
@@ -223,7 +223,7 @@ def load(rank: int, package: str, folder: Path) -> None:
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(layer, state)
     call = call_of(LOCAL, 12)
-    assert_close(layer(**call).detach(), layer_of(package, seed=3, **LOCAL.arguments)(**call).detach())
+    assert_agrees(layer(**call).detach(), layer_of(package, seed=3, **LOCAL.arguments)(**call).detach())
 
 
 @PACKAGES

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from programs.layers import EXPERTS, OPTIONS, PACKAGES, assert_all_close, assert_close, call_of, layer_of, loss_of
+from programs.layers import EXPERTS, OPTIONS, PACKAGES, assert_agrees, assert_all_agree, call_of, layer_of, loss_of
 from strategies import draw
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ def test_at_first_nothing_changes(package: str, targets: tuple[str, ...]) -> Non
     """B is zero: the output of the plain layer; B alone has a gradient, the frozen weights none."""
     model, call = adapted(package, targets), call_of(OPTION, 12)
     out = model(**call)
-    assert_close(out.detach(), plain(package)(**call).detach())
+    assert_agrees(out.detach(), plain(package)(**call).detach())
     loss_of(out).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained == {name for name, _ in model.named_parameters() if ".lora_B." in name}
@@ -104,10 +104,10 @@ def test_adapters_add_to_the_weights(package: str, targets: tuple[str, ...]) -> 
         out = module(**{**call, "x": x})
         loss_of(out).backward()
         results[name] = {"out": out.detach(), "x": x.grad}
-    assert_all_close(results["adapted"], results["merged"])
+    assert_all_agree(results["adapted"], results["merged"])
     assert not torch.equal(results["merged"]["out"], plain(package)(**call).detach())
     for name, module in adapters(model).items():
-        assert_close(*gradient_of_b(module, layer.get_submodule(name).weight.grad), name)
+        assert_agrees(*gradient_of_b(module, layer.get_submodule(name).weight.grad), name)
 
 
 def gradient_of_b(module: Any, weight_grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def test_switched_off(package: str) -> None:
     model, call = adapted(package, TARGETS), call_of(OPTION, 12)
     fill(model)
     with model.disable_adapter():
-        assert_close(model(**call).detach(), plain(package)(**call).detach())
+        assert_agrees(model(**call).detach(), plain(package)(**call).detach())
 
 
 @PACKAGES
@@ -138,7 +138,7 @@ def test_merge_and_unload(package: str) -> None:
     expected = model(**call).detach()
     unloaded = model.merge_and_unload()
     assert unloaded.state_dict().keys() == plain(package, 1).state_dict().keys()
-    assert_close(unloaded(**call).detach(), expected)
+    assert_agrees(unloaded(**call).detach(), expected)
     assert not torch.equal(expected, plain(package, 1)(**call).detach())
 
 

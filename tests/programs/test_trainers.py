@@ -12,7 +12,7 @@ from programs.layers import (
     OPTIONS,
     PACKAGES,
     Option,
-    assert_all_close,
+    assert_all_agree,
     call_of,
     gradients_of,
     layer_of,
@@ -117,7 +117,7 @@ def accelerated(package: str, accumulate: int) -> tuple[nn.Module, dict[str, Ten
 @pytest.mark.needs("accelerate")
 def test_accelerate(package: str) -> None:
     _, found = accelerated(package, 1)
-    assert_all_close(found, by_hand(package, torch.float64))
+    assert_all_agree(found, by_hand(package, torch.float64))
 
 
 @PACKAGES
@@ -128,5 +128,5 @@ def test_accelerate_accumulates(package: str) -> None:
     layer = layer_of(package, **OPTION.arguments)
     grads = [gradients_of(layer, batch) for batch in batches(torch.float64)]
     expected = {name: p.detach() - RATE * sum(g[name] for g in grads) / STEPS for name, p in layer.named_parameters()}
-    assert_all_close(found, expected)
+    assert_all_agree(found, expected)
     assert all(zero_if_none(p).shape == p.shape for p in layer.parameters())

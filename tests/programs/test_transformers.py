@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from programs.layers import PACKAGES, assert_all_close, assert_close, layer_of, moves
+from programs.layers import PACKAGES, assert_agrees, assert_all_agree, layer_of, moves
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def test_attention_is_the_plain_layer(package: str, side: str) -> None:
     for i, block in enumerate(model.bert.encoder.layer):
         hidden, _, out = block.attention.self.seen
         plain = layer_of(package, seed=i + 1)(hidden, mask=batch["attention_mask"].bool())
-        assert_close(out, plain.detach(), f"block {i}")
+        assert_agrees(out, plain.detach(), f"block {i}")
 
 
 @PACKAGES
@@ -99,7 +99,7 @@ def test_padding_changes_nothing(package: str, side: str, implementation: str) -
     assert model.bert.encoder.layer[0].attention.self.seen[1] is not None
     for i, mask in enumerate(batch["attention_mask"].bool()):
         alone = model(**{name: t[i : i + 1, mask] for name, t in batch.items()}).logits
-        assert_close(logits[i][mask], alone[0], f"sentence {i}")
+        assert_agrees(logits[i][mask], alone[0], f"sentence {i}")
 
 
 def trained(package: str) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -121,9 +121,9 @@ def trained(package: str) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Te
 def test_both_packages_train_alike() -> None:
     """Loss, every gradient, and three steps later every parameter; all of the layer's have moved."""
     (losses, first, last), (other_losses, other_first, other_last) = trained("reference"), trained("optimized")
-    assert_close(torch.stack(other_losses), torch.stack(losses), "losses")
-    assert_all_close(other_first, first)
-    assert_all_close(other_last, last)
+    assert_agrees(torch.stack(other_losses), torch.stack(losses), "losses")
+    assert_all_agree(other_first, first)
+    assert_all_agree(other_last, last)
     start = dict(bert("reference").named_parameters())
     ours = {name for name in start if ".self.layer." in name}
     assert ours <= first.keys()
