@@ -4,7 +4,7 @@
     python docs/backends.py --device cuda --out gpu.json      # or on a GPU, with the flash-attn installed
     python docs/backends.py --table docs/generated/backends.md cpu.json gpu.json     # into it, a section for each
 
-A cell is a layer, forward and backward. The backend is what the registry chose in that very call. Its peak memory is
+A cell is a layer, forward and backward. The backend is that of the plan of that very call. Its peak memory is
 measured at N tokens and at 2 N, the slots doubled too: nothing N x N, nor slots x slots, may appear. Backends that
 write attention out hold slots x slots (`SQUARE`); of these the tokens alone are doubled. Exit status: 1 if a cell
 failed.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 
 import optimized  # noqa: E402
-from optimized.plan import REGISTRY, Backend, Request, choose  # noqa: E402
+from optimized.plan import REGISTRY, Kind, Plan, bind  # noqa: E402
 from optimized.prove.environment import hardware, version, versions  # noqa: E402
 from tests import record  # noqa: E402
 from tests.benchmarks.measure import peak_bytes  # noqa: E402
@@ -78,18 +78,15 @@ def run_layer(stage: str, dropout: float, mask: str, dtype: torch.dtype, device:
 
 @contextlib.contextmanager
 def recorded(stage: str) -> Iterator[set[str]]:
-    """Names of the backends that the registry hands out for a stage meanwhile."""
+    """Names of the backends of a stage in the plans that the layer gets meanwhile."""
     chosen: set[str] = set()
 
-    def record(asked: str, request: Request) -> Backend:
-        backend = choose(asked, request)
-        if asked == stage:
-            chosen.add(backend.name)
-        return backend
+    def record(kind: Kind) -> Plan:
+        plan = bind(kind)
+        chosen.add(getattr(plan, stage))
+        return plan
 
-    with contextlib.ExitStack() as stack:
-        for name in ("mixture", *STAGES):
-            stack.enter_context(mock.patch.object(sys.modules[f"optimized.{name}"], "choose", record))
+    with mock.patch.object(sys.modules["optimized.mixture"], "bind", record):
         yield chosen
 
 
@@ -134,7 +131,7 @@ def run_all(device: str) -> dict[str, Any]:
     start = time.monotonic()
     cells = []
     matrix = list(itertools.product(STAGES, DROPOUTS, MASKS, DTYPES))
-    with optimized.use_backends(routing="torch", mixture="torch"):
+    with optimized.use_backends(routing="torch", dispatch="torch", mixture="torch"):
         for key in matrix:
             cells.append(cell := run_cell(*key, device))
             took = f"{len(cells)} of {len(matrix)}, {time.monotonic() - start:.0f} s"
@@ -152,8 +149,8 @@ def run_all(device: str) -> dict[str, Any]:
 
 INTRODUCTION = f"""# Which backend serves what
 
-Every cell below was run: a layer, forward and backward, in training mode. The name is that of the backend which the
-registry handed out in this very call; nothing is forced (`optimized.use_backends` does that). Its order of preference:
+Every cell below was run: a layer, forward and backward, in training mode. The name is that of the backend in the
+plan of this very call; nothing is forced (`optimized.use_backends` does that). The order of preference:
 
 {{order}}
 

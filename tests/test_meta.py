@@ -32,10 +32,16 @@ AUTOCAST = "autocast chooses dtypes by operation: no baseline does the same"
 THEIRS = "of somebody else's kernel or layer"
 GPU_ATOMICS = "gradients of flash kernels, which add up atomically"
 NO_TENSOR = "numbers of a report"
-WRONG_ON_PURPOSE = "that a result is wrong"
+WRONG_ON_PURPOSE = "that a result is wrong, or another"
 
 TOLERANCES: dict[str, str] = {
-    "programs/layers.py::assert_same": IDENTITY,
+    "programs/layers.py::assert_agrees": IDENTITY,
+    "test_modules.py::assert_agrees": IDENTITY,
+    "test_modules.py::test_hooks_change_the_result": WRONG_ON_PURPOSE,
+    "test_modules.py::test_replaced_router_decides": WRONG_ON_PURPOSE,
+    "test_modules.py::test_attached_to_a_projection": WRONG_ON_PURPOSE,
+    "test_modules.py::test_each_router_has_its_own_options": WRONG_ON_PURPOSE,
+    "test_modules.py::test_randomness_of_vmap": WRONG_ON_PURPOSE,
     "test_local_attention.py::test_wide_window_is_full_attention": IDENTITY,
     "test_local_attention.py::test_padding_changes_nothing": IDENTITY,
     "test_local_attention.py::test_one_operator_for_a_windowed_kernel": IDENTITY,

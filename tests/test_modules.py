@@ -58,7 +58,7 @@ def tokens(device: torch.device, n: int = N, dtype: torch.dtype = torch.float64,
     return torch.randn(B, n, D, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
+def assert_agrees(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
@@ -87,7 +87,7 @@ def test_every_module_is_called_once(
     for name, module in submodules(layer).items():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"before {name}"))
         module.register_forward_hook(lambda *_, name=name: calls.append(f"after {name}"))
-    assert_close(layer(x, **arguments), plain)
+    assert_agrees(layer(x, **arguments), plain)
     assert sorted(calls) == sorted(f"{when} {name}" for name in submodules(layer) for when in ("before", "after"))
 
 
@@ -118,7 +118,7 @@ def test_hooks_change_the_result(implementation: ModuleType, device: torch.devic
         handle = layer.get_submodule(name).register_forward_hook(lambda _, inputs, out: 1.5 * out.roll(1, -1))
         assert (layer(x) - plain).abs().max() > 1e-3, name
         handle.remove()
-        assert_close(layer(x), plain)
+        assert_agrees(layer(x), plain)
 
 
 @BOTH
@@ -146,7 +146,7 @@ def test_replaced_router_decides(implementation: ModuleType, device: torch.devic
     subclass.load_state_dict(own.state_dict())
     for router in (subclass, Other()):
         setattr(layer, name, router)
-        assert_close(layer(x), expected)
+        assert_agrees(layer(x), expected)
 
 
 class Adapted(nn.Module):
@@ -228,7 +228,7 @@ def test_attached_to_a_projection(implementation: ModuleType, device: torch.devi
         out = layer(x)
         with torch.no_grad():
             dense.get_parameter(f"{name}.weight").copy_(module.dense() if how == "adapter" else module.weight)
-        assert_close(out, dense(x))
+        assert_agrees(out, dense(x))
         assert (out - plain).abs().max() > 1e-3
         gradients = torch.autograd.grad(out.square().sum(), trained)
         assert all(g.any() for g in gradients), f"step {step}"
@@ -254,7 +254,7 @@ def test_parametrizations_are_computed_once(
         mixed.computed = 0
         out = layer(x)
         assert mixed.computed == 1, path
-        assert_close(out, dense(x))
+        assert_agrees(out, dense(x))
 
 
 OTHER_OPTIONS: list[dict[str, Any]] = [
@@ -290,11 +290,11 @@ def test_each_router_has_its_own_options(
     got = torch.autograd.grad(out.square().sum(), held)
     made = [implementation.route(x, t, k, **o) for t, k, o in zip(held, (KQ, KKV), options)]
     expected = layer(x, routes=made)
-    assert_close(out, expected)
+    assert_agrees(out, expected)
     assert (out - before).abs().max() > 1e-7
     for a, b in zip(got, torch.autograd.grad(expected.square().sum(), held)):
         assert a.any()
-        assert_close(a, b)
+        assert_agrees(a, b)
 
 
 # Zero gradients
@@ -353,11 +353,11 @@ def test_undecided_routing_tokens_get_zeros_in_transforms(implementation: Module
     whole = grad(loss)(parameters, short)
     assert_zeros(layer, whole)
     for name, g in gradients(layer, loss_of(layer(short))).items():
-        assert_close(whole[name], g)
+        assert_agrees(whole[name], g)
     each = vmap(grad(loss), (None, 0))(parameters, short[:, None])
     assert_zeros(layer, each)
     for name, g in whole.items():
-        assert_close(each[name].sum(0), g)
+        assert_agrees(each[name].sum(0), g)
 
 
 @BOTH
@@ -416,7 +416,7 @@ def test_randomness_of_vmap(implementation: ModuleType, device: torch.device) ->
     with pytest.raises(RuntimeError, match="random"):
         vmap(layer)(x)
     same = vmap(layer, randomness="same")(x)
-    assert_close(same, same[:1].expand_as(same))
+    assert_agrees(same, same[:1].expand_as(same))
     different = vmap(layer, randomness="different")(x)
     assert (different[0] - different[1]).abs().max() > 1e-3
 
@@ -434,7 +434,7 @@ def test_angles_and_scores_of_half_precision(
     angles = torch.randn(N, LAYER["dim_head"], dtype=dtype, device=device)
     routes = [r._replace(scores=r.scores.to(dtype)) for r in decided(layer, x)]
     wide = [r._replace(scores=r.scores.float()) for r in routes]
-    assert_close(layer(x, rotary_emb=angles, routes=routes), layer(x, rotary_emb=angles.float(), routes=wide))
+    assert_agrees(layer(x, rotary_emb=angles, routes=routes), layer(x, rotary_emb=angles.float(), routes=wide))
     with torch.no_grad():
         layer.to(dtype)
         x, routes = x.to(dtype), [r._replace(scores=r.scores.to(dtype)) for r in wide]
@@ -463,7 +463,7 @@ def test_tensors_without_data(
     call = state, x, keywords
     for mode_name in ("real", "fake", "symbolic"):
         traced = make_fx(lambda state, *given: functional_call(layer, state, *given), tracing_mode=mode_name)(*call)
-        assert_close(traced(*call), layer(x, **keywords))
+        assert_agrees(traced(*call), layer(x, **keywords))
 
 
 class HalfOfTheTokens(nn.Module):
@@ -484,7 +484,7 @@ def test_slots_computed_from_the_length(implementation: ModuleType, device: torc
     compiled = torch.compile(half, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
         for n in (12, 15):
-            assert_close(compiled(tokens(device, n)), half(tokens(device, n)))
+            assert_agrees(compiled(tokens(device, n)), half(tokens(device, n)))
 
 
 @pytest.mark.parametrize("strict", [False, True])

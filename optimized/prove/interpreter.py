@@ -24,7 +24,7 @@ CHILD_SECONDS = 120  # far more than it takes: it hangs
 def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
     """Where and on what our kernels ran, what was found, and what went wrong with the run itself."""
     if obstacle("routing", "triton", Request(setup.device, torch.float64)) is None:
-        return f"compiled, all {setup.x.shape[1]} tokens", compare_kernels(setup, "triton"), None
+        return f"compiled, all {setup.x.shape[1]} tokens", compare_kernels(setup), None
     excerpt = min(MIN_TOKENS, max(640 // setup.arguments["num_experts"], 64))
     slots = dict.fromkeys(("num_routed_queries", "num_routed_key_values"), excerpt // 8)
     x, cotangent = setup.x[:, :excerpt], setup.cotangent[:, :excerpt]
@@ -32,7 +32,7 @@ def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
     where = f"in Triton's interpreter, an excerpt: the first {excerpt} tokens, {excerpt // 8} slots"
     why_not = obstacle("routing", "triton_interpreted", Request(small.device, torch.float64))
     if why_not is None:
-        return where, compare_kernels(small, "triton_interpreted"), None
+        return where, compare_kernels(small), None
     if why_not == "needs TRITON_INTERPRET=1":
         found, broken = _run_in_child(small)
         if not isinstance(found, str):
@@ -65,4 +65,4 @@ def interpret() -> None:
     """The child's side: a setup from standard input, the rows to standard output."""
     setup = Setup(**torch.load(io.BytesIO(sys.stdin.buffer.read())), device=torch.device("cpu"))
     why_not = obstacle("routing", "triton_interpreted", Request(setup.device, torch.float64))
-    print(json.dumps(why_not or compare_kernels(setup, "triton_interpreted")))
+    print(json.dumps(why_not or compare_kernels(setup)))

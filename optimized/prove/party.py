@@ -35,7 +35,7 @@ class Party:
         self.x = cast(setup.x).requires_grad_()
         self.cotangent = cast(setup.cotangent)
         self.routers = (self.layer.query_router, self.layer.key_value_router)
-        self.slots = self.layer.num_routed_queries
+        self.slots = self.layer.config.num_routed_queries
         options = self.layer.query_router.options
         self.mass = min(self.slots * options.fetch_k_ratio, self.x.shape[1])
         self.solver = {name: getattr(options, name) for name in ("n_iters", "eps", "eps_init", "eps_decay")}
@@ -62,7 +62,7 @@ class Party:
         return reference.Routes(decision.indices, decision.mask, 1 + (soft - soft.detach()), logits)
 
     def routed_attention(self, decisions: list[Decision]) -> Tensor:
-        attn, experts = self.layer.attn, self.layer.num_experts
+        attn, experts = self.layer.attn, self.layer.config.num_experts
         per_expert = {
             name: layer.weight.squeeze(-1).unflatten(0, (experts, -1))
             for name, layer in (("w_q", attn.to_q), ("w_kv", attn.to_kv), ("w_out", attn.to_out))
@@ -84,7 +84,7 @@ class Party:
             local.window_size,
             w_qkv=local.to_qkv.weight,
             w_out=local.to_out.weight,
-            heads=self.layer.heads,
+            heads=self.layer.config.heads,
             norm_weight=local.norm.weight,
             norm_bias=local.norm.bias,
         )

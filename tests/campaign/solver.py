@@ -267,9 +267,9 @@ def _launch(cases: dict[int, Case], setting: Setting, tally: Tally) -> dict[int,
 
 def _call(c: Configuration, logits: Tensor, mask: Tensor | None, g: Tensor, triton: bool) -> tuple[Tensor, ...]:
     if c.solver == "iterative":
-        scores, a, _ = ops.descend(logits, mask, c.mass, c.n_iters, c.eps, c.eps_init, c.eps_decay, triton)
+        scores, a, _ = ops.coordinate_descent(logits, mask, c.mass, c.n_iters, c.eps, c.eps_init, c.eps_decay, triton)
     else:
-        scores, a = ops.cap(logits, mask, c.mass, c.eps, triton)[0], logits.new_empty(0)
+        scores, a = ops.capped_simplex(logits, mask, c.mass, c.eps, triton)[0], logits.new_empty(0)
     return scores, *torch.autograd.grad(scores, logits, g), a
 
 
