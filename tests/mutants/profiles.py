@@ -32,7 +32,7 @@ SELECTION = Profile(
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
-    "or (coordinate_descent and masked and opcheck)",
+    "or (coordinate_descent and masked and (opcheck or batching))",
     interpreted=True,
 )
 CAPPED = Profile(
@@ -54,14 +54,14 @@ COMBINE = Profile(
 )
 ATTENTION = Profile(
     ("test_mixture.py", "test_attention.py", "test_operators.py", "test_routed_attention.py"),
-    "without_tokens or test_attention.py or (attention and opcheck) "
+    "without_tokens or test_attention.py or (attention and (opcheck or other_results)) "
     "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or rotary_tables or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
+    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) or (triton and (matches or gradcheck))",
     interpreted=True,
     examples=40,
 )
@@ -92,6 +92,17 @@ WINDOW = Profile(
     "one_operator or (whole_stages and window) or (window_attention and opcheck and masked)",
     interpreted=True,
 )
+GATHERED = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "own_context or two_dtypes or (injected_routes and bfloat16 and torch) "
+    "or (gather_norm and (opcheck or whole_stages or rounds_once))",
+    interpreted=True,
+)
+COMBINATION = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "(not triton and (combin or unrouted or average_divides or injected_routes or masked_tokens_take)) "
+    "or (combine and (opcheck or only_what))",
+)
 ROUTER = Profile(
     ("test_routing.py", "test_mixture.py", "test_operators.py"),
     "(test_routing and not triton) or nan_routing or (router_logits and (opcheck or whole_stages))",
@@ -105,11 +116,11 @@ PICK = Profile(
 SOLVERS = Profile(
     ("test_routing.py", "test_operators.py"),
     "(test_routing and not triton and not logits_match) or (test_operators and not triton "
-    "and (coordinate_descent or capped_simplex or threshold))",
+    "and (coordinate_descent or capped_simplex or temperature_that_falls))",
 )
 ROUTED_ROWS = Profile(
     ("test_mixture.py", "test_operators.py"),
-    "both_routers or own_routers or (routed_rows and (whole_stages or opcheck))",
+    "both_routers or own_routers or (routed_rows and (whole_stages or each_result))",
     interpreted=True,
 )
 ROUTING = Profile(
@@ -122,18 +133,18 @@ MOVES = Profile(
 )
 OPERATOR = Profile(
     ("test_modules.py", "test_operators.py", "test_backends.py", "test_attention.py"),
-    "randomness or plain_call or refuse or only_the_output or (opcheck and (attention or rotary)) "
-    "or (test_backends and (gradients or forms))",
+    "randomness or draws or plain_call or forward_mode or only_the_output or (other_results and capped_simplex) "
+    "or (combine and (only_what or opcheck)) or (test_backends and (gradients or forms))",
 )
 LOCAL = Profile(("test_local_attention.py", "test_operators.py"), "test_local_attention or (window and opcheck)")
 PLAIN = Profile(("test_backends.py", "test_modules.py"), "why_modules or test_modules")
 LAYER = Profile(
-    ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py"),
-    "each_router or both_routers or callers_routes or half_precision or called_once "
-    "or (not triton and not checkpoint and not test_modules)",
+    ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
+    "each_router or called_once or half_precision or norms_round or computed_once or both_routers or callers_routes "
+    "or unknown_backends or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
-PLAN = Profile(("test_backends.py", "test_validation.py", "test_attention.py"))
+PLAN = Profile(("test_backends.py", "test_validation.py"), "test_backends or unknown_backends or cannot_serve")
 CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
 
 PROFILES = {
@@ -158,9 +169,9 @@ PROFILES = {
     "optimized/ops/coordinate_descent.py": SOLVERS,
     "optimized/ops/capped_simplex.py": SOLVERS,
     "optimized/ops/routed_rows.py": ROUTED_ROWS,
-    "optimized/ops/gather_norm.py": GATHER,
+    "optimized/ops/gather_norm.py": GATHERED,
     "optimized/ops/rows.py": MOVES,
-    "optimized/ops/combine.py": COMBINE,
+    "optimized/ops/combine.py": COMBINATION,
     "optimized/ops/rotary.py": ROTARY,
     "optimized/ops/attention.py": ATTENTION,
     "optimized/ops/null_slot.py": ATTENTION,
