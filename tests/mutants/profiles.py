@@ -61,7 +61,8 @@ ATTENTION = Profile(
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) or (triton and (matches or gradcheck))",
+    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) "
+    "or (triton and (matches or gradcheck))",
     interpreted=True,
     examples=40,
 )
