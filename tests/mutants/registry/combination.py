@@ -97,6 +97,11 @@ EDITS: Edits = {
             "out = out * a.mask[..., None]",
             "fla-org/flash-linear-attention#77",
         ),
+        "combine-masked-gradients-multiplied": edit(
+            "g.to(wide).masked_fill(~a.mask[..., None], 0)",
+            "g.to(wide) * a.mask[..., None]",
+            "fla-org/flash-linear-attention#77",
+        ),
         "mixture-sums-in-the-models-dtype": edit(
             "return torch.promote_types(torch.promote_types(a.y.dtype, a.scores.dtype), torch.float32)",
             "return a.y.dtype",
