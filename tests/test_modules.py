@@ -266,6 +266,7 @@ def test_backward_hooks_see_every_module(
         getattr(layer.get_submodule(name), how)(lambda *_, calls=calls: calls.update(["called"]))
         layer(tokens(device).requires_grad_()).sum().backward()
         assert calls == {"called": 1}, name
+        assert not [path for path, p in layer.named_parameters() if p.grad is None], name
 
 
 @BOTH
