@@ -28,7 +28,7 @@ import optimized
 import reference
 from optimized import plan
 from optimized.attention import Adapter, adapter, flash_attn_2
-from optimized.plan import StageReport
+from optimized.explain import StageReport
 from reference import contract
 
 ROOT = Path(optimized.__file__).parent.parent
