@@ -26,9 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 import reference
-from optimized import plan
+from optimized import StageReport, plan
 from optimized.attention import Adapter, adapter, flash_attn_2
-from optimized.plan import StageReport
 from reference import contract
 
 ROOT = Path(optimized.__file__).parent.parent
