@@ -4,9 +4,10 @@ The stages are functions too, one file each: routing, routed_attention, local_at
 backend a call takes, `use_backends` fixes it. What the layer computes is written to be read in the package `reference`.
 """
 
+from optimized.explain import Explanation, StageReport, explain
 from optimized.local_attention import local_attention
 from optimized.mixture import MixtureOfAttention, combine
-from optimized.plan import Explanation, StageReport, backends, explain, use_backends
+from optimized.plan import backends, use_backends
 from optimized.routed_attention import routed_attention
 from optimized.routing import Router, capped_simplex, coordinate_descent, route, select
 from reference.contract import RouterOptions, Routes

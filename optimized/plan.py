@@ -10,18 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimized.attention import ADAPTERS, Request, note
+from optimized.attention import ADAPTERS, Request
 from optimized.attention.request import HALF, constant, too_old
-
-if TYPE_CHECKING:
-    from optimized.mixture import MixtureOfAttention
-
-__all__ = ["REGISTRY", "Backend", "Explanation", "Plan", "Request", "StageReport", "backends", "choose", "explain",
-           "obstacle", "use_backends"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -242,54 +235,3 @@ def _bind(kind: Kind) -> Plan:
         backend = choose(stage, kind.request(stage))
         plan = replace(plan, **{stage: backend.triton if stage in BY_TRITON else backend.name})
     return plan
-
-
-# --- explanation -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """backend: what runs. reasons: of every other backend, why it does not. note: what else is to be known of it."""
-
-    backend: str
-    reasons: dict[str, str]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """stages: stage name to its report. path: "fused", or why modules are called one by one. str() is a table."""
-
-    stages: dict[str, StageReport]
-    path: str = "fused"
-
-    def __str__(self) -> str:
-        rows = [("stage", "backend", "why not the others")]
-        for stage, report in self.stages.items():
-            why = [f"{name}: {reason}" for name, reason in report.reasons.items()] or ["-"]
-            why += [f"note: {report.note}"] if report.note else []
-            rows.append((stage, report.backend, why[0]))
-            rows += [("", "", reason) for reason in why[1:]]
-        first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-        table = "\n".join(f"{a:<{first}}  {b:<{second}}  {c}" for a, b, c in rows)
-        return f"{table}\n{'path':<{first}}  {self.path}"
-
-
-def explain(module: MixtureOfAttention, x: Any, **forward_arguments: Any) -> Explanation:
-    """Report the backend of each stage for `module(x, **forward_arguments)`, without running it.
-
-    Autocast, training mode (dropout), masks, what is attached to modules, and `use_backends` are taken into account.
-    Raises TypeError or ValueError as the call would, for arguments and for a chosen backend that can't serve it.
-    """
-    from optimized.mixture import MixtureOfAttention
-
-    if not isinstance(module, MixtureOfAttention):
-        raise TypeError(f"module: expected an optimized.MixtureOfAttention, got {type(module).__name__}")
-    kind, path = module.kind_of_call(x, **forward_arguments)
-    stages = {}
-    for stage in kind.stages:
-        request = kind.request(stage)
-        taken = choose(stage, request).name
-        reasons = {b.name: b.obstacle(request) or f"{taken} is preferred" for b in REGISTRY[stage] if b.name != taken}
-        stages[stage] = StageReport(taken, reasons, "" if stage in BY_TRITON else note(taken))
-    return Explanation(stages, path)

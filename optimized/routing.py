@@ -60,7 +60,31 @@ def _route(
     logits, *_ = ops.router_logits(x, tokens, mask, cosine_scale(options), triton)
     how = options.route_block_size, *solver_of(options)
     indices, slots, _, scores, *_ = ops.pick(logits, keys, mask, k, *how, triton)
-    return Routes(indices, slots, scores, logits)
+    return Routes(indices, slots, scores, _deciding(logits, k))
+
+
+class _Times(torch.autograd.Function):
+    """The logits; their gradient is multiplied by a factor of 0 or 1."""
+
+    @staticmethod
+    def forward(logits: Tensor, factor: int) -> Tensor:
+        return logits.view_as(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _deciding(logits: Tensor, k: int) -> Tensor:
+    """The logits, which pass no gradient on where they decide nothing, N <= K; by arithmetic where N is symbolic."""
+    n = logits.shape[-1]
+    if torch.compiler.is_compiling():
+        return _Times.apply(logits, torch.sym_min(torch.sym_max(n - k, 0), 1))
+    return logits if n > k else logits.detach()
 
 
 def cosine_scale(options: RouterOptions) -> float | None:

@@ -117,9 +117,12 @@ def tensor(
     if beside is not None and value.device != beside.device:
         reject(argument, f"device {beside.device}", value)
     if dtype_of is not None:
-        name, other = dtype_of
-        if value.dtype != other.dtype and not _reconciled_by_autocast(value, other):
-            reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
+        _same_dtype(argument, value, *dtype_of)
+
+
+def _same_dtype(argument: str, value: Tensor, name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype and not _reconciled_by_autocast(value, other):
+        reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
 
 
 def _reconciled_by_autocast(value: Tensor, other: Tensor) -> bool:
@@ -137,7 +140,9 @@ def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, wh
     """
     if parameter is not None:
         ordinary(what, parameter)
-        tensor(argument, value, *value.shape, beside=parameter, dtype_of=(what, parameter))
+        if value.device != parameter.device:
+            reject(argument, f"device {parameter.device}", value)
+        _same_dtype(argument, value, what, parameter)
 
 
 def ordinary(argument: str, value: Tensor) -> None:

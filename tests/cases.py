@@ -412,7 +412,7 @@ def coordinate_descent(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
         **dict(zip(("scores", "a", "counts", "scores of NaN"), (*found, poisoned))),
         "gradient": kernel.coordinate_descent_backward(p.g, *rest),
         "picked gradient": kernel.coordinate_descent_picked_backward(
-            p.grads, p.inverses, p.g if masked else None, *rest
+            p.grads, p.inverses, p.g if masked else None, p.logits, p.mask, tuple(saved), p.masses, EPSILONS
         ),
     }
     slack = 32 * x.eps * (4 + size_of(p.exact))
@@ -616,7 +616,7 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
     nobody = x.weight(s.dim, seed=13) if null else None
     out = kernel.combine(y, scores, inverse, beside, nobody, mask, average, x.weights)
     g = x.lay(x.weight(s.batch, s.n, s.dim, seed=14))
-    grads = kernel.combine_backward(g, y, scores, indices, slots, inverse, beside, nobody, mask, average)
+    grads = kernel.combine_backward(g, y, scores, (indices, slots, inverse), beside, nobody, mask, average)
     names = ("dy", "dscores", "dlocal", "dnull")
     yield {"out": out, **{name: t for name, t in zip(names, grads) if t is not None}}
     count = (inverse >= 0).sum(1)[..., None] + local

@@ -26,8 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 import reference
-from optimized import StageReport, plan
+from optimized import plan
 from optimized.attention import Adapter, adapter, flash_attn_2
+from optimized.explain import StageReport
 from reference import contract
 
 ROOT = Path(optimized.__file__).parent.parent

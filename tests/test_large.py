@@ -147,7 +147,7 @@ def test_combine(kernels: str, with_local: bool, sizes: Sizes, kernel_names: set
         out = combine.combine(y, scores, inverse, *optional, None, True, y.dtype)
         found = [out[:, -TAIL:].clone()]
         del out
-        made = combine.combine_backward(g, y, scores, indices, slots, inverse, *optional, None, True)
+        made = combine.combine_backward(g, y, scores, (indices, slots, inverse), *optional, None, True)
         dy, dscores, dlocal, dnull = made
         rest = dnull if dlocal is None else dlocal[:, -TAIL:].clone()
         runs.append([*found, dy[:, :, -TAIL:].clone(), dscores[..., -TAIL:].clone(), rest])

@@ -155,7 +155,7 @@ def oracle_layer_in_float32(case: LayerCase, exact: LayerRun, device: torch.devi
 def test_combine_matches_the_oracle(
     data: st.DataObject, batch: int, n: int, experts: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Both implementations on random routes; masked slots hold NaN."""
+    """Both implementations on random routes; masked slots hold NaN, and so does `local` at masked tokens."""
     k = data.draw(st.integers(0, n))
     seed = data.draw(st.integers(0, 2**20))
     g = generator(seed)
@@ -170,6 +170,8 @@ def test_combine_matches_the_oracle(
     local = draw((batch, n, 6), "normal", seed + 1).to(dtype) if data.draw(st.booleans()) else None
     null = draw((6,), "normal", seed + 2).to(dtype) if local is None and data.draw(st.booleans()) else None
     mask = (torch.rand(batch, n, generator=g) < 0.7) if data.draw(st.booleans()) else None
+    if local is not None and mask is not None:
+        local = local.masked_fill(~mask[..., None], math.nan)
     average = data.draw(st.booleans())
 
     def run(implementation: ModuleType, run_dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -235,6 +236,77 @@ def test_attached_to_a_projection(implementation: ModuleType, device: torch.devi
         with torch.no_grad():
             for p, g in zip(trained, gradients):
                 p.sub_(0.05 * g / g.norm())
+
+
+@BOTH
+@pytest.mark.parametrize("name", [name for name in PROJECTIONS if name not in ROUTED])
+def test_bias_put_on_a_projection(implementation: ModuleType, device: torch.device, name: str) -> None:
+    layer, x = build(implementation, device, **LOCAL), tokens(device)
+    plain, module = layer(x), layer.get_submodule(name)
+    bias = torch.randn(module.weight.shape[0], dtype=torch.float64, device=device)
+    handle = module.register_forward_hook(lambda _, inputs, out: out + bias)
+    expected = layer(x)
+    handle.remove()
+    module.bias = nn.Parameter(bias)
+    assert_close(layer(x), expected)
+    assert (expected - plain).abs().max() > 1e-3
+
+
+@BOTH
+@KINDS
+@pytest.mark.parametrize("how", ["register_full_backward_pre_hook", "register_full_backward_hook"])
+def test_backward_hooks_see_every_module(
+    implementation: ModuleType, device: torch.device, options: dict[str, Any], how: str
+) -> None:
+    """Of modules that return a tensor, each with a hook of its own."""
+    for name in submodules(build(implementation, device, **options)):
+        if name.endswith("router"):
+            continue
+        layer, calls = build(implementation, device, **options), Counter()
+        getattr(layer.get_submodule(name), how)(lambda *_, calls=calls: calls.update(["called"]))
+        layer(tokens(device).requires_grad_()).sum().backward()
+        assert calls == {"called": 1}, name
+        assert not [path for path, p in layer.named_parameters() if p.grad is None], name
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_norms_round_once(implementation: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    """Called as modules, too, they compute in float32."""
+    layer, x = build(implementation, device, dtype=dtype), tokens(device, dtype=dtype)
+    for norm in (layer.attn.norm, layer.attn.context_norm):
+        rows = {}
+        norm.register_forward_hook(lambda _, inputs, out, rows=rows: rows.update(before=inputs[0], after=out))
+        with torch.no_grad():
+            layer(x)
+        wide, gamma = rows["before"].double(), norm.gamma.squeeze(-1).double()
+        gamma = gamma[:, None, None] if implementation is not reference else gamma[:, None]
+        expected = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * D**0.5 * gamma
+        error = (rows["after"].double() - expected).abs() / expected.abs()
+        assert error.max() < torch.finfo(dtype).eps / 2 * 1.01, norm
+
+
+class Doubled(Tensor):
+    """A weight of a class of its own, as quantised ones are: a linear layer multiplies by twice of it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if function is not nn.functional.linear:
+            return super().__torch_function__(function, types, args, kwargs)
+        x, weight, *rest = args
+        return nn.functional.linear(x, 2 * weight.as_subclass(Tensor), *rest)
+
+
+@BOTH
+@pytest.mark.parametrize("name", [name for name in PROJECTIONS if name not in ROUTED])
+def test_weight_of_another_class(implementation: ModuleType, device: torch.device, name: str) -> None:
+    layer, x = build(implementation, device, **LOCAL), tokens(device)
+    module = layer.get_submodule(name)
+    with torch.no_grad():
+        module.weight.mul_(2)
+        expected = layer(x)
+        module.weight = nn.Parameter((module.weight / 2).as_subclass(Doubled))
+        assert_close(layer(x), expected)
 
 
 @BOTH

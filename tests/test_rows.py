@@ -123,7 +123,8 @@ def pull_back(
 
     if solver == "exact":
         return capped_simplex.capped_simplex_picked_backward(grads, inverses, dlogits, *saved, EPSILONS[0])
-    return coordinate_descent.coordinate_descent_picked_backward(grads, inverses, dlogits, *saved, mass, *EPSILONS)
+    given = grads, inverses, dlogits, *saved[:2], saved[2:], mass, EPSILONS
+    return coordinate_descent.coordinate_descent_picked_backward(*given)
 
 
 SOLVERS = pytest.mark.parametrize("solver", ["iterative", "exact"])

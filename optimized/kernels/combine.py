@@ -167,19 +167,19 @@ def combine_backward(
     g: Tensor,
     y: Tensor,
     scores: Tensor,
-    indices: Tensor,
-    slots: Tensor,
-    inverse: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
     local: Tensor | None,
     null: Tensor | None,
     mask: Tensor | None,
     average: bool,
-    by_slots: bool = True,
-    by_tokens: bool = True,
+    asked: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dy, dscores by the slots, dlocal, dnull by the tokens; None where not asked for, and the last two without their
     input.
+
+    routing: indices and slot mask (B, E, K), inverse map (B, E, N). asked: for those by the slots, by the tokens.
     """
+    (indices, slots, inverse), (by_slots, by_tokens) = routing, asked
     experts, batch, k, dim = y.shape
     n = inverse.shape[-1]
     g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()

@@ -269,16 +269,15 @@ def coordinate_descent_picked_backward(
     dlogits: Tensor | None,
     logits: Tensor,
     mask: Tensor | None,
-    scores: Tensor,
-    a: Tensor,
-    counts: Tensor,
+    solved: tuple[Tensor, ...],
     k: float | tuple[float, ...],
-    eps: float,
-    eps_init: float,
-    eps_decay: float,
+    epsilons: tuple[float, float, float],
 ) -> Tensor:
-    """From the gradients (B, E, K) of each group's picked scores, by its inverse map (B, E, N); dlogits is added."""
-    return _backward(grads, inverses, dlogits, logits, mask, scores, a, counts, k, (eps, eps_init, eps_decay))
+    """From the gradients (B, E, K) of each group's picked scores, by its inverse map (B, E, N); dlogits is added.
+
+    solved: scores, iterates and counts of the forward; epsilons: eps, eps_init, eps_decay.
+    """
+    return _backward(grads, inverses, dlogits, logits, mask, *solved, k, epsilons)
 
 
 def _backward(

@@ -52,9 +52,9 @@ class combine:
         if a.triton:
             from optimized.kernels import combine as kernel
 
-            given = a.y, a.scores, a.indices, a.slots, a.inverse, a.local, a.null if needs.null else None, a.mask
+            given = a.y, a.scores, (a.indices, a.slots, a.inverse), a.local, a.null if needs.null else None, a.mask
             asked = needs.y or needs.scores, needs.local or needs.null
-            found = kernel.combine_backward(g.out, *given, a.average, *asked)
+            found = kernel.combine_backward(g.out, *given, a.average, asked)
             return dict(zip(("y", "scores", "local", "null"), found))
         return _gradients(a, g.out, needs)
 

@@ -89,6 +89,11 @@ class Operator:
         # As written: a parsed schema tells SymInt from int no more.
         types = {n: part.split()[0] for n, part in zip(self.names, arguments[1:-1].split(","))}
         self.constants = [n for n in self.names if not types[n].startswith("Tensor")]
+        there = (*self.names, *self.results)
+        self._has_gradient = [name in self.gradients_of for name in self.results]
+        self._saved_places = [there.index(name) for name in self.saves]
+        self._constant_places = [there.index(name) for name in self.constants]
+        self._wrt_places = [there.index(name) for name in self.wrt]
         unnamed = ", ".join("Tensor" for _ in self.results)
         single = len(self.results) == 1 and not schema.rpartition("->")[2].strip().startswith("(")
         self.op = custom_op(
@@ -134,6 +139,9 @@ class Operator:
         with torch._C._DisableAutocast():
             return self._body.forward(bound)
 
+    # Each call binds names once in either direction, on the host, which may be what a GPU waits for: no dict is built
+    # to be thrown away, and places are looked up once for all calls.
+
     def _positional(self, args: tuple, named: dict[str, Any]) -> tuple:
         if len(args) == len(self.names):
             return args
@@ -141,7 +149,9 @@ class Operator:
         return (*args, *(given[name] for name in self.names[len(args) :]))
 
     def _bind(self, args: Sequence[Any]) -> Arguments:
-        return Arguments(**dict(zip(self.names, args)))
+        bound = Arguments()
+        bound.__dict__.update(zip(self.names, args))
+        return bound
 
     # --- gradient ----------------------------------------------------------------------------------------------------
 
@@ -183,18 +193,16 @@ class Operator:
         )
 
     def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        a = dict(zip(self.names, inputs))
-        results = dict(zip(self.results, output if isinstance(output, tuple) else (output,)))
-        ctx.mark_non_differentiable(*(t for name, t in results.items() if name not in self.gradients_of))
-        a.update(results)
-        ctx.save_for_backward(*(a[name] for name in self.saves))
-        ctx.constants = [a[name] for name in self.constants]
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*(t for t, has in zip(results, self._has_gradient) if not has))
+        there = (*inputs, *results)
+        ctx.save_for_backward(*(there[place] for place in self._saved_places))
+        ctx.constants = [inputs[place] for place in self._constant_places]
         ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
     def _run_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        by_name = dict(zip(self.results, grads))
-        given = [by_name[name] for name in self.gradients_of]
-        wanted = [ctx.needs_input_grad[self.names.index(name)] for name in self.wrt]
+        given = [g for g, has in zip(grads, self._has_gradient) if has]
+        wanted = [ctx.needs_input_grad[place] for place in self._wrt_places]
         if not any(wanted) or all(g is None for g in given):
             return (None,) * len(self.names)
         needs = sum(1 << i for i, want in enumerate(wanted) if want)
@@ -202,8 +210,11 @@ class Operator:
         found = self.backward(*given, *ctx.saved_tensors, *ctx.constants, needs)
         if isinstance(found, Tensor):  # the only one
             found = (found,)
-        gradients = {name: d for name, d, want in zip(self.wrt, found, wanted) if want}
-        return tuple(gradients.get(name) for name in self.names)
+        gradients: list[Tensor | None] = [None] * len(self.names)
+        for place, d, want in zip(self._wrt_places, found, wanted):
+            if want:
+                gradients[place] = d
+        return tuple(gradients)
 
     def _refuse(self, what: str) -> None:
         name = self.name.removesuffix("_backward")
@@ -269,23 +280,22 @@ class _Backward:
         self.__doc__ = f"Gradients of moa::{forward.name}; empty where nobody asks for one."
 
     def _split(self, a: Arguments) -> tuple[Arguments, Arguments, Arguments]:
-        g = Arguments(**{name: getattr(a, f"d_{name}") for name in self._of.gradients_of})
-        needs = Arguments(**{name: bool(a.needs >> i & 1) for i, name in enumerate(self._of.wrt)})
+        g, needs, there = Arguments(), Arguments(), a.__dict__
+        g.__dict__.update((name, there[f"d_{name}"]) for name in self._of.gradients_of)
+        needs.__dict__.update((name, bool(a.needs >> i & 1)) for i, name in enumerate(self._of.wrt))
         return a, g, needs
 
     def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
-        found = self._body.backward(*self._split(a))
-        _, _, needs = self._split(a)
-        first = self._some_tensor(a)
-        return _only(found[name] if getattr(needs, name) else first.new_empty(0) for name in self._of.wrt)
+        bound = self._split(a)
+        found, needs = self._body.backward(*bound), bound[2].__dict__
+        return _only(found[name] if needs[name] else self._nothing(a) for name in self._of.wrt)
 
     def fake(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
-        _, _, needs = self._split(a)
-        first = self._some_tensor(a)
+        needs = self._split(a)[2].__dict__
         return _only(
             torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
-            if getattr(needs, name)
-            else first.new_empty(0)
+            if needs[name]
+            else self._nothing(a)
             for name in self._of.wrt
         )
 
@@ -293,11 +303,11 @@ class _Backward:
         count = getattr(self._body, "backward_flops", None)
         return 0 if count is None else int(count(*self._split(a)))
 
-    def _some_tensor(self, a: Arguments) -> Tensor:
-        """One that is always there: the first differentiable argument."""
+    def _nothing(self, a: Arguments) -> Tensor:
+        """On the device of one that is always there: the first differentiable argument."""
         first = getattr(a, self._of.wrt[0])
         assert isinstance(first, Tensor)
-        return first
+        return first.new_empty(0)
 
 
 def operator(schema: str, **declared: Any) -> Callable[[type], Operator]:

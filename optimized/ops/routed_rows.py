@@ -176,8 +176,12 @@ def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tu
 def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
     """From those of the picked scores and of the logits themselves; None where there is none."""
     solver, n = Solver.of(a), a.x.shape[1]
+    chooses = [n > side.k for side in sides]
+    own = g.logits
+    if own is not None and not all(chooses):  # logits that decide nothing pass no gradient on
+        own = torch.cat([part * chose for part, chose in zip(own.chunk(2, 1), chooses)], 1)
     if all(side.score_gradient is None for side in sides):
-        return g.logits
+        return own
     if _at_once(a):
         grads = tuple(
             a.logits.new_zeros(side.taken.indices.shape) if side.score_gradient is None else side.score_gradient
@@ -186,11 +190,11 @@ def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
         ks = a.k_q, a.k_kv
         solved = solver.solve(a.logits, a.mask, ks, True) if solver.straight_through else (a.soft, a.a, a.counts)
         inverses = a.q_inverse, a.kv_inverse
-        return solver.picked_backward(grads, inverses, g.logits, a.logits, a.mask, ks, solved)
+        return solver.picked_backward(grads, inverses, own, a.logits, a.mask, ks, solved)
     halves = []
-    for side in sides:
+    for side, chose in zip(sides, chooses):
         logits = side.of(a.logits, 1).contiguous()
-        if side.score_gradient is None or n <= side.k:
+        if side.score_gradient is None or not chose:
             halves.append(torch.zeros_like(logits))
             continue
         state = None
@@ -199,7 +203,7 @@ def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
         given = side.score_gradient, side.taken.inverse, logits, a.mask, split(n, side.k, a.block), state
         halves.append(picked_gradient(*given, solver, a.triton))
     dlogits = torch.cat(halves, 1)
-    return dlogits if g.logits is None else dlogits.add_(g.logits)
+    return dlogits if own is None else dlogits.add_(own)
 
 
 def _token_gradients(a: Any, dlogits: Tensor, sides: tuple[_Side, ...]) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Solver(NamedTuple):
         if self.exact:
             return capped_simplex.capped_simplex_picked_backward(*given, *solved[:2], self.eps)
         return coordinate_descent.coordinate_descent_picked_backward(
-            *given, *solved, self._mass(ks, logits), *self._epsilons()
+            *given, solved, self._mass(ks, logits), self._epsilons()
         )
 
     def _mass(self, ks: tuple[int, ...], logits: Tensor) -> Any:

@@ -1,4 +1,5 @@
-"""The suite that tests the suite: faults in a copy of `optimized/`, one at a time, each of which must turn it red.
+"""The suite that tests the suite: faults in a copy of `optimized/` and of the contract that
+it takes from `reference/`, one at a time, each of which must turn it red.
 
     pytest tests/mutants --mutants                       # all that a CPU can kill
     pytest tests/mutants --mutants --only combine        # names that contain a word

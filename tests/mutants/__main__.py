@@ -31,7 +31,7 @@ def chosen(only: str | None, device: str) -> list[Mutant]:
 def run(mutants: list[Mutant], device: str, jobs: int, console: Console, seconds: int = SECONDS) -> dict[str, Result]:
     """With a bar, and a line for each that ends."""
     faced = partial(profile_of, device=device)
-    runner = Runner(ROOT, "optimized", faced, STATE, device=device, jobs=jobs, seconds=seconds)
+    runner = Runner(ROOT, ("optimized", "reference"), faced, STATE, device=device, jobs=jobs, seconds=seconds)
     controls = len({faced(m.file) for m in mutants})
     columns = (TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

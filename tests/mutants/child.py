@@ -1,6 +1,6 @@
-"""pytest in a process of its own, on a copy: `python child.py RESULT ROOT PACKAGE SECONDS ARGUMENT...`.
+"""pytest in a process of its own, on a copy: `python child.py RESULT ROOT PACKAGES SECONDS ARGUMENT...`.
 
-Run as a script. RESULT becomes a JSON file: pytest's exit status, where the package came from, and the first failure.
+Run as a script. RESULT becomes a JSON file: pytest's exit status, where the packages came from, and the first failure.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def is_assertion(error: BaseException) -> bool:
     return any(kind.__name__ in ASSERTIONS for kind in type(error).__mro__)
 
 
-def main(result: str, root: str, package: str, seconds: str, *arguments: str) -> int:
+def main(result: str, root: str, packages: str, seconds: str, *arguments: str) -> int:
     limit = int(seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     # In place of this script's folder: imports come from the copy. conftest reads the arguments off sys.argv.
@@ -72,9 +72,8 @@ def main(result: str, root: str, package: str, seconds: str, *arguments: str) ->
     sys.argv[1:] = arguments
     witness = Witness()
     status = pytest.main(list(arguments), plugins=[witness])
-    loaded = {
-        n: str(m.__file__) for n, m in sys.modules.items() if n.split(".")[0] == package and getattr(m, "__file__", 0)
-    }
+    own = {n: m for n, m in sys.modules.items() if n.split(".")[0] in packages.split(",")}
+    loaded = {n: str(m.__file__) for n, m in own.items() if getattr(m, "__file__", 0)}
     used = resource.getrusage(resource.RUSAGE_SELF)
     text = {"status": int(status), "loaded": loaded, "failure": witness.failure, "cpu": used.ru_utime + used.ru_stime}
     Path(result).write_text(json.dumps(text))

@@ -32,7 +32,7 @@ SELECTION = Profile(
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
-    "or (coordinate_descent and masked and opcheck)",
+    "or (coordinate_descent and masked and (opcheck or batching))",
     interpreted=True,
 )
 CAPPED = Profile(
@@ -54,14 +54,15 @@ COMBINE = Profile(
 )
 ATTENTION = Profile(
     ("test_mixture.py", "test_attention.py", "test_operators.py", "test_routed_attention.py"),
-    "without_tokens or test_attention.py or (attention and opcheck) "
+    "without_tokens or test_attention.py or (attention and (opcheck or other_results)) "
     "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or rotary_tables or (rotary and (opcheck or leave)) or (triton and (matches or gradcheck))",
+    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) "
+    "or (triton and (matches or gradcheck))",
     interpreted=True,
     examples=40,
 )
@@ -92,29 +93,60 @@ WINDOW = Profile(
     "one_operator or (whole_stages and window) or (window_attention and opcheck and masked)",
     interpreted=True,
 )
+GATHERED = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "own_context or two_dtypes or (injected_routes and bfloat16 and torch) "
+    "or (gather_norm and (opcheck or whole_stages or rounds_once))",
+    interpreted=True,
+)
+COMBINATION = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "(not triton and (combin or unrouted or average_divides or injected_routes or masked_tokens_take)) "
+    "or (combine and (opcheck or only_what))",
+)
 ROUTER = Profile(
-    ("test_mixture.py", "test_routing.py", "test_operators.py", "test_backends.py"),
-    "both_routers or (not triton and not test_mixture and (test_routing "
-    "or (opcheck and (select or coordinate or capped)) or (gradcheck and not batched) or refuse_higher "
-    "or plain_call or threshold or autocast or (batching and (coordinate or capped) and plain)))",
+    ("test_routing.py", "test_mixture.py", "test_operators.py"),
+    "(test_routing and not triton) or nan_routing or (router_logits and (opcheck or whole_stages))",
     interpreted=True,
 )
-TOKENS = Profile(
-    ("test_operators.py", "test_mixture.py"),
-    "dispatch or collect or moves or transposed or test_mixture",
+PICK = Profile(
+    ("test_routing.py", "test_public_defects.py", "test_operators.py"),
+    "route_matches or straight_through or selection or (defect_09 and not rejected) or (defect_15 and not rejected) "
+    "or (pick and opcheck) or content_of_masked",
 )
-REGISTRATION = Profile(
-    ("test_operators.py", "test_backends.py"),
-    "plain_call or refuse or (gradcheck and not batching) or (test_backends and (gradients or forms))",
+SOLVERS = Profile(
+    ("test_routing.py", "test_operators.py"),
+    "(test_routing and not triton and not logits_match) or (test_operators and not triton "
+    "and (coordinate_descent or capped_simplex or temperature_that_falls))",
 )
-LOCAL = Profile(("test_local_attention.py", "test_public_defects.py"))
+ROUTED_ROWS = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "both_routers or own_routers or (routed_rows and (whole_stages or each_result))",
+    interpreted=True,
+)
+ROUTING = Profile(
+    ("test_modules.py", "test_routing.py", "test_mixture.py"),
+    "undecided or route_matches or returned_routes or injected_routes",
+)
+MOVES = Profile(
+    ("test_mixture.py", "test_operators.py"),
+    "(test_mixture and not triton) or (gather_norm or combine or moves) and not triton",
+)
+OPERATOR = Profile(
+    ("test_modules.py", "test_operators.py", "test_backends.py", "test_attention.py"),
+    "randomness or draws or plain_call or forward_mode or only_the_output or (other_results and capped_simplex) "
+    "or (combine and (only_what or opcheck)) or (test_backends and (gradients or forms))",
+)
+LOCAL = Profile(("test_local_attention.py", "test_operators.py"), "test_local_attention or (window and opcheck)")
+PLAIN = Profile(("test_backends.py", "test_modules.py"), "why_modules or test_modules")
 LAYER = Profile(
-    ("test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
-    "both_routers or callers_routes or (not triton and not checkpoint)",
+    ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
+    "each_router or called_once or half_precision or norms_round or computed_once or both_routers or callers_routes "
+    "or unknown_backends or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
-BACKENDS = Profile(("test_backends.py", "test_validation.py", "test_attention.py"))
-VALIDATION = Profile(("test_validation.py",))
+PLAN = Profile(("test_backends.py", "test_validation.py"), "test_backends or unknown_backends or cannot_serve")
+CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
 
 PROFILES = {
     "optimized/kernels/selection.py": SELECTION,
@@ -128,27 +160,37 @@ PROFILES = {
     "optimized/kernels/gather_norm.py": GATHER,
     "optimized/kernels/token_gradient.py": GATHER,
     "optimized/kernels/value_score.py": EXPERTS,
-    "optimized/ops/gather_norm.py": GATHER,
-    "optimized/ops/router_logits.py": LOGITS,
-    "optimized/ops/routed_rows.py": LOGITS,
-    "optimized/ops/expert_attention.py": EXPERTS,
-    "optimized/ops/window_attention.py": WINDOW,
     "optimized/kernels/rotary.py": ROTARY,
-    "optimized/ops/selection.py": ROUTER,
-    "optimized/ops/solvers.py": ROUTER,
-    "optimized/ops/tokens.py": TOKENS,
-    "optimized/ops/registration.py": REGISTRATION,
+    "optimized/ops/operator.py": OPERATOR,
+    "optimized/ops/router_logits.py": ROUTER,
+    "optimized/ops/select.py": PICK,
+    "optimized/ops/pick.py": PICK,
+    "optimized/ops/blocks.py": PICK,
+    "optimized/ops/solver.py": ROUTED_ROWS,
+    "optimized/ops/coordinate_descent.py": SOLVERS,
+    "optimized/ops/capped_simplex.py": SOLVERS,
+    "optimized/ops/routed_rows.py": ROUTED_ROWS,
+    "optimized/ops/gather_norm.py": GATHERED,
+    "optimized/ops/rows.py": MOVES,
+    "optimized/ops/combine.py": COMBINATION,
     "optimized/ops/rotary.py": ROTARY,
-    "optimized/ops/combine.py": COMBINE,
     "optimized/ops/attention.py": ATTENTION,
+    "optimized/ops/null_slot.py": ATTENTION,
+    "optimized/ops/expert_attention.py": EXPERTS,
+    "optimized/ops/window.py": WINDOW,
+    "optimized/attention/calls.py": ATTENTION,
+    "optimized/attention/bias.py": ATTENTION,
     "optimized/attention/math.py": ATTENTION,
     "optimized/attention/torch_flash_cpu.py": ATTENTION,
-    "optimized/routing.py": ROUTER,
+    "optimized/attention/interface.py": ATTENTION,
+    "optimized/attention/banded.py": LOCAL,
+    "optimized/routing.py": ROUTING,
     "optimized/local_attention.py": LOCAL,
     "optimized/routed_attention.py": LAYER,
     "optimized/mixture.py": LAYER,
-    "optimized/backends.py": BACKENDS,
-    "optimized/validation.py": VALIDATION,
+    "optimized/plain.py": PLAIN,
+    "optimized/plan.py": PLAN,
+    "reference/contract.py": CONTRACT,
 }
 # Of faults that take a GPU to show.
 LARGE = Profile(("test_large.py",), "test_large")
@@ -161,15 +203,17 @@ PROFILES_ON_GPU = {
     ),
     "optimized/kernels/null_slot.py": LARGE,
     "optimized/kernels/rotary.py": LARGE,
-    "optimized/validation.py": Profile(("test_cuda_graphs.py",), "every_input and routes"),
+    "reference/contract.py": Profile(("test_cuda_graphs.py",), "every_input and routes"),
     "optimized/attention/torch_efficient.py": Profile(
         ("test_cuda_graphs.py", "test_attention.py"),
         "(every_attention_backend or draws_anew or test_lengths) and efficient",
     ),
-    "optimized/ops/attention.py": Profile(
+    "optimized/attention/calls.py": Profile(
         ("test_attention.py",), "test_every_key and torch- and float16 and not flash_attn_4"
     ),
-    "optimized/attention/__init__.py": Profile(("test_attention.py",), "test_windows or hidden_keys", examples=10),
+    "optimized/attention/__init__.py": Profile(
+        ("test_local_attention.py",), "test_optimized_matches and not flex and not banded and torch", examples=20
+    ),
     "optimized/attention/lengths.py": Profile(
         ("test_attention.py",), "test_lengths and torch- and (torch_flash or flash_attn_2)"
     ),
@@ -179,14 +223,15 @@ PROFILES_ON_GPU = {
     "optimized/attention/flex_window.py": Profile(
         ("test_local_attention.py",), "test_optimized_matches and flex and torch", examples=20
     ),
-    "optimized/local_attention.py": Profile(
+    "optimized/attention/banded.py": Profile(
         ("test_local_attention.py",), "masked_tokens or padding or (test_optimized_matches and efficient)"
     ),
-    "optimized/backends.py": Profile(
-        ("test_attention.py", "test_local_attention.py"),
-        "bitwise or (test_optimized_matches and not flex and not banded and torch)",
+    "optimized/attention/torch_cudnn.py": Profile(
+        ("test_attention.py", "test_routed_attention.py"),
+        "bitwise or (cudnn and (every_key or saturated))",
         examples=20,
     ),
+    "optimized/plan.py": Profile(("test_attention.py", "test_backends.py"), "bitwise or determinis"),
 }
 
 

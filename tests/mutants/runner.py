@@ -51,10 +51,10 @@ class Result:
 
 @dataclass
 class Runner:
-    """root: of the tree; package: the mutated one; profile_of: the tests that a file's faults face."""
+    """root: of the tree; packages: the mutated ones; profile_of: the tests that a file's faults face."""
 
     root: Path
-    package: str
+    packages: tuple[str, ...]
     profile_of: Callable[[str], Profile]
     state: Path
     device: str = "cpu"
@@ -98,7 +98,7 @@ class Runner:
     def _recalled(self, profile: Profile, mutant: Mutant | None) -> Result:
         """From the state: a kill stands while its test does, all else while no test of the profile changed."""
         subject = hashlib.sha256(repr((self.device, mutant.digest() if mutant else profile)).encode()).hexdigest()
-        packages = [path for name in (self.package, "reference") for path in (self.root / name).rglob("*.py")]
+        packages = [path for name in self.packages for path in (self.root / name).rglob("*.py")]
         shared = [p for p in (self.root / "tests").glob("*.py") if not p.name.startswith("test_")]
         shared += (self.root / "tests" / "faults").glob("*.py")
         files = [self.root / "tests" / file for file in profile.files]
@@ -141,7 +141,7 @@ class Runner:
             shutil.copytree(self.root, copy, ignore=IGNORED)
             if mutant is not None:
                 mutant.apply(copy)
-            return _judged(self._child(copy, profile), copy, self.package)
+            return _judged(self._child(copy, profile), copy, self.packages)
 
     def _child(self, copy: Path, profile: Profile) -> int | None:
         """Exit status, or None beyond the time on the clock, which is long for one who shares the machine."""
@@ -156,7 +156,7 @@ class Runner:
         }
         given = ["-x", "-q", "--rootdir", str(copy), "-p", "no:cacheprovider", *profile.arguments()]
         given += ["--device", self.device] if self.device != "cpu" else []
-        command = [sys.executable, str(CHILD), str(copy.parent / "result.json"), str(copy), self.package]
+        command = [sys.executable, str(CHILD), str(copy.parent / "result.json"), str(copy), ",".join(self.packages)]
         with (copy.parent / "output").open("w") as output:
             process = subprocess.Popen(
                 [*command, str(self.seconds), *given],
@@ -179,7 +179,7 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _judged(code: int | None, copy: Path, package: str) -> Result:
+def _judged(code: int | None, copy: Path, packages: tuple[str, ...]) -> Result:
     written = copy.parent / "result.json"
     if code is None or code == -signal.SIGXCPU:
         return Result("timeout")
@@ -189,8 +189,10 @@ def _judged(code: int | None, copy: Path, package: str) -> Result:
     failure = found["failure"] or {"test": "", "when": "", "asserted": False, "error": ""}
     seconds = round(found["cpu"], 1)
     strangers = [file for file in found["loaded"].values() if copy not in Path(file).resolve().parents]
-    if strangers or not (found["loaded"] or failure["when"] == "collect"):
-        return Result("broken", "", f"{package} comes from {strangers or 'nowhere'}, not from the copy", seconds)
+    missing = set(packages) - {name.split(".")[0] for name in found["loaded"]}
+    if strangers or (missing and failure["when"] != "collect"):
+        whose = ", ".join(packages)
+        return Result("broken", "", f"{whose} comes from {strangers or 'nowhere'}, not from the copy", seconds)
     if found["status"] == 0:
         return Result("survived", seconds=seconds)
     if found["status"] != 1 or failure["when"] != "call":

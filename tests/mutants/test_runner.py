@@ -43,7 +43,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def runner(tree: Path, seconds: int = 20) -> Runner:
-    return Runner(tree, "toy", lambda file: PROFILE, tree.parent / "state.json", jobs=2, seconds=seconds)
+    return Runner(tree, ("toy",), lambda file: PROFILE, tree.parent / "state.json", jobs=2, seconds=seconds)
 
 
 def test_outcomes_are_told_apart(tree: Path) -> None:

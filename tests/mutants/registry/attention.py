@@ -61,20 +61,32 @@ EDITS: Edits = {
             "return torch.promote_types(dtype, torch.float32)", "return dtype", "precision"
         ),
     },
-    "optimized/ops/attention.py": {
+    "optimized/attention/calls.py": {
         "attention-lengths-of-the-first-rows": edit(
-            "for lengths in setting.lengths.split(MOST_ROWS)]",
-            "for lengths in setting.lengths.flip(0).split(MOST_ROWS)]",
+            "else t.split(MOST_ROWS) for t in (visible.lengths",
+            "else t.flip(0).split(MOST_ROWS) for t in (visible.lengths",
             "fla-org/flash-linear-attention#1115",
         ),
+        "attention-lse-without-keys": edit(
+            "q.new_full((rows, heads, length), -math.inf, dtype",
+            "q.new_full((rows, heads, length), 0.0, dtype",
+            "Dao-AILab/flash-attention#2562",
+        ),
+        "attention-rows-unaligned": edit(
+            "aligned = _side_by_side if adapter.alignment == 1 else _aligned",
+            "aligned = _side_by_side",
+            "ROCm/aiter#5067",
+        ),
+    },
+    "optimized/ops/null_slot.py": {
         "merge-lse-of-base-2": edit(
             "merged_lse = torch.logaddexp(lse, null_logits)",
             "merged_lse = torch.logaddexp2(lse, null_logits)",
             "sgl-project/sglang#33064",
         ),
         "merge-lse-of-empty-rows": edit(
-            "        lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)\n",
-            "        pass\n",
+            ("    if lengths is not None:\n        lse = torch.where(lengths[:, None, None] > 0, lse, -math.inf)\n"),
+            "",
             "microsoft/onnxruntime#28904",
         ),
         "merge-output-of-empty-rows": edit(
@@ -101,47 +113,45 @@ EDITS: Edits = {
             "lucidrains/native-sparse-attention-pytorch#31",
         ),
         "merge-gradient-without-delta": edit(
-            "(kept * (grad * v0).sum(-1) - p0 * (grad * out.to(wide)).sum(-1))",
-            "(kept * (grad * v0).sum(-1))",
+            "(kept * (dout * v0).sum(-1) - p0 * (dout * out.to(wide)).sum(-1))",
+            "(kept * (dout * v0).sum(-1))",
             "triton-lang/triton#5660",
         ),
         "merge-dropout-forward-only": edit(
             "kept = p0 if keep is None else p0 * keep.transpose(1, 2)", "kept = p0", "Dao-AILab/flash-attention#1251"
         ),
-        "null-gradient-dropped": edit(
-            "*((None, None) if saved[3] is None else dnull)", "*(None, None)", "unslothai/unsloth#4533"
+    },
+    "optimized/ops/attention.py": {
+        "null-gradient-dropped": edit('wrt="q k v null_k null_v",', 'wrt="q k v",', "unslothai/unsloth#4533"),
+        "null-dropout-not-rescaled": edit(
+            "(draws >= setting.dropout).to(lse.dtype) / (1 - setting.dropout)",
+            "(draws >= setting.dropout).to(lse.dtype)",
+            "dropout",
         ),
-        "null-dropout-not-rescaled": edit(">= dropout).to(wide) / (1 - dropout)", ">= dropout).to(wide)", "dropout"),
         "null-dropout-same-for-all-heads": edit(
-            "(torch.rand(lse.shape, device=q.device) >= dropout)",
-            "(torch.rand(lse[:, :1].shape, device=q.device).expand_as(lse) >= dropout)",
+            "torch.rand(lse.shape, dtype=lse.dtype, device=q.device)",
+            "torch.rand(lse[:, :1].shape, dtype=lse.dtype, device=q.device).expand_as(lse)",
             "Dao-AILab/flash-attention#314",
         ),
         "attention-lse-differentiable": edit(
-            "    ctx.mark_non_differentiable(*output[1:])\n", "", "Dao-AILab/flash-attention#1817"
-        ),
-        "attention-lse-without-keys": edit(
-            "q.new_full((rows, heads, length), -math.inf, dtype=wide)",
-            "q.new_full((rows, heads, length), 0.0, dtype=wide)",
-            "Dao-AILab/flash-attention#2562",
+            'gradients_of="out",', 'gradients_of="out lse",', "Dao-AILab/flash-attention#1817"
         ),
         "attention-fake-lse-in-the-models-dtype": edit(
-            "lse = q.new_empty(rows, heads, length, dtype=wide)",
-            "lse = q.new_empty(rows, heads, length)",
+            "a.q.new_empty(rows, heads, length, dtype=torch.promote_types(a.q.dtype, torch.float32))",
+            "a.q.new_empty(rows, heads, length)",
             "AMD-AGI/Primus-Turbo#362",
         ),
-        "attention-fake-of-the-gradients-strided": edit(
-            "q.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
-            "q.new_empty(0) if t is None else torch.empty_like(t)",
+    },
+    "optimized/ops/operator.py": {
+        "operator-fake-of-the-gradients-strided": edit(
+            "torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)",
+            "torch.empty_like(getattr(a, name))",
             "AMD-AGI/Primus-Turbo#362",
-        ),
-        "attention-rows-unaligned": edit(
-            "t if _aligned(t) else t.clone(memory_format=torch.contiguous_format)", "t", "ROCm/aiter#5067"
         ),
     },
     "optimized/attention/math.py": {
         "math-one-hidden-key-seen": edit(
-            "(keys >= setting.lengths[:, None])", "(keys > setting.lengths[:, None])", "thu-ml/SpargeAttn#124"
+            "(key >= visible.lengths[:, None])", "(key > visible.lengths[:, None])", "thu-ml/SpargeAttn#124"
         ),
         "math-row-without-keys": edit(
             "p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)",
@@ -160,14 +170,16 @@ EDITS: Edits = {
             "        dropped = p * state / (1 - setting.dropout)\n", "", "Dao-AILab/flash-attention#1251"
         ),
         "math-dropout-same-for-all-heads": edit(
-            "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
-            "keep = torch.rand(p[:, :1].shape, device=p.device).expand_as(p) >= setting.dropout",
+            "torch.rand(p.shape, dtype=p.dtype, device=p.device) >=",
+            "torch.rand(p[:, :1].shape, dtype=p.dtype, device=p.device).expand_as(p) >=",
             "Dao-AILab/flash-attention#314",
         ),
         "math-dropout-of-a-fixed-seed": edit(
-            "keep = torch.rand(p.shape, device=p.device) >= setting.dropout",
-            "generator = torch.Generator(p.device).manual_seed(0)\n"
-            "        keep = torch.rand(p.shape, device=p.device, generator=generator) >= setting.dropout",
+            "            keep = torch.rand(p.shape, dtype=p.dtype, device=p.device) >=",
+            (
+                "            generator = torch.Generator(p.device).manual_seed(0)\n"
+                "            keep = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator) >="
+            ),
             "Dao-AILab/flash-attention#314",
         ),
         "math-dropout-not-rescaled": edit("p = p * keep / (1 - setting.dropout)", "p = p * keep", "dropout"),
@@ -177,17 +189,17 @@ EDITS: Edits = {
             "precision",
         ),
     },
-    "optimized/attention/torch_flash_cpu.py": {
-        "flash-cpu-one-hidden-key-seen": edit(
-            "hidden = torch.arange(k.shape[1], device=q.device) >= lengths[:, None]",
-            "hidden = torch.arange(k.shape[1], device=q.device) > lengths[:, None]",
+    "optimized/attention/bias.py": {
+        "bias-one-hidden-key-seen": edit(
+            "device=q.device) < visible.lengths[:, None])",
+            "device=q.device) <= visible.lengths[:, None])",
             "thu-ml/SpargeAttn#124",
         ),
-        "flash-cpu-finite-sentinel": edit(
-            "masked_fill_(hidden, -math.inf)", "masked_fill_(hidden, -50.0)", "flashinfer-ai/flashinfer#4401"
+        "bias-finite-sentinel": edit(
+            "for value in (0.0, -math.inf))", "for value in (0.0, -50.0))", "flashinfer-ai/flashinfer#4401"
         ),
-        "flash-cpu-large-finite-sentinel": edit(
-            "masked_fill_(hidden, -math.inf)", "masked_fill_(hidden, -1e4)", "flashinfer-ai/flashinfer#4401"
+        "bias-large-finite-sentinel": edit(
+            "for value in (0.0, -math.inf))", "for value in (0.0, -1e4))", "flashinfer-ai/flashinfer#4401"
         ),
     },
     "optimized/routed_attention.py": {
@@ -208,9 +220,16 @@ EDITS: Edits = {
         ),
         "dropout-in-eval": edit("self.dropout if self.training else 0.0", "self.dropout", "dropout"),
     },
-    "optimized/backends.py": {
+    "optimized/attention/torch_flash_cpu.py": {
         "flash-cpu-ignores-dropout": edit(
             'return "no dropout on the CPU" if r.dropout else None', "return None", "dropout"
+        ),
+    },
+    "optimized/ops/expert_attention.py": {
+        "experts-null-gradient-dropped": edit(
+            'wrt="queries keys_values scores w_q w_kv w_out null_kv",',
+            'wrt="queries keys_values scores w_q w_kv w_out",',
+            "unslothai/unsloth#4533",
         ),
     },
 }

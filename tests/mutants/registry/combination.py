@@ -64,41 +64,48 @@ EDITS: Edits = {
     },
     "optimized/ops/combine.py": {
         "combine-fake-of-another-dtype": edit(
-            "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1], dtype=dtype)",
-            "return y.new_empty(y.shape[1], inverse.shape[-1], y.shape[-1])",
+            "a.y.new_empty(a.y.shape[1], a.inverse.shape[-1], a.y.shape[-1], dtype=a.dtype)",
+            "a.y.new_empty(a.y.shape[1], a.inverse.shape[-1], a.y.shape[-1])",
             "AMD-AGI/Primus-Turbo#362",
         ),
-        "combine-fake-of-the-gradients-strided": edit(
-            "y.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)",
-            "y.new_empty(0) if t is None else torch.empty_like(t)",
+        "combine-gradient-strided-unlike-its-fake": edit(
+            "dots.transpose(0, 1).to(a.scores.dtype).contiguous()",
+            "dots.transpose(0, 1).to(a.scores.dtype)",
             "AMD-AGI/Primus-Turbo#362",
         ),
         "combine-score-gradient-dropped": edit(
-            "return dy, dscores, None, None, None, *optional, None, None, None",
-            "return dy, None, None, None, None, *optional, None, None, None",
+            "dots = (rows * a.y.to(wide)).masked_fill_(hidden, 0).sum(-1)",
+            "dots = 0 * (rows * a.y.to(wide)).masked_fill_(hidden, 0).sum(-1)",
             "lucidrains/native-sparse-attention-pytorch#31",
         ),
         "combine-null-gradient-dropped": edit(
-            "for given, gradient in zip(saved[5:7], found))",
-            "for given, gradient in zip((saved[5], None), found))",
+            'found["null"] = torch.where(count == 0, g, 0)',
+            'found["null"] = torch.zeros_like(g)',
             "unslothai/unsloth#4533",
         ),
-    },
-    "optimized/mixture.py": {
-        "mixture-local-does-not-count": edit("out, count = out + local, count + 1", "out = out + local", "combination"),
-        "mixture-average-over-nothing": edit("out = out / count.clamp_min(1)", "out = out / count", "combination"),
+        "mixture-local-does-not-count": edit(
+            "return routed if a.local is None else routed + 1", "return routed", "combination"
+        ),
+        "mixture-average-over-nothing": edit("out /= count.clamp_min(1)", "out /= count", "combination"),
         "mixture-null-token-where-the-sum-is-zero": edit(
-            "out = torch.where(count == 0, null_routed_token",
-            "out = torch.where((out == 0).all(-1, keepdim=True), null_routed_token",
+            "out = torch.where(count == 0, a.null",
+            "out = torch.where((out == 0).all(-1, keepdim=True), a.null",
             "combination",
         ),
         "mixture-masked-outputs-multiplied": edit(
-            "(out if mask is None else out.masked_fill(~mask[..., None], 0)).to(dtype)",
-            "(out if mask is None else out * mask[..., None]).to(dtype)",
+            "out.masked_fill_(~a.mask[..., None], 0)",
+            "out = out * a.mask[..., None]",
+            "fla-org/flash-linear-attention#77",
+        ),
+        "combine-masked-gradients-multiplied": edit(
+            "g.to(wide).masked_fill(~a.mask[..., None], 0)",
+            "g.to(wide) * a.mask[..., None]",
             "fla-org/flash-linear-attention#77",
         ),
         "mixture-sums-in-the-models-dtype": edit(
-            "wide = torch.promote_types(y.dtype, q_routes.scores.dtype)", "wide = y.dtype", "precision"
+            "return torch.promote_types(torch.promote_types(a.y.dtype, a.scores.dtype), torch.float32)",
+            "return a.y.dtype",
+            "precision",
         ),
     },
 }

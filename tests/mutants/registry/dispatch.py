@@ -3,38 +3,47 @@
 from ..mutant import Edits, edit
 
 EDITS: Edits = {
-    "optimized/ops/tokens.py": {
+    "optimized/ops/rows.py": {
         "dispatch-masked-slots-multiplied": edit(
-            "rows.masked_fill_(~mask.transpose(0, 1)[..., None], 0)",
-            "rows * mask.transpose(0, 1)[..., None]",
+            "return rows.masked_fill_(~slots.transpose(0, 1)[..., None], 0)",
+            "return rows * slots.transpose(0, 1)[..., None]",
             "fla-org/flash-linear-attention#77",
             "masked rows and sentinels",
         ),
         "collect-slot-0-of-the-unrouted": edit(
             ".masked_fill_((slot < 0)[..., None], 0)", "", "vllm-project/vllm#48371"
         ),
-        "collect-sums-in-the-models-dtype": edit(
-            "wide = torch.promote_types(y.dtype, torch.float32)",
-            "wide = y.dtype",
-            "evintunador/triton_docs_tutorials#6",
-        ),
-        "collect-scores-of-one-item": edit(
-            "out += y[e][rows, slot.clamp_min(0)]",
-            "out += y[e][:1].expand_as(y[e])[rows, slot.clamp_min(0)]",
+        "collect-rows-of-one-item": edit(
+            "out += rows[e][items, slot.clamp_min(0)]",
+            "out += rows[e][:1].expand_as(rows[e])[items, slot.clamp_min(0)]",
             "pytorch/pytorch#139462",
         ),
-        "dispatch-fake-of-another-shape": edit(
-            "return x.new_empty(experts, batch, slots, x.shape[-1])",
-            "return x.new_empty(batch, experts, slots, x.shape[-1])",
-            "AMD-AGI/Primus-Turbo#362",
+    },
+    "optimized/ops/combine.py": {
+        "collect-sums-in-the-models-dtype": edit(
+            "out = add_rows(a.y.to(wide) * _by_slot(a.scores).to(wide), a.inverse)",
+            "out = add_rows((a.y.to(wide) * _by_slot(a.scores).to(wide)).to(a.y.dtype), a.inverse).to(wide)",
+            "evintunador/triton_docs_tutorials#6",
         ),
     },
-    "optimized/ops/registration.py": {
+    "optimized/ops/gather_norm.py": {
+        "dispatch-fake-of-another-shape": edit(
+            "a.x.new_empty(experts, batch, k, a.x.shape[-1]), norms",
+            "a.x.new_empty(batch, experts, k, a.x.shape[-1]), norms",
+            "AMD-AGI/Primus-Turbo#362",
+        ),
+        "norm-by-the-inverse-root": edit(
+            "return _gamma(gamma, x) * x.shape[-1] ** 0.5",
+            "return _gamma(gamma, x) * x.shape[-1] ** -0.5",
+            "log-sum-exp and scale",
+        ),
+        "norm-in-the-models-dtype": edit(
+            "return t.to(torch.promote_types(t.dtype, torch.float32))", "return t", "precision"
+        ),
+    },
+    "optimized/ops/operator.py": {
         "registration-tangents-dropped": edit(
-            "if forward_mode or torch._C._functorch.maybe_current_level() is not None:",
-            "if torch._C._functorch.maybe_current_level() is not None:",
-            "Dao-AILab/flash-attention#1817",
-            "transforms",
+            "if forward_mode or transformed:", "if transformed:", "Dao-AILab/flash-attention#1817", "transforms"
         ),
         "registration-first-input-decides": edit(
             "any(isinstance(a, Tensor) and a.requires_grad for a in args)",
@@ -46,6 +55,32 @@ EDITS: Edits = {
             "        return False\n",
             "",
             "shawntan/scattermoe#12",
+        ),
+        "operator-all-results-differentiable": edit(
+            "ctx.mark_non_differentiable(*(t for name, t in results.items() if name not in self.gradients_of))",
+            "pass",
+            "Dao-AILab/flash-attention#1817",
+        ),
+        "operator-compiled-tangents-dropped": edit(
+            '            if forward_mode:\n                self._refuse("forward-mode differentiation")\n',
+            "",
+            "Dao-AILab/flash-attention#1817",
+            "transforms",
+        ),
+        "operator-needs-shifted": edit("a.needs >> i & 1", "a.needs >> (i + 1) & 1", "pytorch/pytorch#188302"),
+        "operator-same-randomness-draws-anew": edit(
+            "enabled=bool(same) and i + 1 < info.batch_size", "enabled=False", "transforms"
+        ),
+        "operator-random-under-error": edit(
+            "def _refuse_random(name: str) -> None:\n    raise RuntimeError(",
+            "def _refuse_random(name: str) -> None:\n    RuntimeError(",
+            "transforms",
+        ),
+        "operator-different-randomness-shares-a-draw": edit(
+            "vmap.randomness() == functorch.RandomnessType.Different and not any(",
+            "vmap.randomness() == functorch.RandomnessType.Same and not any(",
+            "Dao-AILab/flash-attention#314",
+            "transforms",
         ),
     },
     "optimized/kernels/rotary.py": {
@@ -67,32 +102,47 @@ EDITS: Edits = {
         "rotary-kernel-in-float32": edit("DTYPE=arithmetic(t.dtype)", "DTYPE=tl.float32", "precision"),
     },
     "optimized/ops/rotary.py": {
-        "rotary-gradient-turns-on": edit("not ctx.transposed)", "ctx.transposed)", "rotary"),
+        "rotary-gradient-turns-on": edit(
+            "a.positions, not a.transposed, a.triton)", "a.positions, a.transposed, a.triton)", "rotary"
+        ),
         "rotary-gradient-at-other-positions": edit(
-            "ctx.save_for_backward(cos, sin, positions)", "ctx.save_for_backward(cos, sin, None)", "stale saved tensor"
+            "rotary.raw(g.out, a.cos, a.sin, a.positions,",
+            "rotary.raw(g.out, a.cos, a.sin, None,",
+            "stale saved tensor",
         ),
         "rotary-fake-strided": edit(
-            "def _(t, cos, sin, positions, transposed):  # type: ignore[no-untyped-def]\n"
-            "    return torch.empty_like(t, memory_format=torch.contiguous_format)",
-            "def _(t, cos, sin, positions, transposed):  # type: ignore[no-untyped-def]\n"
-            "    return torch.empty_like(t)",
+            "return torch.empty_like(a.t, memory_format=torch.contiguous_format)",
+            "return torch.empty_like(a.t)",
             "AMD-AGI/Primus-Turbo#362",
+        ),
+        "rotate-by-slot": edit(
+            "at = slice(None) if positions is None else positions", "at = slice(t.shape[1])", "rotary"
+        ),
+        "rotate-other-half-negated": edit(
+            "torch.addcmul(t1 * cos1, t2, sin1, value=-1), torch.addcmul(t2 * cos2, t1, sin2)",
+            "torch.addcmul(t1 * cos1, t2, sin1), torch.addcmul(t2 * cos2, t1, sin2, value=-1)",
+            "rotary",
         ),
     },
     "optimized/routed_attention.py": {
-        "norm-by-the-inverse-root": edit("x.shape[-1] ** 0.5", "x.shape[-1] ** -0.5", "log-sum-exp and scale"),
         "norm-floor-added": edit(".clamp_min(1e-12)", ".add(1e-6)", "precision"),
         "norm-gamma-of-expert-0": edit("scale[:, None, None]", "scale[:1, None, None]", "BobMcDear/attorch#14"),
         "norm-gamma-without-gradient": edit(
-            "scale = gamma.squeeze(-1)", "scale = gamma.detach().squeeze(-1)", "unslothai/unsloth#4533"
+            "scale = self.gamma.squeeze(-1)", "scale = self.gamma.detach().squeeze(-1)", "unslothai/unsloth#4533"
         ),
-        "norm-in-the-models-dtype": edit(
-            "wide = x.to(torch.promote_types(x.dtype, torch.float32))", "wide = x", "precision"
-        ),
-        "rotate-by-slot": edit("(table if positions is None else table[positions])", "table[: t.shape[1]]", "rotary"),
-        "rotate-other-half-negated": edit("sign[:half] = -1", "sign[half:] = -1", "rotary"),
         "rotate-tables-in-the-models-dtype": edit(
-            "cos, sin = cos.to(wide), sin.to(wide)", "cos, sin = cos.to(t.dtype), sin.to(t.dtype)", "precision"
+            "angles.cos().to(wide), angles.sin().to(wide)",
+            "angles.cos().to(plan.dtype), angles.sin().to(plan.dtype)",
+            "precision",
+        ),
+        "norm-module-by-the-inverse-root": edit(
+            "rows.shape[-1] ** 0.5", "rows.shape[-1] ** -0.5", "zetascale 2.8.8 (2)"
+        ),
+        "norm-module-in-the-models-dtype": edit(
+            "wide = rows.to(torch.promote_types(rows.dtype, torch.float32))", "wide = rows", "precision"
+        ),
+        "rotate-angles-not-promoted": edit(
+            "angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, wide))", "angles = rotary_emb", "precision"
         ),
     },
 }

@@ -42,7 +42,7 @@ EDITS: Edits = {
             "slot = tl.program_id(0).to(tl.int64)", "slot = tl.program_id(0)", "pytorch/pytorch#190857"
         ),
     },
-    "optimized/validation.py": {
+    "reference/contract.py": {
         "routes-read-while-capturing": edit(
             "return not (t.is_cuda and torch.cuda.is_current_stream_capturing())",
             "return True",
@@ -64,24 +64,21 @@ EDITS: Edits = {
             "pytorch/pytorch#176793",
         ),
     },
-    "optimized/ops/attention.py": {
+    "optimized/attention/calls.py": {
         "attention-scale-of-the-padded-dimension": edit(
-            "_forward(module, padded, Setting(dim**-0.5, lengths",
-            "_forward(module, padded, Setting(padded[0].shape[-1] ** -0.5, lengths",
+            "out, lse, state = adapter.forward(*qkv, setting)",
+            "out, lse, state = adapter.forward(*qkv, replace(setting, scale=qkv[0].shape[-1] ** -0.5))",
             "intel/ipex-llm#12619",
         ),
     },
-    "optimized/attention/__init__.py": {
+    "optimized/attention/flash_attn_4.py": {
         "flash-4-alignment-of-8": edit(
-            '"flash_attn_4": 32, "cudnn_flash_attn_4": 32}',
-            '"cudnn_flash_attn_4": 32}',
-            "triton-lang/triton#621",
-            "configuration",
+            "    alignment = 32\n", "    alignment = 8\n", "triton-lang/triton#621", "configuration"
         ),
-        "window-sides-swapped": edit(
-            "return self.window, 0 if self.causal and self.window >= 0 else self.window",
-            "return 0 if self.causal and self.window >= 0 else self.window, self.window",
-            "jax-ml/jax#39576",
+        "flash-4-hidden-keys-unwritten": edit(
+            "            dk.zero_()\n            dv.zero_()\n",
+            "            dk.zero_()\n",
+            "Dao-AILab/flash-attention#2324",
         ),
     },
     "optimized/attention/lengths.py": {
@@ -89,11 +86,6 @@ EDITS: Edits = {
             "torch.stack((k_starts[:-1] + lengths, k_starts[1:]), 1)",
             "torch.stack(((k_starts[:-1] + lengths + 1).minimum(k_starts[1:]), k_starts[1:]), 1)",
             "pytorch/pytorch#191937",
-        ),
-    },
-    "optimized/attention/flash_attn_4.py": {
-        "flash-4-hidden-keys-unwritten": edit(
-            "        dk.zero_()\n        dv.zero_()\n", "        dk.zero_()\n", "Dao-AILab/flash-attention#2324"
         ),
     },
     "optimized/attention/flash_attn_2.py": {
@@ -119,25 +111,41 @@ EDITS: Edits = {
     "optimized/attention/flex_window.py": {
         "flex-window-one-short": edit("(i - j <= window)", "(i - j < window)", "huggingface/transformers#39408"),
     },
-    "optimized/local_attention.py": {
+    "optimized/attention/banded.py": {
         "local-rows-of-padding-see-nothing": edit(
-            "visible = (valid[:, :, None] & band) | (offset == 0)",
-            "visible = valid[:, :, None] & band",
+            "return seen.logical_or_(offset == 0)",
+            "return seen",
             "pytorch/pytorch#103963",
             equivalent="PyTorch's kernels return zeros for a row that sees nothing, and "
             "gradients of 0: seen with its efficient and its plain attention in "
             "every dtype (torch 2.11, H200).",
         ),
     },
-    "optimized/backends.py": {
+    "optimized/attention/torch_cudnn.py": {
         "cudnn-in-deterministic-mode": edit(
-            "    if torch.are_deterministic_algorithms_enabled():\n"
-            '        return "its backward is not deterministic"\n',
+            (
+                "        if torch.are_deterministic_algorithms_enabled():\n"
+                '            return "its backward is not deterministic"\n'
+            ),
             "",
             "Dao-AILab/flash-attention#2033",
         ),
+        "cudnn-half-a-tile-not-handed-over": edit(
+            "return keys % TILE == TILE // 2", "return keys % TILE == 0", "choice of backend"
+        ),
+    },
+    "optimized/attention/__init__.py": {
         "flash-window-takes-a-mask": edit(
-            'return obstacle(r) or ("takes no mask" if r.masked else None)', "return obstacle(r)", "choice of backend"
+            'return library.ADAPTER.obstacle(r) or ("takes no mask" if r.masked else None)',
+            "return library.ADAPTER.obstacle(r)",
+            "choice of backend",
+        ),
+    },
+    "optimized/plan.py": {
+        "plan-of-another-determinism": edit(
+            "key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled()",
+            "key = kind, kind.computed_in, False",
+            "Dao-AILab/flash-attention#2033",
         ),
     },
 }

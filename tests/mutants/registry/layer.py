@@ -3,33 +3,49 @@
 from ..mutant import Edits, edit
 
 EDITS: Edits = {
-    "optimized/mixture.py": {
+    "optimized/routing.py": {
         "injected-routes-of-masked-tokens": edit(
-            "routes._replace(mask=routes.mask & tokens.gather(-1, routes.indices))", "routes", "trymirai/lalamo#310"
+            "routes._replace(mask=routes.mask & tokens.gather(-1, routes.indices), scores=scores)",
+            "routes._replace(scores=scores)",
+            "trymirai/lalamo#310",
         ),
-        "slots-of-the-other-side": edit("return k_q, k_kv", "return k_q, k_q", "configuration"),
-        "explained-with-dropout-in-eval": edit(
-            "dropout = self.dropout if self.training else 0.0", "dropout = self.dropout", "choice of backend"
-        ),
-        "batch-of-the-context": edit(
-            'validation.tensor("context", context, x.shape[0], "M", self.dim_context',
-            'validation.tensor("context", context, "B", "M", self.dim_context',
-            "validation",
+        "undecided-tokens-without-gradient": edit(
+            "return made._replace(scores=with_zero_gradient(made.scores, own))", "return made", "unslothai/unsloth#4533"
         ),
     },
-    "optimized/backends.py": {
-        "backend-gives-way": edit(
-            "    backend = _by_name(stage, name)\n    reason = backend.obstacle(request)\n    if reason is not None:\n",
-            "    backend = _by_name(stage, name)\n    reason = backend.obstacle(request)\n"
-            "    if reason is not None:\n"
-            "        return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)\n",
+    "optimized/mixture.py": {
+        "slots-of-the-other-side": edit("q.mask, q.k, kv.k, *how", "q.mask, q.k, q.k, *how", "configuration"),
+        "explained-with-dropout-in-eval": edit(
+            "dropout=self.config.dropout if self.attn.training else 0.0",
+            "dropout=self.config.dropout",
             "choice of backend",
         ),
-        "backend-not-restored": edit(
-            "        _chosen.update(self._previous)\n", "        self._previous.clear()\n", "choice of backend"
+        "options-of-the-query-router-for-both": edit(
+            (
+                "        if self.query_router.options != self.key_value_router.options:\n"
+                '            return "the routers have different options"\n'
+            ),
+            "",
+            "configuration",
+        ),
+        "fused-with-a-context": edit(
+            (
+                "        if kv.x is not q.x or kv.mask is not q.mask:\n"
+                '            return "keys and values come from a context"\n'
+            ),
+            "",
+            "masked tokens leak",
+        ),
+        "fused-with-injected-routes": edit(
+            '        if call.routes is not None:\n            return "routes are injected"\n', "", "configuration"
         ),
     },
-    "optimized/validation.py": {
+    "reference/contract.py": {
+        "batch-of-the-context": edit(
+            'tensor("context", context, x.shape[0], "M", config.dim_context',
+            'tensor("context", context, "B", "M", config.dim_context',
+            "validation",
+        ),
         "routes-repeat-a-token-apart": edit(
             "if (indices.sort(dim=-1).values.diff(dim=-1) == 0).any():",
             "if (indices.diff(dim=-1) == 0).any():",
@@ -54,6 +70,56 @@ EDITS: Edits = {
             "torch.is_autocast_enabled(value.device.type) and torch.float64 not in (value.dtype, other.dtype)",
             "torch.is_autocast_enabled(value.device.type)",
             "validation",
+        ),
+        "distributed-tensors-taken": edit(
+            "    if isinstance(value, DTensor):\n",
+            "    if isinstance(value, DTensor) and not value.ndim:\n",
+            "validation",
+        ),
+    },
+    "optimized/plan.py": {
+        "backend-gives-way": edit(
+            "    backend = _by_name(stage, name)\n    reason = backend.obstacle(request)\n    if reason is not None:\n",
+            "    backend = _by_name(stage, name)\n    reason = backend.obstacle(request)\n"
+            "    if reason is not None:\n"
+            "        return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)\n",
+            "choice of backend",
+        ),
+        "backend-not-restored": edit(
+            "        _choose_now(self._previous)\n", "        self._previous.clear()\n", "choice of backend"
+        ),
+        "plan-of-another-autocast": edit(
+            "key = kind, kind.computed_in, torch", "key = kind, kind.dtype, torch", "choice of backend"
+        ),
+        "plans-outlive-a-choice": edit("    _plans.clear()\n", "", "choice of backend"),
+    },
+    "optimized/plain.py": {
+        "plain-forward-hooks-overlooked": edit('    "_forward_hooks": "a forward hook",\n', "", "choice of backend"),
+        "plain-forward-pre-hooks-overlooked": edit(
+            '    "_forward_pre_hooks": "a forward pre-hook",\n', "", "choice of backend"
+        ),
+        "plain-backward-hooks-overlooked": edit('    "_backward_hooks": "a backward hook",\n', "", "choice of backend"),
+        "plain-backward-pre-hooks-overlooked": edit(
+            '    "_backward_pre_hooks": "a backward pre-hook",\n', "", "choice of backend"
+        ),
+        "plain-replaced-forward-overlooked": edit(
+            '    if "forward" in module.__dict__:\n        return "has a replaced forward"\n', "", "choice of backend"
+        ),
+        "plain-parametrization-overlooked": edit(
+            "if type(module) is not cls:", "if not isinstance(module, cls):", "choice of backend"
+        ),
+        "plain-global-hooks-overlooked": edit(
+            '    if nn_module._has_any_global_hook():\n        return "meets a hook of all modules"\n',
+            "",
+            "choice of backend",
+        ),
+        "plain-tensor-subclass-overlooked": edit(
+            "type(parameter) not in _ORDINARY", "not isinstance(parameter, _ORDINARY)", "choice of backend"
+        ),
+        "plain-bias-overlooked": edit(
+            'return "has a bias" if module._parameters.get("bias") is not None else None',
+            "return None",
+            "choice of backend",
         ),
     },
 }

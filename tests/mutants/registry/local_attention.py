@@ -3,48 +3,46 @@
 from ..mutant import Edits, edit
 
 EDITS: Edits = {
-    "optimized/local_attention.py": {
+    "optimized/attention/banded.py": {
         "local-window-one-short": edit(
-            "band = (offset >= -w) & (offset <= after)",
-            "band = (offset > -w) & (offset <= after)",
+            "band = (offset >= -self.before) & (offset <= self.after)",
+            "band = (offset > -self.before) & (offset <= self.after)",
             "huggingface/transformers#39408",
         ),
         "local-window-by-or": edit(
-            "band = (offset >= -w) & (offset <= after)",
-            "band = (offset >= -w) | (offset <= after)",
+            "band = (offset >= -self.before) & (offset <= self.after)",
+            "band = (offset >= -self.before) | (offset <= self.after)",
             "lucidrains/local-attention#5",
         ),
-        "local-causal-sees-the-next": edit(
-            "after = 0 if causal else w", "after = 1 if causal else w", "jax-ml/jax#39576"
-        ),
-        "local-causal-ignored": edit("after = 0 if causal else w", "after = w", "Dao-AILab/flash-attention#581"),
+        "local-causal-sees-the-next": edit("0 if causal else before", "1 if causal else before", "jax-ml/jax#39576"),
+        "local-causal-ignored": edit("0 if causal else before", "before", "Dao-AILab/flash-attention#581"),
         "local-padding-keys-attended": edit(
-            "inside = ((key >= 0) & (key < n))[None]", "inside = (key >= 0)[None]", "pytorch/pytorch#158212"
-        ),
-        "local-masked-content": edit(
-            "hidden = x if mask is None else x.masked_fill(~mask[..., None], 0)", "hidden = x", "trymirai/lalamo#310"
-        ),
-        "local-masked-output": edit(
-            "    return out if mask is None else out.masked_fill(~mask[..., None], 0)",
-            "    return out",
-            "trymirai/lalamo#310",
-        ),
-        "local-norm-bias-dropped": edit(
-            "bias = None if norm_bias is None else norm_bias.to(inner)",
-            "bias = None if norm_bias is None else 0 * norm_bias.to(inner)",
-            "Dao-AILab/flash-attention#1817",
+            "keys = ((key >= 0) & (key < self.n))", "keys = (key >= 0)", "pytorch/pytorch#158212"
         ),
         "local-window-not-capped": edit(
-            "window = min(window_size, max(n - 1, 0))",
-            "window = window_size",
+            "before = min(window, n - 1)",
+            "before = window",
             "configuration",
             equivalent="only memory: keys beyond the sequence are padding, and hidden",
         ),
         "local-block-of-one-token": edit(
-            "block = min(max(w, MIN_BLOCK), MAX_BLOCK, n)",
-            "block = min(max(w, 1), MAX_BLOCK, n)",
+            "min(max(before, MIN_BLOCK), MAX_BLOCK, n)",
+            "min(max(before, 1), MAX_BLOCK, n)",
             "configuration",
             equivalent="only time and memory: the band is cut elsewhere",
+        ),
+    },
+    "optimized/local_attention.py": {
+        "local-masked-content": edit(
+            "hidden = _hide(x, mask)\n    if norm_weight", "hidden = x\n    if norm_weight", "trymirai/lalamo#310"
+        ),
+        "local-masked-output": edit(
+            "    return _hide(y.to(x.dtype), mask)\n\n\ndef", "    return y.to(x.dtype)\n\n\ndef", "trymirai/lalamo#310"
+        ),
+        "local-norm-bias-dropped": edit(
+            "bias = None if bias is None else bias.to(inner)",
+            "bias = None if bias is None else 0 * bias.to(inner)",
+            "Dao-AILab/flash-attention#1817",
         ),
     },
     "optimized/ops/rotary.py": {
@@ -62,6 +60,20 @@ EDITS: Edits = {
             "torch.outer(torch.arange(n, device=device, dtype=torch.float64)",
             "torch.outer(torch.arange(1, n + 1, device=device, dtype=torch.float64)",
             "rotary",
+        ),
+    },
+    "optimized/attention/interface.py": {
+        "window-sides-swapped": edit(
+            "return self.window, 0 if self.causal and self.window >= 0 else self.window",
+            "return 0 if self.causal and self.window >= 0 else self.window, self.window",
+            "jax-ml/jax#39576",
+        ),
+    },
+    "optimized/ops/window.py": {
+        "window-band-one-short": edit(
+            "banded.forward(library, q, k, v, banded.Band(a.window, a.causal",
+            "banded.forward(library, q, k, v, banded.Band(a.window - 1, a.causal",
+            "huggingface/transformers#39408",
         ),
     },
 }

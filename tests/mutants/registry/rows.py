@@ -132,13 +132,25 @@ EDITS: Edits = {
     },
     "optimized/ops/gather_norm.py": {
         "gather-gradient-without-norm": edit(
-            "(TakenRows(grad, inverse, gamma),)", "(TakenRows(grad, inverse, None),)", "unslothai/unsloth#10617"
+            "rows = (TakenRows(g.rows, a.inverse, a.gamma),)",
+            "rows = (TakenRows(g.rows, a.inverse, None),)",
+            "unslothai/unsloth#10617",
+        ),
+        "gather-gradient-without-norm-by-pytorch": edit(
+            "input_gradient(a.x, a.norms, (group,), (g.rows,))",
+            "input_gradient(a.x, a.norms, (group._replace(gamma=None),), (g.rows,))",
+            "unslothai/unsloth#10617",
         ),
     },
     "optimized/ops/router_logits.py": {
         "logits-gradient-by-gradients-for-logits": edit(
-            "RouterGradient(grad, logits, tokens, factors)",
-            "RouterGradient(grad, grad, tokens, factors)",
+            "RouterGradient(g.logits, a.logits, a.tokens, a.factors)",
+            "RouterGradient(g.logits, g.logits, a.tokens, a.factors)",
+            "stale saved tensor",
+        ),
+        "logits-gradient-by-gradients-for-logits-by-pytorch": edit(
+            "input_gradient(g.logits, a.x, a.tokens, a.mask, a.logits, a.norms, a.factors)",
+            "input_gradient(g.logits, a.x, a.tokens, a.mask, g.logits, a.norms, a.factors)",
             "stale saved tensor",
         ),
     },
@@ -168,20 +180,29 @@ EDITS: Edits = {
     },
     "optimized/ops/routed_rows.py": {
         "rows-mass-of-queries-for-both": edit(
-            "        masses = self.q_mass, self.kv_mass\n        if",
-            "        masses = self.q_mass, self.q_mass\n        if",
+            "state = solver.solve(logits, a.mask, ks, True)",
+            "state = solver.solve(logits, a.mask, (a.k_q, a.k_q), True)",
             "mass",
         ),
         "rows-gradient-of-logits-dropped": edit(
-            "    dlogits = solver.backward(picked, inverses, dlogits, logits, mask, solved)\n",
-            "    dlogits = solver.backward(picked, inverses, None, logits, mask, solved)\n",
+            "solver.picked_backward(grads, inverses, g.logits,",
+            "solver.picked_backward(grads, inverses, None,",
             "Dao-AILab/flash-attention#1817",
         ),
         "rows-gradients-of-routing-tokens-exchanged": edit(
-            "    dq_tokens, dkv_tokens = (", "    dkv_tokens, dq_tokens = (", "missing gradient"
+            "part = side.of(stacked, -2) if len(asked) == 2 else stacked",
+            "part = stacked.chunk(2, -2)[int(side.first)] if len(asked) == 2 else stacked",
+            "missing gradient",
         ),
         "rows-straight-through-as-soft-scores": edit(
-            "(k_q, k_kv), None, unit=True)", "(k_q, k_kv), solver.solve(logits, mask)[0])", "straight-through"
+            "select_groups(logits, a.mask, ks, soft, unit=solver.straight_through)",
+            "select_groups(logits, a.mask, ks, solver.solve(logits, a.mask, ks, True)[0], unit=False)",
+            "straight-through",
+        ),
+        "rows-gradient-of-logits-dropped-by-pytorch": edit(
+            "return dlogits if g.logits is None else dlogits.add_(g.logits)",
+            "return dlogits",
+            "Dao-AILab/flash-attention#1817",
         ),
     },
     "optimized/ops/expert_attention.py": {
@@ -191,63 +212,65 @@ EDITS: Edits = {
             "stale saved tensor",
         ),
         "experts-gradient-of-scaled-values": edit(
-            "    scaled = v if unit_scores else _scale(v, scores, False, triton)\n",
-            "    scaled = v\n",
-            "stale saved tensor",
+            "scaled = v if a.unit_scores else scale(v, a.scores, False, a.triton)", "scaled = v", "stale saved tensor"
         ),
         "experts-rotation-not-transposed": edit(
-            "        rotate_into(dk, dk, cos, sin, k_positions, True, triton)\n",
-            "        rotate_into(dk, dk, cos, sin, k_positions, False, triton)\n",
+            "rotate_into(k, k, (a.cos, a.sin, a.k_positions), transposed, a.triton)",
+            "rotate_into(k, k, (a.cos, a.sin, a.k_positions), False, a.triton)",
             "rotary",
         ),
         "experts-keys-at-the-queries-positions": edit(
-            "        rotate_into(k, k, cos, sin, k_positions, False, triton)\n",
-            "        rotate_into(k, k, cos, sin, None, False, triton)\n",
-            "rotary",
+            "(a.cos, a.sin, a.k_positions)", "(a.cos, a.sin, None)", "rotary"
         ),
         "experts-keys-and-values-exchanged": edit(
-            "    k, v = kv.unbind(2)\n    if cos",
-            "    v, k = kv.unbind(2)\n    if cos",
+            "k, v = kv.unbind(2)\n        _turn",
+            "v, k = kv.unbind(2)\n        _turn",
             "mixture-of-attention 0.0.25 (3)",
         ),
     },
-    "optimized/ops/window_attention.py": {
+    "optimized/ops/window.py": {
         "window-operator-one-short": edit(
-            "None, None, None, 0.0, window, causal, backend, False)",
-            "None, None, None, 0.0, window - 1, causal, backend, False)",
-            "huggingface/transformers#39408",
+            "reach = min(a.window, max", "reach = min(a.window - 1, max", "huggingface/transformers#39408"
         ),
         "window-operator-gradient-not-causal": edit(
-            "out, lse.contiguous(), nothing, nothing, 0.0, window, causal, backend,",
-            "out, lse.contiguous(), nothing, nothing, 0.0, window, False, backend,",
+            "band = banded.Band(a.window, a.causal, a.mask)",
+            "band = banded.Band(a.window, False, a.mask)",
             "triton-lang/triton#5660",
             "causality",
         ),
-        "window-operator-keys-not-rotated-back": edit(
-            "    rotate_into(dk, dk, cos, sin, None, True, triton)\n", "", "rotary"
-        ),
+        "window-operator-not-rotated-back": edit("    _turn(dqkv[:, :, :2], True, a.triton)\n", "", "rotary"),
     },
-    "optimized/routing.py": {
+    "optimized/ops/solver.py": {
         "both-routers-mass-not-capped": edit(
-            "*(float(min(k * options.fetch_k_ratio, n)) for k in ks),",
-            "*(float(k * options.fetch_k_ratio) for k in ks),",
+            "return masses if len(masses) > 1 else masses[0]",
+            "return tuple(float(k * self.ratio) for k in ks) if len(masses) > 1 else masses[0]",
             "mass",
-        ),
-        "both-routers-exchanged": edit(
-            "    q_routes = Routes(q_indices, q_slots, q_scores, q_logits)\n",
-            "    q_routes = Routes(q_indices, q_slots, q_scores, kv_logits)\n",
-            "expert mix-up",
-        ),
-        "constant-in-forward-mode-too": edit(
-            "    return torch.autograd.forward_ad._current_level < 0 and torch._C", "    return torch._C", "transforms"
         ),
     },
     "optimized/mixture.py": {
+        "both-routers-exchanged": edit(
+            "Routes(q_indices, q_slots, q_scores, q_logits),",
+            "Routes(q_indices, q_slots, q_scores, kv_logits),",
+            "expert mix-up",
+        ),
         "own-context-taken-for-self-attention": edit(
-            "context is x and context_mask is mask", "context is x", "masked tokens leak"
+            "if kv.x is not q.x or kv.mask is not q.mask:", "if kv.x is not q.x:", "masked tokens leak"
         ),
         "unit-scores-of-injected-routes": edit(
-            "unit_scores = routes is None and (no_choice", "unit_scores = (no_choice", "straight-through"
+            "unit = call.routes is None and _straight", "unit = _straight", "straight-through"
+        ),
+    },
+    "optimized/ops/operator.py": {
+        "operator-constant-in-forward-mode": edit(
+            (
+                "        def refuse_tangent(ctx: Any, *tangents: Any) -> Any:\n"
+                '            self._refuse("forward-mode differentiation")\n'
+            ),
+            (
+                "        def refuse_tangent(ctx: Any, *tangents: Any) -> Any:\n"
+                "            return (None,) * len(self.results) if len(self.results) > 1 else None\n"
+            ),
+            "transforms",
         ),
     },
 }

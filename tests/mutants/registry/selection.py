@@ -66,7 +66,7 @@ EDITS: Edits = {
             equivalent="it is read for chosen masked tokens only, and these exist only if valid_tokens < k",
         ),
     },
-    "optimized/ops/selection.py": {
+    "optimized/ops/select.py": {
         "select-one-equal-too-few": edit(
             "(equal.cumsum(-1) <= room)", "(equal.cumsum(-1) < room)", "vllm-project/vllm-xpu-kernels#453"
         ),
@@ -77,44 +77,65 @@ EDITS: Edits = {
             "NaN order",
         ),
         "select-masked-ties-with-nan": edit(
-            "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min)",
-            "key = key.masked_fill(~valid, torch.iinfo(torch.int64).min + 1)",
+            "key = key.masked_fill(~mask[:, None], torch.iinfo(torch.int64).min)",
+            "key = key.masked_fill(~mask[:, None], torch.iinfo(torch.int64).min + 1)",
             "NaN order",
         ),
         "select-inverse-of-masked": edit(
-            "inverse = torch.where(chosen_valid, slot, -1)",
-            "inverse = torch.where(chosen, slot, -1)",
-            "trymirai/lalamo#310",
+            "inverse = torch.where(valid, slot, -1)", "inverse = torch.where(chosen, slot, -1)", "trymirai/lalamo#310"
         ),
+        "select-fake-of-another-dtype": edit(
+            "torch.empty_like(a.logits, dtype=torch.int32, memory",
+            "torch.empty_like(a.logits, dtype=torch.int64, memory",
+            "fake tensors",
+        ),
+    },
+    "optimized/ops/rows.py": {
         "inverse-map-of-masked": edit(
             "return empty.scatter(-1, indices, torch.where(mask, slots, -1))",
             "return empty.scatter(-1, indices, slots.expand_as(indices))",
             "trymirai/lalamo#310",
         ),
-        "select-fake-of-another-dtype": edit(
-            "torch.empty_like(logits, dtype=torch.int32, memory_format=torch.contiguous_format)",
-            "torch.empty_like(logits, dtype=torch.int64, memory_format=torch.contiguous_format)",
-            "fake tensors",
-        ),
     },
-    "optimized/routing.py": {
+    "optimized/ops/pick.py": {
         "blocks-mass-of-the-whole-row": edit(
-            "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k_block, options, triton)",
-            "_soft_scores(_fold_blocks(logits[..., span], count), block_mask, k, options, triton)",
+            "soft, *rest = solver.solve(folded, _folded(part, mask), (part.k,), triton)",
+            "soft, *rest = solver.solve(folded, _folded(part, mask), (sum(p.slots for p in parts),), triton)",
             "mass",
         ),
+        "blocks-short-block-is-scored": edit(
+            "if part.takes_all:  # without a solver, hence without state",
+            "if not part.length:",
+            "NVIDIA-NeMo/Automodel#3035",
+        ),
+        "blocks-masked-slots-in-between": edit(
+            "    indices, taken, inverse = place(chosen, mask, slots)\n",
+            (
+                "    indices, taken, inverse = place(chosen, None, slots)\n"
+                "    if mask is not None:\n"
+                "        inverse = inverse.masked_fill(~mask[:, None], -1)\n"
+                "        taken = mask[:, None].expand_as(logits).gather(-1, indices)\n"
+            ),
+            "masked rows and sentinels",
+        ),
+    },
+    "optimized/ops/blocks.py": {
         "blocks-last-block-at-the-start": edit(
-            "first = start + length * torch.arange",
-            "first = length * torch.arange",
+            "rows[..., self.start : self.start + self.length * self.count]",
+            "rows[..., : self.length * self.count]",
             "fla-org/flash-linear-attention#1115",
             "tail mask",
         ),
-        "blocks-short-block-is-scored": edit(
-            "if length <= k_block or not solve:", "if not solve:", "NVIDIA-NeMo/Automodel#3035"
+        "blocks-tail-without-slots-in-the-fake": edit(
+            "n // block * torch.sym_min(each, block) + torch.sym_min(each, n % block), blocks",
+            "n // block * torch.sym_min(each, block), blocks",
+            "AMD-AGI/Primus-Turbo#362",
         ),
-        "blocks-masked-slots-in-between": edit(
-            "order = (~chosen_mask).to(torch.uint8).argsort(dim=-1, stable=True)",
-            "order = chosen.argsort(dim=-1, stable=True)",
+    },
+    "optimized/routing.py": {
+        "order-of-all-tokens-not-restored": edit(
+            "if mask is None or (not torch.compiler.is_compiling() and n > k):",
+            "if mask is None or not torch.compiler.is_compiling():",
             "masked rows and sentinels",
         ),
     },

@@ -66,6 +66,9 @@ EDITS: Edits = {
             "configuration",
             equivalent="all rows store the same bits at the same place",
         ),
+        "descent-kernel-zero-times-infinity": edit(
+            "tl.where(count > 0, factor, 0.0)", "factor", "fla-org/flash-linear-attention#1214"
+        ),
     },
     "optimized/kernels/capped_simplex.py": {
         "capped-kernel-mass-of-all": edit(
@@ -131,7 +134,7 @@ EDITS: Edits = {
             "stride and layout",
         ),
     },
-    "optimized/ops/solvers.py": {
+    "optimized/ops/coordinate_descent.py": {
         "descent-temperature": edit("eps_init * eps_decay**t, eps", "eps_init * eps_decay ** (t + 1), eps", "mass"),
         "descent-counts-strictly": edit(
             "counts[t] = (s >= bound).sum(-1)", "counts[t] = (s > bound).sum(-1)", "ties and signed zeros"
@@ -155,8 +158,8 @@ EDITS: Edits = {
             "    ds.masked_fill_(s >= bound[-1], 0)\n", "", "lucidrains/CoLT5-attention#8"
         ),
         "descent-carries-too-much": edit(
-            "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp() / k",
-            "da = da * counts[t] * ((a[t] - a[t - 1]) / eps_t).exp()",
+            "share = counts[t] * ((a[t] - a[t - 1]) / eps_t).exp() / k",
+            "share = counts[t] * ((a[t] - a[t - 1]) / eps_t).exp()",
             "lucidrains/CoLT5-attention#8",
         ),
         "solvers-fill-in-place": edit(
@@ -169,6 +172,12 @@ EDITS: Edits = {
             "    grad = grad.contiguous()\n    if mask is not None:\n        grad = grad.masked_fill_(~mask",
             "linkedin/Liger-Kernel#1305",
         ),
+        "descent-batching-of-the-iterates": edit('"a": 1, "counts": 1}', '"a": 0, "counts": 0}', "transforms"),
+        "descent-zero-times-infinity": edit(
+            "da = da * torch.where(counts[t] > 0, share, 0)", "da = da * share", "fla-org/flash-linear-attention#1214"
+        ),
+    },
+    "optimized/ops/capped_simplex.py": {
         "capped-equals-are-cut-off": edit("free = s <= threshold\n", "free = s < threshold\n", "ties and signed zeros"),
         "capped-count-in-float32": edit(
             "(s > threshold).sum(-1, keepdim=True).to(s.dtype)", "(s > threshold).sum(-1, keepdim=True)", "precision"
@@ -184,32 +193,35 @@ EDITS: Edits = {
             "tenstorrent/tt-metal#53204",
         ),
         "capped-threshold-differentiable": edit(
-            "    ctx.mark_non_differentiable(output[1])\n", "", "Dao-AILab/flash-attention#1817"
-        ),
-        "descent-batching-of-the-iterates": edit(
-            "(0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0)", "(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)", "transforms"
+            'gradients_of="scores",', 'gradients_of="scores threshold",', "Dao-AILab/flash-attention#1817"
         ),
     },
-    "optimized/routing.py": {
+    "optimized/ops/solver.py": {
         "mass-beyond-the-row": edit(
-            "float(min(k * options.fetch_k_ratio, logits.shape[-1]))",
-            "float(k * options.fetch_k_ratio)",
+            "float(min(k * self.ratio, logits.shape[-1]))",
+            "float(k * self.ratio)",
             "NVIDIA-NeMo/Automodel#3035",
             "mass",
         ),
+    },
+    "optimized/ops/router_logits.py": {
         "router-in-the-models-dtype": edit(
             "torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)",
             "torch.promote_types(x.dtype, tokens.dtype)",
             "precision",
         ),
         "router-under-autocast": edit(
-            "with torch.autocast(x.device.type, enabled=False):",
-            "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):",
+            "with torch.autocast(x.device.type, enabled=False):\n        if",
+            "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):\n        if",
             "precision",
         ),
         "router-masked-tokens-multiplied": edit(
             "x = x.masked_fill(~mask[..., None], 0)", "x = x * mask[..., None]", "fla-org/flash-linear-attention#77"
         ),
-        "router-cosine-unscaled": edit(" * options.cosine_sim_scale", "", "log-sum-exp and scale"),
+        "router-cosine-unscaled": edit(
+            "norms.clamp_min(1e-12)[..., None] * scale, tokens",
+            "norms.clamp_min(1e-12)[..., None], tokens",
+            "log-sum-exp and scale",
+        ),
     },
 }
