@@ -655,24 +655,21 @@ def test_packages_share_the_contract_alone() -> None:
 
 @pytest.mark.parametrize("package", ["reference", "optimized"])
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
-    """Imports in functions count; one alone goes back: `explain` asks a layer of the class that it reports on."""
+    """Imports in functions count."""
     modules = sources(package)
     needs = {}
     for name, tree in modules.items():
         taken = imported(tree)
         # `from package import module` needs the module, `from module import thing` that module.
         needs[name] = {t if t in modules else t.rpartition(".")[0] for t in taken} & modules.keys()
-    if package == "optimized":
-        needs["optimized.plan"].remove("optimized.mixture")
     while needs:
         leaves = {name for name, others in needs.items() if not others & needs.keys()}
         assert leaves, f"in circles: {needs}"
         needs = {name: others for name, others in needs.items() if name not in leaves}
 
 
-# Stages as functions of tensors, which users and the oracle call; wrappers of kernels have what their operators have.
+# Stages as functions of tensors, which users and the oracle call.
 STAGES = {"route", "routed_attention", "local_attention", "combine", "mixture_of_attention"}
-WRAPPERS = {"combine_backward", "coordinate_descent_picked_backward"}
 
 
 @pytest.mark.parametrize("package", ["reference", "optimized"])
@@ -685,8 +682,7 @@ def test_functions_take_few_arguments(package: str) -> None:
                 continue
             given = node.args
             count = len([*given.posonlyargs, *given.args, *given.kwonlyargs]) + bool(given.vararg) + bool(given.kwarg)
-            allowed = node.name in public or (name.startswith("optimized.kernels") and node.name in WRAPPERS)
-            assert count <= 10 or allowed, f"{name}: {node.name} takes {count} arguments"
+            assert count <= 10 or node.name in public, f"{name}: {node.name} takes {count} arguments"
 
 
 def jitted(decorator: ast.expr) -> str:
