@@ -147,17 +147,6 @@ def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: t
         check_identical(a, b)
 
 
-@MASKED
-@pytest.mark.parametrize("name", list(OPERATORS))
-def test_layout_changes_nothing(name: str, masked: bool, device: torch.device) -> None:
-    """f(view) = f(contiguous), also of masks and maps: of either layout, in the PyTorch form; of one, by kernels."""
-    forms = [(False, "transposed"), (False, "sliced"), *([(True, "transposed")] * masked)]
-    for triton, layout in forms:
-        samples = (Sample(masked=masked, triton=triton, layout=layout) for layout in ("contiguous", layout))
-        plain, strided = (OPERATORS[name].op(*arguments_of(name, sample, device)) for sample in samples)
-        torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
-
-
 def forms() -> Iterator[Any]:
     """Names and samples; those of variants run with the other properties of kernels, since they take long."""
     for name in OPERATORS:
