@@ -315,13 +315,36 @@ def test_gradcheck_of_whole_stages(name: str, variant: str, kernels: str, masked
     for form in forms:
 
         def call(*leaves: Tensor, form: Any = form) -> tuple[Tensor, ...]:
-            return tuple(results_of(form, operator, named | dict(zip(wrt, leaves))).values())
+            results = results_of(form, operator, named | dict(zip(wrt, leaves)))
+            if name == "routed_rows":  # see the next test
+                halves = zip(results.pop("logits").chunk(2, 1), (named["k_q"], named["k_kv"]))
+                results |= {f"logits {k}": half for half, k in halves if half.shape[-1] > k}
+            return tuple(results.values())
 
         leaves = [named[key].detach().clone().requires_grad_() for key in wrt]
         # Where its fast mode fails, gradcheck goes on to the slow one for the message: minutes of interpreted kernels.
         module = sys.modules["torch.autograd.gradcheck"]
         with mock.patch.object(module, "_run_slow_mode_and_get_error", create=True, return_value=""):
             assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+@pytest.mark.parametrize(
+    ("variant", "idle"),
+    [("", set()), ("all_queries", {"q_tokens"}), ("takes_all", {"x", "q_tokens", "kv_tokens"})],
+    ids=["both decide", "keys decide", "none decides"],
+)
+def test_logits_that_decide_nothing_pass_no_gradient_on(
+    variant: str, idle: set[str], triton: bool, device: torch.device
+) -> None:
+    """Zeros, though they depend on the routing tokens: where N <= K there is nothing to choose."""
+    operator = OPERATORS["routed_rows"]
+    named = named_arguments("routed_rows", Sample(variant=variant), device, triton=triton)
+    leaves = {key: named[key].requires_grad_() for key in ("x", "q_tokens", "kv_tokens")}
+    logits = results_of(operator, operator, named)["logits"]
+    g = draw(tuple(logits.shape), "normal", 1).to(logits)
+    found = torch.autograd.grad(logits, list(leaves.values()), g)
+    assert {key for key, gradient in zip(leaves, found) if not gradient.any()} == idle
 
 
 @MASKED
