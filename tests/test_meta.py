@@ -58,7 +58,6 @@ TOLERANCES: dict[str, str] = {
     "test_mixture.py::test_a_hook_on_each_submodule": IDENTITY,
     "test_mixture.py::test_norms_of_two_dtypes": SAME_LAYER,
     "test_mixture.py::test_more_items_than_a_grid_is_wide": SAME_LAYER,
-    "test_operators.py::test_layout_changes_nothing": IDENTITY,
     "test_operators.py::test_pytorch_form_equals_the_kernels": IDENTITY,
     "test_operators.py::test_straight_through_has_the_gradient_of_soft_scores": IDENTITY,
     "test_operators.py::check_gradient": IDENTITY,

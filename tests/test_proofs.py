@@ -21,7 +21,7 @@ from torch import Tensor
 import optimized
 import reference
 from optimized import ops
-from optimized.mixture import _combine
+from optimized.plan import Request, choose
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
@@ -228,17 +228,17 @@ def by(implementation: ModuleType, r: Routings, t: Terms, average: bool) -> dict
     leaves = {name: getattr(t, name) for name in ("y", "scores", "local", "null")}
     leaves = {name: a.clone().requires_grad_() for name, a in leaves.items() if a is not None}
     y, scores, local, null = (leaves.get(name) for name in ("y", "scores", "local", "null"))
-    logits = torch.zeros(items, 2, n, device=device)
     if implementation is reference:
+        logits = torch.zeros(items, 2, n, device=device)
         routes = reference.Routes(indices, slots, scores, logits)
         weighted = y * scores[..., None]
         out = reference.combine(
             weighted, routes, n, local=local, average_routed=average, null_routed_token=null, mask=mask
         )
     else:
-        routes = optimized.Routes(indices, slots, scores, logits)
-        inverse = ops.inverse_map(indices, slots, n)
-        out = _combine(y.transpose(0, 1), routes, inverse, local, average, null, mask, dtype)
+        routing = scores, indices, slots, ops.inverse_map(indices, slots, n)
+        triton = choose("mixture", Request(device, dtype)).triton
+        out = ops.combine(y.transpose(0, 1), *routing, local, null, mask, average, dtype, triton)
     return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), t.g)))}
 
 
