@@ -100,13 +100,16 @@ def test_layouts_of_the_cotangent(kernels: str, dtype: torch.dtype, name: str, d
 @EVERY_KERNEL
 @pytest.mark.parametrize("name", ["layer", "layer_local", "layer_cross"])
 def test_nothing_to_choose_has_gradient_zero(kernels: str, name: str, device: torch.device) -> None:
-    """Zeros exactly for the routing tokens, which took no decision, whichever subset asks for theirs."""
+    """Zeros exactly for the routing tokens, which took no decision, and for the null token, which stands in for nobody;
+    whichever subset asks for theirs.
+    """
     made = layer_stage(**{**LAYERS[name], "k_q": N, "k_kv": N})(torch.float64)
     made = replace(made, tensors={key: t.to(device) for key, t in made.tensors.items()})
     _, full = made.run(optimized, made.tensors, made.leaves)
     assert all(t is not None for t in full.values())
     zero = {leaf for leaf, t in full.items() if not t.any()}
-    assert zero == {"query_router.routing_token", "key_value_router.routing_token"}
+    idle = {"query_router.routing_token", "key_value_router.routing_token", "null_routed_token"}
+    assert zero == idle & full.keys()
     for leaf in ("query_router.routing_token", "attn.to_q.weight"):
         _, found = made.run(optimized, made.tensors, (leaf, "x"))
         for key in (leaf, "x"):

@@ -39,7 +39,7 @@ class window:
 
     def forward(a: Any) -> Any:
         turned = a.qkv[:, :, :2].clone(memory_format=torch.contiguous_format)
-        _turn(turned, False, a.triton)
+        _turn(turned, a.triton)
         out, lse = _attend(a, turned, a.qkv[:, :, 2])
         return out, turned, lse
 
@@ -77,7 +77,7 @@ class window_attention:
     def forward(a: Any) -> Any:
         batch, n, _ = a.x.shape
         qkv = F.linear(a.x, a.w_qkv).view(batch, n, 3, a.heads, a.w_out.shape[1] // a.heads)
-        _turn(qkv[:, :, :2], False, a.triton)
+        _turn(qkv[:, :, :2], a.triton)
         out, lse = _attend(a, qkv[:, :, :2], qkv[:, :, 2])
         return F.linear(out.flatten(2), a.w_out), qkv, out, lse
 
@@ -114,12 +114,11 @@ class window_attention:
         return 2 * batch * n * projections + before * attention
 
 
-def _turn(qk: Tensor, transposed: bool, triton: bool) -> None:
-    """Queries and keys (B, N, 2, H, d) rotated in place, in one launch; tables made anew: cheaper than to keep."""
+def _turn(qk: Tensor, triton: bool) -> None:
+    """Queries and keys (B, N, 2, H, d) rotated in place, in one launch."""
     batch, n, _, heads, dim = qk.shape
     both = qk.as_strided((batch, n, 2 * heads, dim), (qk.stride(0), qk.stride(1), dim, 1), qk.storage_offset())
-    wide = torch.promote_types(qk.dtype, torch.float32)
-    rotate_into(both, both, (*rotary_tables(n, dim, qk.device, wide, triton), None), transposed, triton)
+    rotate_into(both, both, (*_tables(both, triton), None), False, triton)
 
 
 def _attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,12 +139,19 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
     dq, dk, dv = dqkv.unbind(2)
     if a.backend.startswith(banded.PREFIX):
         band = banded.Band(a.window, a.causal, a.mask)
-        dq.copy_(banded.backward(library, dout, (q, k, v), (a.out, a.lse), band, (dk, dv)))
+        turned = banded.backward(library, dout, (q, k, v), (a.out, a.lse), band, (dk, dv))
     else:
         results = a.out, a.lse, calls.state_of(library, q, k, 0.0)
-        dq.copy_(calls.backward(library, dout, (q, k, v), results, _setting(a, v), (dk, dv)))
-    _turn(dqkv[:, :, :2], True, a.triton)
+        turned = calls.backward(library, dout, (q, k, v), results, _setting(a, v), (dk, dv))
+    tables = *_tables(v, a.triton), None
+    rotate_into(dq, turned, tables, True, a.triton)
+    rotate_into(dk, dk, tables, True, a.triton)
     return dqkv
+
+
+def _tables(v: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+    """Made anew in either direction: cheaper than to keep."""
+    return rotary_tables(v.shape[1], v.shape[-1], v.device, torch.promote_types(v.dtype, torch.float32), triton)
 
 
 def _setting(a: Any, v: Tensor) -> Setting:
