@@ -250,6 +250,37 @@ def test_backends_are_chosen_once_for_a_kind_of_call(
         assert sorted(asked) == sorted(optimized.backends())
 
 
+def test_stages_are_asked_for_what_the_call_needs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys to hide and dropout, each by the stage that has them: a library that can't would ignore them."""
+    asked: dict[str, plan.Request] = {}
+    choose = plan.choose
+
+    def noting(stage: str, request: plan.Request) -> plan.Backend:
+        asked[stage] = request
+        return choose(stage, request)
+
+    monkeypatch.setattr(plan, "choose", noting)
+    monkeypatch.setattr(plan, "_plans", {})
+    layer, x = build(optimized, LOCAL, device, dropout=0.5), inputs(LOCAL, device)
+    crossed = build(optimized, CASE, device, dropout=0.5).train()
+    shown = {name: torch.ones(x.shape[:2], dtype=torch.bool, device=device) for name in ("mask", "context_mask")}
+    mask, context_mask = ({name: value} for name, value in shown.items())
+    _, routes = layer(x, return_routes=True)
+    for module, given, routed, local in (
+        (layer, {}, (False, 0.0), False),
+        (layer, mask, (True, 0.0), True),
+        (layer, {"routes": routes}, (True, 0.0), False),
+        (crossed, {"context": x} | mask, (False, 0.5), None),
+        (crossed, {"context": x} | context_mask, (True, 0.5), None),
+    ):
+        asked.clear()
+        plan._plans.clear()
+        module(x, **given)
+        assert (asked["routed_attention"].masked, asked["routed_attention"].dropout) == routed
+        found = asked.get("local_attention")
+        assert (found and found.masked) == local
+
+
 def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the layer; modules look at device and dtype beside parameters of their own, and at nothing else."""
     layer, x = on_path(path, device), inputs(LOCAL, device)
