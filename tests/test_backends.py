@@ -139,12 +139,25 @@ def test_explain_prints_an_aligned_table(device: torch.device) -> None:
         optimized.explain(layer, inputs(CASE, device), maks=None)
 
 
+class Weight(nn.Parameter):
+    """As quantization makes them: what its numbers mean, its class knows."""
+
+
 ATTACHED = {  # attachment to a layer: what `explain` says of it
     "pre-hook": (lambda m: m.attn.to_q.register_forward_pre_hook(lambda *_: None), "attn.to_q has a forward pre-hook"),
     "hook": (lambda m: m.query_router.register_forward_hook(lambda *_: None), "query_router has a forward hook"),
     "backward hook": (
         lambda m: m.attn.context_norm.register_full_backward_hook(lambda *_: None),
         "attn.context_norm has a backward hook",
+    ),
+    "backward pre-hook": (
+        lambda m: m.attn.to_kv.register_full_backward_pre_hook(lambda *_: None),
+        "attn.to_kv has a backward pre-hook",
+    ),
+    "bias": (lambda m: setattr(m.attn.to_q, "bias", nn.Parameter(m.attn.to_q.weight[:, 0, 0])), "attn.to_q has a bias"),
+    "weight of another class": (
+        lambda m: setattr(m.attn.to_q, "weight", Weight(m.attn.to_q.weight.detach())),
+        "attn.to_q has a weight of class Weight",
     ),
     "replaced module": (
         lambda m: setattr(m.local_attn, "to_out", nn.Sequential(m.local_attn.to_out)),
@@ -172,6 +185,19 @@ def test_explain_tells_why_modules_are_called(name: str, device: torch.device) -
     attach, reason = ATTACHED[name]
     attach(layer)
     assert optimized.explain(layer, x).path == reason
+
+
+def test_a_hook_of_all_modules_sees_each(device: torch.device) -> None:
+    layer, x = build(optimized, LOCAL, device), inputs(LOCAL, device)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        assert "query_router meets a hook of all modules" in optimized.explain(layer, x).path
+        layer(x)
+    finally:
+        handle.remove()
+    assert {*map(id, seen)} == {*map(id, layer.modules())}
+    assert optimized.explain(layer, x).path == "fused"
 
 
 def test_explain_tells_which_calls_are_not_fused(device: torch.device) -> None:
