@@ -74,6 +74,10 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
         view = buffer[..., 1 : 1 + 2 * t.shape[-1] : 2]
         view.copy_(t)
         return view
+    if layout == "gapped":
+        view = torch.full((*t.shape[:-1], t.shape[-1] + 1), float("nan"), dtype=t.dtype, device=t.device)[..., :-1]
+        view.copy_(t)
+        return view
     if layout == "expanded" and t.shape[0] > 1:
         return t[:1].expand_as(t)
     if layout == "unaligned":

@@ -285,7 +285,7 @@ def test_queries_beyond_a_program(kernels: str, device: torch.device) -> None:
     compare_with_the_definition(case, "math", kernels, torch.float64, device)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "unaligned"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "unaligned", "gapped"])
 def test_a_backend_is_handed_rows_that_it_can_load(
     layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

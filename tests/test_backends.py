@@ -139,12 +139,25 @@ def test_explain_prints_an_aligned_table(device: torch.device) -> None:
         optimized.explain(layer, inputs(CASE, device), maks=None)
 
 
+class Weight(nn.Parameter):
+    """As quantization makes them: what its numbers mean, its class knows."""
+
+
 ATTACHED = {  # attachment to a layer: what `explain` says of it
     "pre-hook": (lambda m: m.attn.to_q.register_forward_pre_hook(lambda *_: None), "attn.to_q has a forward pre-hook"),
     "hook": (lambda m: m.query_router.register_forward_hook(lambda *_: None), "query_router has a forward hook"),
     "backward hook": (
         lambda m: m.attn.context_norm.register_full_backward_hook(lambda *_: None),
         "attn.context_norm has a backward hook",
+    ),
+    "backward pre-hook": (
+        lambda m: m.attn.to_kv.register_full_backward_pre_hook(lambda *_: None),
+        "attn.to_kv has a backward pre-hook",
+    ),
+    "bias": (lambda m: setattr(m.attn.to_q, "bias", nn.Parameter(m.attn.to_q.weight[:, 0, 0])), "attn.to_q has a bias"),
+    "weight of another class": (
+        lambda m: setattr(m.attn.to_q, "weight", Weight(m.attn.to_q.weight.detach())),
+        "attn.to_q has a weight of class Weight",
     ),
     "replaced module": (
         lambda m: setattr(m.local_attn, "to_out", nn.Sequential(m.local_attn.to_out)),
@@ -248,6 +261,37 @@ def test_backends_are_chosen_once_for_a_kind_of_call(
         with optimized.use_backends(routed_attention="math"):
             layer(x)
         assert sorted(asked) == sorted(optimized.backends())
+
+
+def test_stages_are_asked_for_what_the_call_needs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys to hide and dropout, each by the stage that has them: a library that can't would ignore them."""
+    asked: dict[str, plan.Request] = {}
+    choose = plan.choose
+
+    def noting(stage: str, request: plan.Request) -> plan.Backend:
+        asked[stage] = request
+        return choose(stage, request)
+
+    monkeypatch.setattr(plan, "choose", noting)
+    monkeypatch.setattr(plan, "_plans", {})
+    layer, x = build(optimized, LOCAL, device, dropout=0.5), inputs(LOCAL, device)
+    crossed = build(optimized, CASE, device, dropout=0.5).train()
+    shown = {name: torch.ones(x.shape[:2], dtype=torch.bool, device=device) for name in ("mask", "context_mask")}
+    mask, context_mask = ({name: value} for name, value in shown.items())
+    _, routes = layer(x, return_routes=True)
+    for module, given, routed, local in (
+        (layer, {}, (False, 0.0), False),
+        (layer, mask, (True, 0.0), True),
+        (layer, {"routes": routes}, (True, 0.0), False),
+        (crossed, {"context": x} | mask, (False, 0.5), None),
+        (crossed, {"context": x} | context_mask, (True, 0.5), None),
+    ):
+        asked.clear()
+        plan._plans.clear()
+        module(x, **given)
+        assert (asked["routed_attention"].masked, asked["routed_attention"].dropout) == routed
+        found = asked.get("local_attention")
+        assert (found and found.masked) == local
 
 
 def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

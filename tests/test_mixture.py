@@ -722,6 +722,24 @@ def test_a_hook_on_each_submodule(kernels: str, case: LayerCase, hooked: Callabl
 
 
 @BOTH
+@pytest.mark.parametrize("hook", [False, True])
+def test_all_tokens_are_returned_in_order(implementation: ModuleType, hook: bool, device: torch.device) -> None:
+    """Masked ones between the others, on either path; the experts have valid ones first."""
+    case = replace(CASE, k_q=60, k_kv=60, mask="random")
+    layer = build(implementation, case, device)
+    if hook:
+        layer.query_router.register_forward_hook(lambda *_: None)
+    given = {name: t.to(device) for name, t in case.inputs().items()}
+    _, routes = layer(**given, return_routes=True)
+    mask = given["mask"][:, None].expand(-1, case.experts, -1)
+    assert not mask.all()
+    for r in routes:
+        check_identical(r.indices, torch.arange(case.n, device=device).expand_as(mask).contiguous())
+        check_identical(r.mask, mask.contiguous())
+        check_identical(r.scores, mask.to(r.scores.dtype))
+
+
+@BOTH
 @pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, k_q=60, k_kv=60)], ids=["routed", "local", "all"])
 def test_injected_routes_give_routing_tokens_a_gradient_of_zeros(
     implementation: ModuleType, case: LayerCase, device: torch.device
