@@ -15,9 +15,9 @@ import torch
 from optimized.plan import Request, obstacle
 from optimized.prove.kernels import Compared, compare_kernels
 from optimized.prove.setup import Setup
-from optimized.prove.text import MIN_TOKENS
 
 CHILD = "from optimized.prove.interpreter import interpret; interpret()"
+EXCERPT = 96  # tokens: several blocks of every kernel, more than the default window, and no longer than the rest takes
 CHILD_SECONDS = 120  # far more than it takes: it hangs
 
 
@@ -25,11 +25,10 @@ def run_kernels(setup: Setup) -> tuple[str, list[Compared], str | None]:
     """Where and on what our kernels ran, what was found, and what went wrong with the run itself."""
     if obstacle("routing", "triton", Request(setup.device, torch.float64)) is None:
         return f"compiled, all {setup.x.shape[1]} tokens", compare_kernels(setup), None
-    excerpt = min(MIN_TOKENS, max(640 // setup.arguments["num_experts"], 64))
-    slots = dict.fromkeys(("num_routed_queries", "num_routed_key_values"), excerpt // 8)
-    x, cotangent = setup.x[:, :excerpt], setup.cotangent[:, :excerpt]
+    slots = dict.fromkeys(("num_routed_queries", "num_routed_key_values"), EXCERPT // 8)
+    x, cotangent = setup.x[:, :EXCERPT], setup.cotangent[:, :EXCERPT]
     small = replace(setup, arguments=setup.arguments | slots, x=x, cotangent=cotangent, device=torch.device("cpu"))
-    where = f"in Triton's interpreter, an excerpt: the first {excerpt} tokens, {excerpt // 8} slots"
+    where = f"in Triton's interpreter, an excerpt: the first {EXCERPT} tokens, {EXCERPT // 8} slots"
     why_not = obstacle("routing", "triton_interpreted", Request(small.device, torch.float64))
     if why_not is None:
         return where, compare_kernels(small), None
