@@ -130,7 +130,7 @@ def without(*names: str) -> Callable[[Given], Given]:
 
 def routed(layer: MixtureOfAttention, given: Given) -> bool:
     """Whether there is a choice of queries."""
-    return given["x"].shape[1] > (given.get("num_routed_queries") or layer.num_routed_queries)
+    return given["x"].shape[1] > (given.get("num_routed_queries") or layer.config.num_routed_queries)
 
 
 # Interface
@@ -286,20 +286,20 @@ def outputs_grow_with_the_batch(out: Tensor, given: Given, layer: Any) -> Tensor
 def local_attention_is_thrown_away(layer: MixtureOfAttention, arguments: Arguments) -> None:
     """Where N <= K."""
     if layer.local_attn is not None:
-        k = layer.num_routed_queries
+        k = layer.config.num_routed_queries
         layer.local_attn.register_forward_hook(lambda _, args, out: out * 0 if out.shape[1] <= k else out)
 
 
 @breaks("experts_are_summed_where_all_tokens_are_routed", why="mixture-of-attention 0.0.25 (4)").output
 def experts_are_averaged_unasked(out: Tensor, given: Given, layer: Any) -> Tensor:
     """Where N <= K."""
-    return out if layer.average_routed or routed(layer, given) else out / layer.num_experts
+    return out if layer.config.average_routed or routed(layer, given) else out / layer.config.num_experts
 
 
 @breaks("average_routed_divides_by_the_number_of_terms", why="combination").output
 def the_mean_counts_one_expert_too_few(out: Tensor, given: Given, layer: Any) -> Tensor:
-    asked = layer.average_routed and not routed(layer, given)
-    return out * layer.num_experts / max(layer.num_experts - 1, 1) if asked else out
+    asked = layer.config.average_routed and not routed(layer, given)
+    return out * layer.config.num_experts / max(layer.config.num_experts - 1, 1) if asked else out
 
 
 @breaks("tokens_of_no_expert_become_the_null_token", why="combination").arguments
@@ -472,7 +472,7 @@ def refuse_half(given: Given) -> None:
 
 @breaks("every_dtype", why="precision").arguments
 def half_precision_raises(given: Given, layer: Any) -> None:
-    if layer.local_attn is None and not layer.average_routed:
+    if layer.local_attn is None and not layer.config.average_routed:
         refuse_half(given)
 
 
@@ -484,7 +484,7 @@ def half_precision_raises_with_local_attention(given: Given, layer: Any) -> None
 
 @breaks("every_dtype_with_average_routed", why="precision").output
 def the_mean_is_float32(out: Tensor, given: Given, layer: Any) -> Tensor:
-    return out.to(torch.promote_types(out.dtype, torch.float32)) if layer.average_routed else out
+    return out.to(torch.promote_types(out.dtype, torch.float32)) if layer.config.average_routed else out
 
 
 # Calls
