@@ -6,6 +6,7 @@ and `python -m tests.benchmarks --device cpu --out tests/reports/benchmarks-cpu.
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import textwrap
@@ -385,6 +386,7 @@ def render(reports: list[Report], docs: Path, readme: Path) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     reports = load(REPORTS)
     if not reports:
         print("expected tests/reports/benchmarks-*.json, written by python -m tests.benchmarks --out FILE")

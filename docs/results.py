@@ -7,6 +7,7 @@ first picture: `python -m tests.bands`.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def draw_properties(axis: Axes, name: str, report: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     reports = load()
     write_between(ROOT / "README.md", "worst", table(reports))
     draw(reports, read(REPORTS / "bands-cpu.json"))

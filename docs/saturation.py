@@ -5,6 +5,7 @@ Run from the repository root.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,6 +18,7 @@ SPREADS = {1.0: "tab:blue", 8.0: "tab:orange", 32.0: "tab:red"}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     unit = torch.randn(1, 1, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     iterations = [*range(1, 31), 35, 40, 50, 70, 100, 150, 200, 300, 500, 1000]
