@@ -169,8 +169,9 @@ class MixtureOfAttention(nn.Module):
         plan = bind(self._kind(call))
         if plain(self.attn, RoutedAttention) is None:
             self.attn.check_input(x)
-        if self.null_routed_token is not None:
-            contract.ordinary("null_routed_token", self.null_routed_token)
+        null = self.null_routed_token  # read once: a parametrization computes it
+        if null is not None:
+            contract.ordinary("null_routed_token", null)
         fused = self._obstacle_to_fusion(call, plan) is None
         if fused:
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
@@ -187,7 +188,6 @@ class MixtureOfAttention(nn.Module):
             own = {"plan": plan} if _is(self.local_attn, LocalAttention) else {}
             local = self.local_attn(x, mask, **own)
         routing = q_routes.scores, q_routes.indices, q_routes.mask, inverse
-        null = self.null_routed_token
         out = ops.combine(y, *routing, local, null, mask, self.config.average_routed, x.dtype, plan.mixture)
         if not return_routes:
             return out

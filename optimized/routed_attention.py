@@ -243,10 +243,11 @@ class RoutedAttention(nn.Module):
         unit_scores: bool,
     ) -> Float[Tensor, "E B Kq D"]:
         """The same from gathered and normalised rows. kv_routes: valid slots first where plan.masked."""
-        contract.ordinary("null_kv", self.null_kv)
+        null_kv = self.null_kv  # read once: a parametrization computes it
+        contract.ordinary("null_kv", null_kv)
         keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self._probability()
         if self.obstacle_to_fusion() is None:
-            parameters = self.to_q.weight, self.to_kv.weight, self.to_out.weight, self.null_kv
+            parameters = self.to_q.weight, self.to_kv.weight, self.to_out.weight, null_kv
             return _fused(queries, keys_values, parameters, keys, dropout, unit_scores, plan)
         heads = (self.heads, self.dim_head)
         q = _project(self.to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
@@ -255,7 +256,7 @@ class RoutedAttention(nn.Module):
             q = ops.rotary(q, keys.cos, keys.sin, keys.q_positions, False, plan.dispatch)
             k = ops.rotary(k, keys.cos, keys.sin, keys.k_positions, False, plan.dispatch)
         v = (v * keys.scores.transpose(0, 1).flatten(0, 1)[..., None, None]).to(v.dtype)
-        null_k, null_v = self.null_kv.to(plan.dtype).squeeze(3).unbind(0)
+        null_k, null_v = null_kv.to(plan.dtype).squeeze(3).unbind(0)
         out = ops.attention(
             q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
         )[0]

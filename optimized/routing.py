@@ -83,7 +83,7 @@ def _deciding(logits: Tensor, k: int) -> Tensor:
     """The logits, which pass no gradient on where they decide nothing, N <= K; by arithmetic where N is symbolic."""
     n = logits.shape[-1]
     if torch.compiler.is_compiling():
-        return _Times.apply(logits, torch.sym_min(torch.sym_max(n - k, 0), 1))
+        return _Times.apply(logits, min(max(n - k, 0), 1))
     return logits if n > k else logits.detach()
 
 
@@ -111,7 +111,7 @@ def in_order(routes: Routes, mask: Tensor | None) -> Routes:
     n, k = routes.logits.shape[-1], routes.indices.shape[-1]
     if mask is None or (not torch.compiler.is_compiling() and n > k):
         return routes
-    later = n * torch.sym_min(1, n - k)
+    later = n * min(1, n - k)
     order = (routes.indices + ~routes.mask * later).argsort(-1)
     return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
 

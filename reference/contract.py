@@ -190,7 +190,7 @@ def routes(argument: str, value: Any, batch: int, experts: int, n: int, beside: 
     The last two read the indices; where these hold no data that can be read (`_holds_data`), they are the caller's
     promise.
     """
-    if not (isinstance(value, tuple) and len(value) == 4 and hasattr(type(value), "load")):
+    if not (isinstance(value, Routes)):
         reject(argument, "Routes(indices, mask, scores, logits)", describe(value), TypeError)
     indices, mask, scores, _ = value
     tensor(f"{argument}.indices", indices, batch, experts, "K", dtypes=(torch.int64,), beside=beside)

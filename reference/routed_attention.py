@@ -167,7 +167,7 @@ class ExpertProjection(nn.Conv1d):
     class. Computed as a batched matrix product, the same in less time, unless it is wider, strided or padded.
     """
 
-    def forward(self, input: Float[Tensor, "B E*in K"]) -> Float[Tensor, "B E*out K"]:  # noqa: A002, as nn.Conv1d
+    def forward(self, input: Float[Tensor, "B EI K"]) -> Float[Tensor, "B EO K"]:  # noqa: A002, as nn.Conv1d
         if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
             return super().forward(input)
         weight, bias = self.weight, self.bias  # read once: a parametrization computes them

@@ -120,7 +120,9 @@ class Inputs:
         """Sums of so many terms, whose absolute values sum to `terms`, through a dozen roundings more."""
         last = torch.finfo(stored or self.dtype)
         rounded = last.eps * (value.double().abs() + last.smallest_normal)
-        return Truth(value, (count + 12) / 2 * self.eps * terms + rounded)
+        roundings = (count + 12) / 2 * self.eps * terms
+        # In float64 the truth rounds, too.
+        return Truth(value, roundings * (2 if self.dtype == torch.float64 else 1) + rounded)
 
 
 class Case(NamedTuple):

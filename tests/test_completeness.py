@@ -59,7 +59,7 @@ def order_of_sums(name: str, leaf: str, tensors: dict[str, Tensor], out: Tensor,
 @DTYPES
 @EVERY_KERNEL
 def test_subsets_of_requires_grad(kernels: str, dtype: torch.dtype, name: str, device: torch.device) -> None:
-    """Bit for bit: what is left out of a backward changes no sum of what is in it."""
+    """Bit for bit, by our kernels: what is left out of a backward changes no sum of what is in it."""
     made = stage(name, dtype, device)
     out, full = made.run(optimized, made.tensors, made.leaves)
     assert all(t is not None and t.any() and t.isfinite().all() for t in full.values())
@@ -67,7 +67,10 @@ def test_subsets_of_requires_grad(kernels: str, dtype: torch.dtype, name: str, d
         again, found = made.run(optimized, made.tensors, wanted)
         check_identical(again, out)
         for leaf in wanted:
-            check_gradient(f"{leaf} of {wanted}", found[leaf], full[leaf], made.tensors[leaf])
+            slack = None
+            if (device.type, kernels) == ("cuda", "torch"):  # cuBLAS chooses by where its inputs happen to lie
+                slack = 8 * torch.finfo(full[leaf].dtype).eps * full[leaf].abs().max()
+            check_gradient(f"{leaf} of {wanted}", found[leaf], full[leaf], made.tensors[leaf], slack)
 
 
 def cotangents(out: Tensor) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ def test_rows(kernels: str, solver: str, sizes: Sizes, kernel_names: set[str], d
             found = [t[-1:].clone() for t in groups[0]]
             del groups
             saved = coordinate_descent.coordinate_descent(s, None, k * 1.125, 6, *EPSILONS)
-            found += [saved[0][-1:].clone(), *(t[:, -1:].clone() for t in saved[1:])]
+            found += [saved[0][-1:].clone(), torch.cat([t[:, -1:] for t in saved[1:]])]  # counts may be 0
             out = coordinate_descent.coordinate_descent_backward(grad, s, None, *saved, k * 1.125, *EPSILONS)
         runs.append([*found, out[-1:].clone()])
         del s, grad, saved, out

@@ -22,6 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
+import optimized
 import reference
 from reference import contract
 
@@ -282,8 +283,8 @@ def test_norms_round_once(implementation: ModuleType, device: torch.device, dtyp
         wide, gamma = rows["before"].double(), norm.gamma.squeeze(-1).double()
         gamma = gamma[:, None, None] if implementation is not reference else gamma[:, None]
         expected = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * D**0.5 * gamma
-        error = (rows["after"].double() - expected).abs() / expected.abs()
-        assert error.max() < torch.finfo(dtype).eps / 2 * 1.01, norm
+        error = (rows["after"].double() - expected).abs()
+        assert (error <= torch.finfo(dtype).eps / 2 * 1.01 * expected.abs()).all(), norm
 
 
 class Doubled(Tensor):
@@ -531,7 +532,8 @@ def test_tensors_without_data(
         assert functional_call(layer, fake, (mode.from_tensor(x),), made).shape == x.shape
     away = copy.deepcopy(layer).to("meta")
     made = {"routes": [type(r)(*(t.to("meta") for t in r)) for r in keywords["routes"]]} if injected else {}
-    assert away(x.to("meta"), **made).is_meta
+    with optimized.use_backends(**dict.fromkeys(optimized.backends())):  # a kernel that was asked for can't run there
+        assert away(x.to("meta"), **made).is_meta
     call = state, x, keywords
     for mode_name in ("real", "fake", "symbolic"):
         traced = make_fx(lambda state, *given: functional_call(layer, state, *given), tracing_mode=mode_name)(*call)
@@ -582,6 +584,7 @@ def test_checks_of_a_call_leave_its_sizes_free(strict: bool) -> None:
     assert graphs.frame_count == 1
 
 
+@pytest.mark.cpu
 @BOTH
 def test_distributed_tensors_are_refused(implementation: ModuleType) -> None:
     import torch.distributed as dist

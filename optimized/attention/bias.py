@@ -23,5 +23,5 @@ def bias(q: Tensor, k: Tensor, visible: Visible, aligned_to: int = 1) -> Tensor 
         seen = mask if seen is None else mask & seen
     if seen is None:
         return None
-    nothing, hidden = (torch.tensor(value, dtype=q.dtype, device=q.device) for value in (0.0, -math.inf))
-    return torch.where(seen, nothing, hidden)[:, None, :, :keys]
+    # Filled, not chosen from two numbers: those would be copied from the host, which no CUDA graph allows.
+    return q.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)[:, None, :, :keys]
