@@ -58,6 +58,8 @@ def sizes(n: int, k: int, block: int | None) -> tuple[int, int]:
     takes_all = torch.sym_min(k // torch.sym_max(n, 1), 1)  # 1 where N <= K, 0 else
     each = torch.sym_max((k + blocks - 1) // blocks, block * takes_all)
     slots = n // block * torch.sym_min(each, block) + torch.sym_min(each, n % block)
-    # Never less than min(K, N, 2), which is said for who traces: PyTorch can't tell from the sum that it is not 0 or 1.
-    least = torch.sym_min(torch.sym_min(k, n), 2)
+    if not (isinstance(k, int) and isinstance(block, int)):
+        return slots, blocks
+    # Never less than min(K, N, 2), which is said for an export: PyTorch can't tell from the sum that it is not 0 or 1.
+    least = torch.sym_min(n, min(k, 2))
     return least + torch.sym_max(slots - least, 0), blocks

@@ -43,7 +43,25 @@ OPTIONS = {
     "cross": Option({"dim_context": DIM_CONTEXT}, ("context", "mask", "context_mask")),
     "average": Option({"average_routed": True, "prenorm": False}),
     "learned": Option({"learned_routing_tokens": True}, ("query_routing_tokens", "key_value_routing_tokens")),
+    "many": Option(
+        {
+            "cosine_sim_routing": True,
+            "solver": "exact",
+            "straight_through": False,
+            "average_routed": True,
+            "prenorm": False,
+        },
+        ("rotary_emb", "mask"),
+    ),
 }
+COMPILED = (
+    "default",
+    "many",
+    "blocks",
+    "local mask",
+    "cross",
+    "learned",
+)  # every option, in few: a graph takes seconds
 
 
 def package_of(name: str) -> ModuleType:

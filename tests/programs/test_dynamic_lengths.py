@@ -12,6 +12,7 @@ import pytest
 import torch
 from harness import check
 from programs.layers import (
+    COMPILED,
     K_KV,
     K_Q,
     OPTIONS,
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # Below, at and above the K of either router and its multiple by fetch_k_ratio, a window, a block.
 LENGTHS = (17, 2, WINDOW, K_Q, K_Q + 1, K_KV, 8, 9, 33)
-LONG_FIRST = [(option, LENGTHS) for option in OPTIONS]
-SHORT_FIRST = [(option, (3, *LENGTHS)) for option in ("default", "local mask", "cross")]
+LONG_FIRST = [(option, LENGTHS) for option in COMPILED]
+SHORT_FIRST = [(option, (3, *LENGTHS)) for option in ("default", "local mask")]
 
 
 @pytest.fixture

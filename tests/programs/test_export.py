@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs.layers import K_KV, K_Q, OPTIONS, WINDOW, Option, assert_same, call_of, layer_of
+from programs.layers import COMPILED, K_KV, K_Q, OPTIONS, WINDOW, Option, assert_same, call_of, layer_of
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -32,8 +32,8 @@ def exported(layer: nn.Module, option: Option, n: int, least: int = 2) -> Export
     return export(layer, (), given, dynamic_shapes={name: sizes[name] for name in given})
 
 
-LONG = [(option, 12) for option in OPTIONS]
-SHORT = [(option, 3) for option in ("default", "local mask", "cross")]  # from which nothing is chosen
+LONG = [(option, 12) for option in COMPILED]
+SHORT = [(option, 3) for option in ("default", "local mask")]  # from which nothing is chosen
 
 
 @pytest.mark.parametrize(("option", "example"), LONG + SHORT)
