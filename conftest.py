@@ -414,7 +414,7 @@ def write_report(
     reporter: Any,
     rows: list[dict[str, Any]],
     seconds: dict[str, float],
-    made: Counter[str],
+    graphs: Counter[str],
 ) -> None:
     worst: dict[str, float] = {}
     for row in rows:
@@ -426,7 +426,7 @@ def write_report(
         "outcomes": outcomes,
         "seconds": round(time.time() - _start_time(reporter), 1),
         "cpu_seconds_by_file": {file: round(taken, 1) for file, taken in sorted(seconds.items())},
-        "compilations": dict(made),
+        "compilations": dict(graphs),
         "examples": sum(row["examples"] for row in rows),
         "worst_fraction": {key: round(value, 4) for key, value in sorted(worst.items())},
         "properties": [{**r, "seconds": round(r["seconds"], 2)} for r in rows],

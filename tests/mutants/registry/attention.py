@@ -196,10 +196,10 @@ EDITS: Edits = {
             "thu-ml/SpargeAttn#124",
         ),
         "bias-finite-sentinel": edit(
-            "for value in (0.0, -math.inf))", "for value in (0.0, -50.0))", "flashinfer-ai/flashinfer#4401"
+            "masked_fill_(~seen, -math.inf)", "masked_fill_(~seen, -50.0)", "flashinfer-ai/flashinfer#4401"
         ),
         "bias-large-finite-sentinel": edit(
-            "for value in (0.0, -math.inf))", "for value in (0.0, -1e4))", "flashinfer-ai/flashinfer#4401"
+            "masked_fill_(~seen, -math.inf)", "masked_fill_(~seen, -1e4)", "flashinfer-ai/flashinfer#4401"
         ),
     },
     "optimized/routed_attention.py": {

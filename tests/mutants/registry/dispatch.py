@@ -57,7 +57,7 @@ EDITS: Edits = {
             "shawntan/scattermoe#12",
         ),
         "operator-all-results-differentiable": edit(
-            "ctx.mark_non_differentiable(*(t for name, t in results.items() if name not in self.gradients_of))",
+            "ctx.mark_non_differentiable(*(t for t, has in zip(results, self._has_gradient) if not has))",
             "pass",
             "Dao-AILab/flash-attention#1817",
         ),
@@ -116,7 +116,7 @@ EDITS: Edits = {
             "AMD-AGI/Primus-Turbo#362",
         ),
         "rotate-by-slot": edit(
-            "at = slice(None) if positions is None else positions", "at = slice(t.shape[1])", "rotary"
+            "at = slice(t.shape[1]) if positions is None else positions", "at = slice(t.shape[1])", "rotary"
         ),
         "rotate-other-half-negated": edit(
             "torch.addcmul(t1 * cos1, t2, sin1, value=-1), torch.addcmul(t2 * cos2, t1, sin2)",
@@ -128,7 +128,7 @@ EDITS: Edits = {
         "norm-floor-added": edit(".clamp_min(1e-12)", ".add(1e-6)", "precision"),
         "norm-gamma-of-expert-0": edit("scale[:, None, None]", "scale[:1, None, None]", "BobMcDear/attorch#14"),
         "norm-gamma-without-gradient": edit(
-            "scale = self.gamma.squeeze(-1)", "scale = self.gamma.detach().squeeze(-1)", "unslothai/unsloth#4533"
+            "scale = gamma.squeeze(-1)", "scale = gamma.detach().squeeze(-1)", "unslothai/unsloth#4533"
         ),
         "rotate-tables-in-the-models-dtype": edit(
             "angles.cos().to(wide), angles.sin().to(wide)",

@@ -185,7 +185,7 @@ EDITS: Edits = {
             "mass",
         ),
         "rows-gradient-of-logits-dropped": edit(
-            "solver.picked_backward(grads, inverses, g.logits,",
+            "solver.picked_backward(grads, inverses, own,",
             "solver.picked_backward(grads, inverses, None,",
             "Dao-AILab/flash-attention#1817",
         ),
@@ -200,7 +200,7 @@ EDITS: Edits = {
             "straight-through",
         ),
         "rows-gradient-of-logits-dropped-by-pytorch": edit(
-            "return dlogits if g.logits is None else dlogits.add_(g.logits)",
+            "return dlogits if own is None else dlogits.add_(own)",
             "return dlogits",
             "Dao-AILab/flash-attention#1817",
         ),
@@ -238,7 +238,11 @@ EDITS: Edits = {
             "triton-lang/triton#5660",
             "causality",
         ),
-        "window-operator-not-rotated-back": edit("    _turn(dqkv[:, :, :2], True, a.triton)\n", "", "rotary"),
+        "window-operator-not-rotated-back": edit(
+            "rotate_into(dq, turned, tables, True, a.triton)",
+            "rotate_into(dq, turned, tables, False, a.triton)",
+            "rotary",
+        ),
     },
     "optimized/ops/solver.py": {
         "both-routers-mass-not-capped": edit(

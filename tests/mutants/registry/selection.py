@@ -127,8 +127,8 @@ EDITS: Edits = {
             "tail mask",
         ),
         "blocks-tail-without-slots-in-the-fake": edit(
-            "n // block * torch.sym_min(each, block) + torch.sym_min(each, n % block), blocks",
-            "n // block * torch.sym_min(each, block), blocks",
+            "slots = n // block * torch.sym_min(each, block) + torch.sym_min(each, n % block)",
+            "slots = n // block * torch.sym_min(each, block)",
             "AMD-AGI/Primus-Turbo#362",
         ),
     },
