@@ -192,7 +192,10 @@ class MixtureOfAttention(nn.Module):
         if not return_routes:
             return out
         if fused:  # whose operator has valid slots first, always
-            q_routes, kv_routes = in_order(q_routes, mask), in_order(kv_routes, mask)
+            q_routes, kv_routes = (
+                in_order(q_routes, mask, call.queries.k),
+                in_order(kv_routes, mask, call.keys_values.k),
+            )
         return out, (q_routes, kv_routes)
 
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:

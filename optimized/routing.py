@@ -45,7 +45,8 @@ def route(
     contract.route_input(x, tokens, k, mask, random_route, generator)
     keys = _random_keys(x, tokens, generator) if random_route else None
     triton = bind(Kind(x.device, x.dtype, ("routing",))).routing
-    return in_order(_route(x, tokens, contract.positive_int("k", k), mask, options, keys, triton), mask)
+    k = contract.positive_int("k", k)
+    return in_order(_route(x, tokens, k, mask, options, keys, triton), mask, k)
 
 
 def _random_keys(x: Tensor, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -103,15 +104,15 @@ def solver_of(options: RouterOptions) -> ops.Solver:
     )
 
 
-def in_order(routes: Routes, mask: Tensor | None) -> Routes:
-    """Where all tokens are taken: in their order, masked ones between the others. Else valid slots first, as they are.
+def in_order(routes: Routes, mask: Tensor | None, k: int) -> Routes:
+    """Where there is nothing to choose, N <= K: all tokens in their order. Else valid slots first, as they are.
 
     By arithmetic, not by a branch, where the number of tokens may be symbolic.
     """
-    n, k = routes.logits.shape[-1], routes.indices.shape[-1]
+    n = routes.logits.shape[-1]
     if mask is None or (not torch.compiler.is_compiling() and n > k):
         return routes
-    later = n * min(1, n - k)
+    later = n * min(max(n - k, 0), 1)
     order = (routes.indices + ~routes.mask * later).argsort(-1)
     return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
 
@@ -236,7 +237,7 @@ class Router(nn.Module):
             assert tokens is not None
             keys = _random_keys(x, tokens, generator) if random_route else None
             k = contract.positive_int("k", k)
-            made = in_order(_route(x, tokens, k, mask, self.options, keys, plan.routing), mask)
+            made = in_order(_route(x, tokens, k, mask, self.options, keys, plan.routing), mask, k)
         if own is None or (routes is None and not random_route):  # an operator that had them gives a gradient
             return made
         return made._replace(scores=with_zero_gradient(made.scores, own))
