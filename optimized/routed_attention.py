@@ -115,7 +115,9 @@ def _fused(
     plan: Plan,
 ) -> Tensor:
     """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
-    queries, keys_values, *parameters = (t.to(plan.dtype) for t in (queries, keys_values, *parameters))
+    tensors = (queries, keys_values, *parameters)
+    # Asked before: a conversion of nothing costs the host as much as an operation.
+    queries, keys_values, *parameters = (t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors)
     scores, *rest = keys
     return ops.expert_attention(
         queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
