@@ -81,6 +81,7 @@ FILE_BUDGET_SECONDS = {
     "test_safetensors.py": 5,
     "test_data_parallel.py": 15,
     "test_fully_sharded.py": 30,
+    "test_modules.py": 60,
     "test_dynamic_lengths.py": 90,
     "test_export.py": 75,
     "test_transforms.py": 25,
