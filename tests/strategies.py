@@ -29,17 +29,17 @@ def generator(seed: int) -> torch.Generator:
 def draw(shape: tuple[int, ...], values: str, seed: int) -> Tensor:
     """float64 numbers of a value regime; the last dimension is the channel, the one before it the token."""
     g = generator(seed)
-    t = torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")  # whatever the default device is
+    t = torch.randn(shape, generator=g, dtype=torch.float64)
     if values == "large":
         t *= 30
     elif values == "tiny":
         t *= 1e-3
     elif values == "integer":
-        t = torch.randint(-3, 4, shape, generator=g, device="cpu").double()
+        t = torch.randint(-3, 4, shape, generator=g).double()
     elif values == "constant":
         t = t[..., :1, :].expand(shape).clone()
     elif values == "outlier" and t.numel():
-        t.view(-1)[int(torch.randint(t.numel(), (1,), generator=g, device="cpu"))] = 1000.0
+        t.view(-1)[int(torch.randint(t.numel(), (1,), generator=g))] = 1000.0
     elif values == "ties" and len(shape) > 1 and shape[-2]:
         t = t[..., torch.randint(max(shape[-2] // 3, 1), (shape[-2],), generator=g), :]
     return t
@@ -96,7 +96,7 @@ def cotangent(shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
     if kind == "one_hot":
         t = torch.zeros(shape, dtype=torch.float64)
         if t.numel():
-            t.view(-1)[int(torch.randint(t.numel(), (1,), generator=g, device="cpu"))] = 1.0
+            t.view(-1)[int(torch.randint(t.numel(), (1,), generator=g))] = 1.0
         return t
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
