@@ -25,6 +25,7 @@ if not {"--device=cuda", "cuda"} & set(sys.argv) and "PYTEST_XDIST_WORKER" not i
 
 import harness  # noqa: E402
 import hypothesis  # noqa: E402
+import record  # noqa: E402
 import torch  # noqa: E402
 from record import REPORTS, hardware, read, tree_hash, versions, write  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -100,7 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-examples",
         type=int,
-        help="hypothesis examples per property, cases of each kind of the campaign (default: 100; nightly: 1000)",
+        help="examples per property, cases of each kind of the campaign (default: 100, with CI set 50; nightly: 1000)",
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
     group.addoption("--only", metavar="WORD", help="with --mutants: those whose name, class or file contains it")
@@ -143,7 +144,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ],
     }
     hypothesis.settings.register_profile("dev", max_examples=100, **common)
-    hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **common)
+    hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, **common)
     hypothesis.settings.register_profile("nightly", max_examples=1000, **common)
     name = "ci" if os.environ.get("CI") else "dev"
     name = "nightly" if _asks_for("nightly", config) else name
@@ -423,7 +424,7 @@ def write_report(
             key = f"{row['stage']} {row['dtype']}"
             worst[key] = max(worst.get(key, 0.0), row["worst"])
     outcomes = {k: len(reporter.stats.get(k, [])) for k in ("passed", "failed", "error", "skipped", "deselected")}
-    report = made(torch.device(config.option.device), ("optimized", "tests")) | {
+    report = record.made(torch.device(config.option.device), ("optimized", "tests")) | {
         "outcomes": outcomes,
         "seconds": round(time.time() - _start_time(reporter), 1),
         "cpu_seconds_by_file": {file: round(taken, 1) for file, taken in sorted(seconds.items())},

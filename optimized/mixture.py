@@ -167,12 +167,12 @@ class MixtureOfAttention(nn.Module):
             },
         )
         plan = bind(self._kind(call))
-        if plain(self.attn, RoutedAttention) is None:
+        fused = self._obstacle_to_fusion(call, plan) is None
+        if fused or plain(self.attn, RoutedAttention) is None:
             self.attn.check_input(x)
         null = self.null_routed_token  # read once: a parametrization computes it
         if null is not None:
             contract.ordinary("null_routed_token", null)
-        fused = self._obstacle_to_fusion(call, plan) is None
         if fused:
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
@@ -200,25 +200,31 @@ class MixtureOfAttention(nn.Module):
 
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
-        q, kv, attn = call.queries, call.keys_values, self.attn
-        tokens = [
-            side.tokens if router.routing_token is None else router.routing_token
-            for router, side in ((self.query_router, q), (self.key_value_router, kv))
-        ]
-        contract.beside_parameters("x", q.x, self.query_router.routing_token, "the routing token")
-        contract.beside_parameters("x", q.x, self.key_value_router.routing_token, "the routing token")
-        gammas = [None if norm is None else norm.gamma for norm in (attn.norm, attn.context_norm)]
-        options = self.query_router.options
-        how = options.route_block_size, cosine_scale(options), *solver_of(options)
+        q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
+        q_tokens, kv_tokens = router.routing_token, self.key_value_router.routing_token
+        contract.beside_parameters("x", q.x, q_tokens, "the routing token")
+        contract.beside_parameters("x", q.x, kv_tokens, "the routing token")
+        q_tokens = q.tokens if q_tokens is None else q_tokens
+        kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
+        norm, context_norm, options = attn.norm, attn.context_norm, router.options
         queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
-            q.x, *tokens, *gammas, q.mask, q.k, kv.k, *how, plan.dispatch
+            q.x,
+            q_tokens,
+            kv_tokens,
+            None if norm is None else norm.gamma,
+            None if context_norm is None else context_norm.gamma,
+            q.mask,
+            q.k,
+            kv.k,
+            options.route_block_size,
+            cosine_scale(options),
+            *solver_of(options),
+            plan.dispatch,
         )
         q_indices, q_slots, inverse, kv_indices, kv_slots, *_ = made
         q_logits, kv_logits = logits.chunk(2, 1)
-        q_routes, kv_routes = (
-            Routes(q_indices, q_slots, q_scores, q_logits),
-            Routes(kv_indices, kv_slots, kv_scores, kv_logits),
-        )
+        q_routes = Routes(q_indices, q_slots, q_scores, q_logits)
+        kv_routes = Routes(kv_indices, kv_slots, kv_scores, kv_logits)
         unit = options.straight_through
         y = attn.attend(queries, keys_values, q_routes, kv_routes, call.rotary_emb, plan, unit)
         return y, q_routes, kv_routes, inverse
@@ -242,18 +248,16 @@ class MixtureOfAttention(nn.Module):
             return "keys and values come from a context"
         if plan.routing != plan.dispatch:
             return "routing and dispatch have different backends"
+        ours, theirs, attn = self.query_router, self.key_value_router, self.attn
         found = obstacle_to_fusion(
-            query_router=(self.query_router, Router),
-            key_value_router=(self.key_value_router, Router),
-            attn=(self.attn, RoutedAttention),
+            query_router=(ours, Router), key_value_router=(theirs, Router), attn=(attn, RoutedAttention)
         )
         if found is not None:
             return found
-        ours, theirs = self.query_router.options, self.key_value_router.options
         # torch.compile, to which their numbers may be symbolic, is asked for no comparison.
-        if ours is not theirs and (torch.compiler.is_compiling() or ours != theirs):
+        if ours.options is not theirs.options and (torch.compiler.is_compiling() or ours.options != theirs.options):
             return "the routers have different options"
-        norms = {"attn.norm": (self.attn.norm, RMSNorm), "attn.context_norm": (self.attn.context_norm, RMSNorm)}
+        norms = {"attn.norm": (attn.norm, RMSNorm), "attn.context_norm": (attn.context_norm, RMSNorm)}
         return obstacle_to_fusion(**norms)
 
     def _kind(self, call: Call) -> Kind:

@@ -22,27 +22,37 @@ def plain(module: nn.Module | None, cls: type[nn.Module]) -> str | None:
     Asked of it: the exact class (a parametrization makes another), no hooks, its own or global, its own `forward`, no
     bias, and ordinary tensors as parameters. No module at all is plain.
     """
+    return _obstacle(module, cls, nn_module._has_any_global_hook())
+
+
+def _obstacle(module: nn.Module | None, cls: type[nn.Module], hooked: bool) -> str | None:
     if module is None:
         return None
     if type(module) is not cls:
         return f"is of class {type(module).__name__}, not {cls.__name__}"
-    if nn_module._has_any_global_hook():
+    if hooked:
         return "meets a hook of all modules"
+    state = module.__dict__
     for name, what in _HOOKS.items():
-        if getattr(module, name):
+        if state[name]:
             return f"has {what}"
-    if "forward" in module.__dict__:
+    if "forward" in state:
         return "has a replaced forward"
     for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in _ORDINARY:
+        if parameter is None:
+            continue
+        if name == "bias":
+            return "has a bias"
+        if type(parameter) not in _ORDINARY:
             return f"has a {name} of class {type(parameter).__name__}"
-    return "has a bias" if module._parameters.get("bias") is not None else None
+    return None
 
 
 def obstacle_to_fusion(**modules: tuple[nn.Module | None, type[nn.Module]]) -> str | None:
     """The first of the modules, by name and with the class it should be, that is not `plain`, and why; else None."""
+    hooked = nn_module._has_any_global_hook()
     for name, (module, cls) in modules.items():
-        found = plain(module, cls)
+        found = _obstacle(module, cls, hooked)
         if found is not None:
             return f"{name} {found}"
     return None

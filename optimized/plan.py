@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -176,8 +177,7 @@ class Plan:
     local_attention: str = ""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What tells one kind of call from another: all that decides between backends, and no tensor.
 
     stages: those that the call has. masked: keys of the routed attention may be hidden; token_mask: x has a mask.

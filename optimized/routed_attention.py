@@ -117,7 +117,7 @@ def _fused(
     """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
     tensors = (queries, keys_values, *parameters)
     # Asked before: a conversion of nothing costs the host as much as an operation.
-    queries, keys_values, *parameters = (t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors)
+    queries, keys_values, *parameters = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
     scores, *rest = keys
     return ops.expert_attention(
         queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
@@ -248,12 +248,13 @@ class RoutedAttention(nn.Module):
         null_kv = self.null_kv  # read once: a parametrization computes it
         contract.ordinary("null_kv", null_kv)
         keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self._probability()
-        if self.obstacle_to_fusion() is None:
-            parameters = self.to_q.weight, self.to_kv.weight, self.to_out.weight, null_kv
+        to_q, to_kv, to_out = self.to_q, self.to_kv, self.to_out
+        if _obstacle(to_q, to_kv, to_out) is None:
+            parameters = to_q.weight, to_kv.weight, to_out.weight, null_kv
             return _fused(queries, keys_values, parameters, keys, dropout, unit_scores, plan)
         heads = (self.heads, self.dim_head)
-        q = _project(self.to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
-        k, v = _project(self.to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
+        q = _project(to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
+        k, v = _project(to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
         if keys.cos is not None:
             q = ops.rotary(q, keys.cos, keys.sin, keys.q_positions, False, plan.dispatch)
             k = ops.rotary(k, keys.cos, keys.sin, keys.k_positions, False, plan.dispatch)
@@ -262,17 +263,17 @@ class RoutedAttention(nn.Module):
         out = ops.attention(
             q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
         )[0]
-        return _project(self.to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
+        return _project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
     def check_input(self, x: Tensor) -> None:
         """Device and dtype beside the parameters. A projection that is not plain may cast what it is given."""
-        if plain(self.to_q, ExpertProjection) is None:
-            contract.beside_parameters("x", x, self.to_q.weight, "the layer's parameters")
+        to_q = self.to_q
+        if plain(to_q, ExpertProjection) is None:
+            contract.beside_parameters("x", x, to_q.weight, "the layer's parameters")
 
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
-        projections = {"to_q": self.to_q, "to_kv": self.to_kv, "to_out": self.to_out}
-        return obstacle_to_fusion(**{name: (module, ExpertProjection) for name, module in projections.items()})
+        return _obstacle(self.to_q, self.to_kv, self.to_out)
 
     def _normed(self, x: Tensor, routes: Routes, norm: nn.Module | None, plan: Plan) -> Tensor:
         """(E, B, K, D): routed tokens, by one operator where the norm is plain."""
@@ -285,6 +286,12 @@ class RoutedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, heads={self.heads}, dim_head={self.dim_head}, dropout={self.dropout}"
+
+
+def _obstacle(to_q: nn.Module, to_kv: nn.Module, to_out: nn.Module) -> str | None:
+    return obstacle_to_fusion(
+        to_q=(to_q, ExpertProjection), to_kv=(to_kv, ExpertProjection), to_out=(to_out, ExpertProjection)
+    )
 
 
 def _project(projection: nn.Module, rows: Float[Tensor, "E B K I"]) -> Float[Tensor, "E B K O"]:

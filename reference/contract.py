@@ -110,9 +110,10 @@ def tensor(
     ordinary(argument, value)
     if value.dtype not in dtypes:
         reject(argument, f"dtype {' or '.join(map(str, dtypes))}", value, TypeError)
-    if value.ndim != len(shape) or any(
-        not isinstance(size, str) and size != actual for size, actual in zip(shape, value.shape)
-    ):
+    fits = value.ndim == len(shape)
+    for size, actual in zip(shape, value.shape):
+        fits = fits and (isinstance(size, str) or size == actual)
+    if not fits:
         reject(argument, f"shape ({', '.join(map(str, shape))})", value)
     if beside is not None and value.device != beside.device:
         reject(argument, f"device {beside.device}", value)

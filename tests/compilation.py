@@ -261,7 +261,7 @@ INTRODUCTION = """# What the kernels need of a GPU
 Every Triton kernel of `optimized/kernels`, compiled ahead of time by Triton {triton} for four GPUs, none of which is
 needed for it. {count} configurations for each: every dtype that a kernel takes, optional inputs present and absent,
 sizes on both sides of each block limit, ordinary sizes also with unknown alignment. `tests/test_compilation.py`
-compiles the same ones for sm_90, for the others two sizes of each with optional inputs present, and fails if one does
+compiles two sizes of each with optional inputs present, with `-m nightly` the same ones as here, and fails if one does
 not compile, needs too much shared memory, or spills much more than here.
 
 No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).

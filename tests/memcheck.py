@@ -149,11 +149,10 @@ def layers() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for n, dtype, mask, arguments in LAYERS:
         if given.device == "cuda" or n <= SHORT:
             name = f"layer, {n} tokens, {dtype}, mask {mask}, {arguments}"
-            yield name, run_layer, (n, getattr(torch, dtype), mask, arguments)
+            yield name, torch.device(given.device)(run_layer), (n, getattr(torch, dtype), mask, arguments)
 
 
 def main() -> None:
-    torch.set_default_device(given.device)
     torch.manual_seed(0)
     kernels = "triton" if given.device == "cuda" else "triton_interpreted"
     # Attention by PyTorch's plain operations: only our kernels are in question.

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 import optimized
 from optimized import ops
-from optimized.attention import Adapter, Setting, adapter, calls, torch_cudnn, torch_flash
+from optimized.attention import Adapter, Attended, Setting, adapter, calls, torch_cudnn, torch_flash
 from optimized.kernels.null_slot import ROWS
 from optimized.ops import null_slot
 from optimized.plan import Request, obstacle
@@ -509,15 +509,13 @@ def test_cudnn_hands_over_where_it_would_fail(monkeypatch: pytest.MonkeyPatch) -
     called: list[tuple[str, int]] = []
     dout = torch.ones(1, 2, 3, 8)
     kv = torch.zeros(1, 4 * TILE, 3, 8)
-    given = dout, torch.zeros_like(dout), kv, kv, dout, torch.zeros(1, 3, 2), torch.zeros(0, dtype=torch.int64)
+    lse, state = torch.zeros(1, 3, 2), torch.zeros(0, dtype=torch.int64)
 
     def of_flash(*handed: Any) -> Any:
-        called.append(("flash", handed[2].shape[1]))
-        assert len(handed) == 9
-        assert handed[0] is dout
-        assert handed[7] is setting
-        assert handed[8] is into
-        return handed[1:4]
+        called.append(("flash", handed[1].k.shape[1]))
+        assert len(handed) == 4
+        assert all(mine is theirs for mine, theirs in zip((dout, done, setting, into), handed))
+        return handed[1][:3]
 
     def of_cudnn(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float) -> Any:
         called.append(("cudnn", k.shape[2]))
@@ -530,7 +528,8 @@ def test_cudnn_hands_over_where_it_would_fail(monkeypatch: pytest.MonkeyPatch) -
     for keys in range(1, 4 * TILE + 1):
         k, v = (t[:, :keys] for t in (kv, kv))
         into = torch.empty_like(k), torch.empty_like(v)
-        found = torch_cudnn.ADAPTER.backward(*given[:2], k, v, *given[4:], setting, into)
+        done = Attended(torch.zeros_like(dout), k, v, dout, lse, state)
+        found = torch_cudnn.ADAPTER.backward(dout, done, setting, into)
         assert [t.shape for t in found] == [dout.shape, k.shape, v.shape]
     assert called == [("flash" if k % 128 == 64 else "cudnn", k) for k in range(1, 4 * TILE + 1)]
 

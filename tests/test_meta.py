@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -354,3 +357,25 @@ def test_the_rules_see_what_they_should(rule: Rule, bad: str, good: str) -> None
     found = found_by(rule, f"def test_it():\n    {bad}\n", "t.py")
     assert [site.where for site in found] == ["t.py::test_it"]
     assert found_by(rule, f"def test_it():\n    {good}\n", "t.py") == []
+
+
+def test_a_run_writes_its_report(tmp_path: Path) -> None:
+    """What only the end of a run does, no test does."""
+    report = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "tests/test_testing.py",
+        "-k",
+        "test_identical",
+        "--report",
+        report,
+    ]
+    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["outcomes"]["passed"] == 1
+    assert {"optimized", "tests"} <= found["hashes"].keys()
+    assert [row["property"] for row in found["properties"]] == ["test_identical"]

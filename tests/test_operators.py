@@ -124,8 +124,7 @@ def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
     if operator.wrt:
         arguments[operator.names.index(operator.wrt[0])].requires_grad_()
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    layouts = ("contiguous",) if forward_of(name) in STAGES else ("contiguous", "transposed")
-    if sample.dtype != torch.float32 and sample.layout in layouts:
+    if sample.dtype != torch.float32 and sample.layout == "contiguous":
         if name == "pick":  # opcheck adds all results to the first, which holds integers: floats go first
             aot_autograd_check(lambda *given: operator.op(*given)[::-1], arguments, {}, dynamic=True)
         else:
@@ -184,12 +183,12 @@ def test_pytorch_form_equals_the_kernels(name: str, sample: Sample, kernels: str
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None:
     """vmap of an operator equals a loop, with the new dimension first or last, and with every other argument shared;
-    of the registered operator and of the function, which has a rule of its own.
+    of the registered operator and of the function, which has a rule of its own. Kernels, with all arguments batched.
     """
     op = getattr(torch.ops.moa, name)
     calls = [arguments_of(name, replace(sample, seed=seed), device) for seed in range(3)]
     tensors = [i for i, a in enumerate(calls[0]) if isinstance(a, Tensor)]
-    halves = (tensors[::2], tensors[1::2]) if len(tensors) > 1 else ()
+    halves = () if sample.masked or len(tensors) < 2 else (tensors[::2], tensors[1::2])
     for call, batched, place in (
         (op, tensors, 0),
         (OPERATORS[name], tensors, -1),
@@ -565,6 +564,7 @@ def test_other_results_are_not_differentiable(name: str, device: torch.device) -
 # Temperatures that fall far at once where a step saturates nothing: (tokens, k, n_iters, eps, eps_init, eps_decay).
 FALLS = [
     (11, 1.0, 3, 1e-3, 4.0, 0.01),
+    (11, 1.0, 4, 1e-6, 4.0, 1e-4),
     (50, 2.0, 4, 1e-4, 10.0, 0.001),
     (7, 0.5, 2, 1e-5, 1.0, 1e-4),
     (200, 3.0, 6, 1e-3, 100.0, 0.05),
@@ -660,9 +660,8 @@ def test_rotation_by_hand(placed: bool, heads: int, triton: bool, device: torch.
 
 
 @FORMS
-@pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
 @pytest.mark.parametrize("rest", ["null", "local"])
-@pytest.mark.parametrize("dim", [3, 5000], ids=["few", "many"])
+@pytest.mark.parametrize(("dim", "average"), [(3, False), (3, True), (4100, True)], ids=["sum", "average", "many"])
 def test_combination_and_its_gradients(dim: int, rest: str, average: bool, triton: bool, device: torch.device) -> None:
     """Against the sum over a dense map of slots to tokens. Many: more channels than a program holds at a time.
 

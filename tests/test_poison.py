@@ -289,7 +289,7 @@ def test_stages_take_every_layout(kernels: str, name: str, device: torch.device,
 
 @pytest.mark.parametrize(
     ("layout", "masked"),
-    [("transposed", False), ("transposed", True), ("sliced", False), ("sliced", True), ("expanded", True)],
+    [("transposed", True), ("sliced", False), ("expanded", True)],
 )
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators_take_one_layout_of_all(name: str, layout: str, masked: bool, device: torch.device) -> None:
@@ -301,7 +301,7 @@ def test_operators_take_one_layout_of_all(name: str, layout: str, masked: bool, 
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators_take_every_layout(name: str, device: torch.device) -> None:
     """Every tensor argument in a layout of its own; whatever the values, they alone decide."""
-    share = 1 if device.type == "cuda" else 33  # most of them are interpreted
+    share = 1 if device.type == "cuda" else 50  # most of them are interpreted
 
     @settings(max_examples=max(settings.default.max_examples // share, 1))
     @given(data=st.data())

@@ -25,10 +25,10 @@ from optimized.attention import (
     torch_flash,
     torch_flash_cpu,
 )
-from optimized.attention.interface import Adapter, Setting, Visible
+from optimized.attention.interface import Adapter, Attended, Setting, Visible
 from optimized.attention.request import Request
 
-__all__ = ["ADAPTERS", "Adapter", "Request", "Row", "Setting", "Visible", "adapter", "module_name", "note"]
+__all__ = ["ADAPTERS", "Adapter", "Attended", "Request", "Row", "Setting", "Visible", "adapter", "module_name", "note"]
 
 
 class Row(NamedTuple):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optimized.attention import calls, torch_efficient
-from optimized.attention.interface import Adapter, Setting, Visible
+from optimized.attention.interface import Adapter, Attended, Setting, Visible
 from optimized.attention.request import Request
 
 PREFIX = "banded_"  # of the names of these backends
@@ -143,7 +143,7 @@ def backward(
     lse = cut.queries(lse.mT).mT.contiguous()
     state = calls.state_of(adapter, q, k, 0.0)
     buffers = k.new_empty(k.shape), v.new_empty(v.shape)
-    dq = calls.backward(adapter, dout, (q, k, v), (out, lse, state), setting, buffers)
+    dq = calls.backward(adapter, dout, Attended(q, k, v, out, lse, state), setting, buffers)
     for total, gradient in zip(into, buffers):
         cut.add_keys(total, gradient)
     return cut.whole(dq)

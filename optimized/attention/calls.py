@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 
 MOST_ROWS = 65535  # of a call of a backend: most launch a grid that is as deep, which CUDA limits
 
 
-def forward(adapter: Adapter, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+def forward(adapter: Adapter, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
     """out (R, L, H, d) and lse (R, H, L), contiguous, and the state of the draw. q, k, v: of any strides."""
     _check(adapter, setting)
     rows, length, heads, dim = q.shape
@@ -32,34 +32,26 @@ def forward(adapter: Adapter, q: Tensor, k: Tensor, v: Tensor, setting: Setting)
     return out[..., :dim].contiguous(), lse.contiguous(), state
 
 
-def backward(
-    adapter: Adapter,
-    dout: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    results: tuple[Tensor, Tensor, Tensor],
-    setting: Setting,
-    into: tuple[Tensor, Tensor],
-) -> Tensor:
-    """dq, contiguous; dk and dv are written to `into`. results: those of `forward`, or with more keys merged in."""
-    q, k, v = qkv
-    out, lse, state = results
+def backward(adapter: Adapter, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Tensor:
+    """dq, contiguous; dk and dv are written to `into`. done: of `forward`, or with more keys merged in."""
+    q, k, v, out, lse, state = done
     dim = q.shape[-1]
     if q.numel() == 0 or k.shape[1] == 0:
         for gradient in into:
             gradient.zero_()
         return q.new_zeros(q.shape)
-    padded = _pad((dout, q, k, v, out), adapter)
+    dout, *padded = _pad((dout, q, k, v, out), adapter)
     buffers = into
-    if padded[1].shape[-1] != dim:
-        buffers = padded[2].new_empty(padded[2].shape), padded[3].new_empty(padded[3].shape)
+    if dout.shape[-1] != dim:
+        buffers = padded[1].new_empty(padded[1].shape), padded[2].new_empty(padded[2].shape)
     rows = q.shape[0]
     if _at_once(adapter, rows):
-        dq, *found = adapter.backward(*padded, lse, state, setting, buffers)
+        dq, *found = adapter.backward(dout, Attended(*padded, lse, state), setting, buffers)
     else:
         dqs = []
-        parts = zip(*(t.split(MOST_ROWS) for t in (*padded, lse, *buffers)), state, _settings(setting, rows))
-        for *given, dk, dv, draw, part in parts:
-            dq, *made = adapter.backward(*given, draw, part, (dk, dv))
+        parts = zip(*(t.split(MOST_ROWS) for t in (*padded, lse, dout, *buffers)), state, _settings(setting, rows))
+        for *given, slope, dk, dv, draw, part in parts:
+            dq, *made = adapter.backward(slope, Attended(*given, draw), part, (dk, dv))
             dqs.append(dq)
             _copy((dk, dv), made)
         dq, found = torch.cat(dqs), list(buffers)
@@ -98,7 +90,7 @@ def _settings(setting: Setting, rows: int) -> list[Setting]:
     ]
 
 
-def _copy(into: tuple[Tensor, Tensor], made: Iterable[Tensor]) -> None:
+def _copy(into: Pair, made: Iterable[Tensor]) -> None:
     for buffer, gradient in zip(into, made):
         if gradient is not buffer:
             buffer.copy_(gradient)
@@ -110,7 +102,7 @@ def _pad(tensors: tuple[Tensor, ...], adapter: Adapter) -> tuple[Tensor, ...]:
     if surplus:
         return tuple(F.pad(t, (0, surplus)) for t in tensors)
     aligned = _side_by_side if adapter.alignment == 1 else _aligned
-    return tuple(t if aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors)
+    return tuple([t if aligned(t) else t.clone(memory_format=torch.contiguous_format) for t in tensors])
 
 
 def _side_by_side(t: Tensor) -> bool:
@@ -119,5 +111,8 @@ def _side_by_side(t: Tensor) -> bool:
 
 def _aligned(t: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes, as the flash kernels load them."""
-    starts = (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1]))
-    return t.stride(-1) == 1 and all(start % 16 == 0 for start in starts)
+    *strides, last = t.stride()
+    starts = t.data_ptr()
+    for stride in strides:
+        starts |= stride * t.element_size()
+    return last == 1 and starts % 16 == 0

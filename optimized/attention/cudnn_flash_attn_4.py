@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimized.attention import torch_cudnn
 from optimized.attention.flash_attn_4 import FlashAttn4
-from optimized.attention.interface import Setting
+from optimized.attention.interface import Setting, Triple
 from optimized.attention.request import Request
 
 
@@ -19,7 +19,7 @@ class CudnnFlashAttn4(FlashAttn4):
     def obstacle(self, r: Request) -> str | None:
         return torch_cudnn.forward_obstacle(r) or super().obstacle(r)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         return torch_cudnn.ADAPTER.forward(q, k, v, setting)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.lengths import offsets
 from optimized.attention.request import Request, constant, flash, import_obstacle
 
@@ -22,7 +22,7 @@ class FlashAttn2(Adapter):
         """Seed and offset of the draw."""
         return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         rows, length, heads, _ = q.shape
         options = {"return_softmax": False, **_options(setting)}
         lengths = setting.visible.lengths
@@ -36,18 +36,8 @@ class FlashAttn2(Adapter):
             out, lse = out.view(q.shape), lse.view(heads, rows, length).transpose(0, 1)
         return out, lse, draw if setting.dropout else self.state(q, k, setting.dropout)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, state = done
         rows, length, _, _ = q.shape
         options = {
             "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -96,8 +86,8 @@ def _build_obstacle(device: torch.device, dtype: torch.dtype, dim_head: int) -> 
     q = torch.zeros(1, 8, 1, dim_head, device=device, dtype=dtype)
     setting = Setting(scale=1.0)
     try:
-        out, lse, state = ADAPTER.forward(q, q, q, setting)
-        ADAPTER.backward(q, q, q, q, out, lse, state, setting, (torch.empty_like(q), torch.empty_like(q)))
+        done = Attended(q, q, q, *ADAPTER.forward(q, q, q, setting))
+        ADAPTER.backward(q, done, setting, (torch.empty_like(q), torch.empty_like(q)))
     except RuntimeError as error:
         return f"flash-attn 2 failed for dim_head {dim_head}: {str(error).splitlines()[0]}"
     return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.request import Request, constant, flash, import_obstacle
 
 
@@ -28,22 +28,12 @@ class FlashAttn4(Adapter):
             or import_obstacle("flash_attn.cute.interface", "flash-attn 4")
         )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, return_lse=True, **_options(setting))
         return out, lse, self.state(q, k, setting.dropout)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, _ = done
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk, dv = into
         if setting.visible.lengths is not None:  # hidden keys are not written

@@ -11,6 +11,7 @@ dk and dv of hidden keys are 0.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,21 @@ class Setting:
     visible: Visible = field(default_factory=Visible)
 
 
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class Attended(NamedTuple):
+    """What a backward is handed of its forward: arguments and results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    state: Tensor
+
+
 class Adapter:
     """One library. `obstacle` and these say what it takes; the calls may rely on it.
 
@@ -64,21 +80,13 @@ class Adapter:
         """Empty, of the shape and dtype of the third result of `forward`: what a backward must know of the draw."""
         return torch.empty(0, dtype=torch.int64, device=q.device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         """out (R, L, H, d), lse, and the state of the draw."""
         raise NotImplementedError
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv. into: buffers shaped as k and v; a backward that can write there does, and returns them."""
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        """dq, dk, dv, from the gradient of out.
+
+        into: buffers shaped as k and v; a backward that can write there does, and returns them.
+        """
         raise NotImplementedError

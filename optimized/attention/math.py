@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from optimized.attention.interface import Adapter, Setting, Visible
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple, Visible
 from optimized.attention.request import Request
 
 
@@ -26,7 +26,7 @@ class Math(Adapter):
         shape = (rows, heads, length, k.shape[1]) if dropout else (0,)
         return torch.empty(shape, dtype=torch.bool, device=q.device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         s = _logits(q, k, setting)
         lse = s.logsumexp(-1)
         # Not exp(s - lse): the weights must sum to 1 far better than |lse| eps, and to 0 where there is no key.
@@ -38,18 +38,8 @@ class Math(Adapter):
         out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)
         return out.to(q.dtype), lse, keep
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, state = done
         # A row without keys and without a null slot has lse -inf, and -inf - -inf is no number.
         p = (_logits(q, k, setting) - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
         wide = p.dtype

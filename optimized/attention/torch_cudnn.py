@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimized.attention import torch_flash
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.request import Request, flash
 
 aten = torch.ops.aten
@@ -27,27 +27,17 @@ class TorchCudnn(Adapter):
             return "its backward is not deterministic"
         return forward_obstacle(r)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         turned = (t.transpose(1, 2) for t in (q, k, v))
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             *turned, None, True, 0.0, False, False, scale=setting.scale
         )
         return out.transpose(1, 2), lse.view(lse.shape[:3]), self.state(q, k, setting.dropout)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, _ = done
         if ends_in_half_a_tile(k.shape[1]):
-            return torch_flash.ADAPTER.backward(dout, q, k, v, out, lse, state, setting, into)
+            return torch_flash.ADAPTER.backward(dout, done, setting, into)
         dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         none = torch.empty(2, dtype=torch.int64, device=q.device)  # a draw of the dropout that there is not
         gradients = aten._scaled_dot_product_cudnn_attention_backward(

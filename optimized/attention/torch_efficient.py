@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optimized.attention.bias import bias
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.request import Request, off_cuda
 
 aten = torch.ops.aten
@@ -32,25 +32,15 @@ class TorchEfficient(Adapter):
         captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device if captured else "cpu")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         out, lse, seed, offset, _, _ = aten._efficient_attention_forward(
             q, k, v, _bias(q, k, setting), None, None, None, None, setting.dropout, 0, True, scale=setting.scale
         )
         kept = torch.stack((seed, offset)) if setting.dropout else self.state(q, k, setting.dropout)
         return out, lse[..., : q.shape[1]], kept
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, state = done
         rows, length, heads, _ = q.shape
         padded = lse.new_full((rows, heads, -(-length // LSE_BLOCK) * LSE_BLOCK), math.inf)
         padded[..., :length] = lse

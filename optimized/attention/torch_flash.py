@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optimized.attention import torch_flash_cpu
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.lengths import offsets
 from optimized.attention.request import Request, flash
 
@@ -28,7 +28,7 @@ class TorchFlash(Adapter):
         """Seed and offset of the draw."""
         return torch.empty(2 if dropout else 0, dtype=torch.int64, device=q.device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         rows, length, heads, _ = q.shape
         starts = offsets(rows, length, k.shape[1], setting.visible.lengths, q.device)
         out, lse, draw, _, _ = aten._flash_attention_forward(
@@ -38,18 +38,8 @@ class TorchFlash(Adapter):
         kept = draw.view(torch.int64) if setting.dropout else self.state(q, k, setting.dropout)
         return out.view(q.shape), lse.view(heads, rows, length).transpose(0, 1), kept
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, state = done
         rows, length, _, _ = q.shape
         starts = offsets(rows, length, k.shape[1], setting.visible.lengths, q.device)
         draw = state if setting.dropout else torch.zeros(2, dtype=torch.int64, device=q.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optimized.attention.bias import bias
-from optimized.attention.interface import Adapter, Setting
+from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
 from optimized.attention.request import Request
 
 aten = torch.ops.aten
@@ -24,25 +24,15 @@ class TorchFlashCpu(Adapter):
     def state(self, q: Tensor, k: Tensor, dropout: float) -> Tensor:
         return q.new_empty(0)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
         turned = (t.transpose(1, 2) for t in (q, k, v))
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             *turned, 0.0, False, attn_mask=_bias(q, k, setting), scale=setting.scale
         )
         return out.transpose(1, 2), lse, self.state(q, k, setting.dropout)
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        state: Tensor,
-        setting: Setting,
-        into: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+        q, k, v, out, lse, _ = done
         dout, *turned = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, *turned, lse, 0.0, False, attn_mask=_bias(q, k, setting), scale=setting.scale

@@ -160,10 +160,10 @@ def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tu
     """Rows (E, B, K, D) in x's dtype of one or two groups with as many experts. norms: of `token_norms`, with gamma."""
     batch, n, dim = x.shape
     experts = taken[0].indices.shape[1]
-    outs = tuple(x.new_empty(experts, batch, group.indices.shape[2], dim) for group in taken)
-    if any(out.numel() for out in outs):
+    outs = tuple([x.new_empty(experts, batch, group.indices.shape[2], dim) for group in taken])
+    if outs[0].numel() or outs[-1].numel():
         constants = _tile(dim, x.dtype)
-        k_0, k_1 = (group.indices.shape[2] for group in (taken[0], taken[-1]))
+        k_0, k_1 = taken[0].indices.shape[2], taken[-1].indices.shape[2]
         chunks = [cdiv(batch * k, constants["ROWS"]) for k in (k_0, k_1)]
         parts = [part for group, out in zip((taken[0], taken[-1]), (outs[0], outs[-1])) for part in _parts(group, out)]
         tiles = experts * sum(chunks[: len(taken)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any
 
@@ -24,11 +25,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(1024)
 def next_power_of_2(n: int) -> int:
     """The least that is not smaller than n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
+@functools.lru_cache(1024)
 def double_bits(value: float) -> int:
     """Triton passes a Python float as float32, so a double travels as the integer of its bits."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
@@ -49,11 +52,13 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+@functools.cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic."""
     return torch.promote_types(dtype, torch.float32)
 
 
+@functools.cache
 def arithmetic(dtype: torch.dtype) -> Any:
     """Triton's name of the dtype that numbers of `dtype` are computed in."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -131,12 +131,13 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """out' and lse', contiguous."""
     rows, length, heads, dim = q.shape
-    merged, merged_lse = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out, lse))
+    merged = torch.empty_like(out, memory_format=torch.contiguous_format)
+    merged_lse = torch.empty_like(lse, memory_format=torch.contiguous_format)
     if q.numel():
         chunks = cdiv(length, _rows(dim))
         launch(
             _merge_kernel, (rows * heads * chunks,),
-            *(contiguous(t) for t in (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
+            *map(contiguous, (q, null_k, null_v, out, lse, keep, lengths)), merged, merged_lse,
             length, rows // null_k.shape[0], heads, dim, chunks, HAS_LENGTHS=lengths is not None, **_constants(q, keep),
         )  # fmt: skip
     return merged, merged_lse
@@ -159,7 +160,7 @@ def merge_backward(
     if q.numel():
         launch(
             _merge_backward_kernel, (rows * heads * chunks,),
-            *(contiguous(t) for t in (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
+            *map(contiguous, (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
             length, rows // groups, heads, dim, chunks, **_constants(q, keep),
         )  # fmt: skip
     # Not unflatten(-1): it can't tell the sizes of an empty batch.

@@ -113,7 +113,7 @@ def gradient_arguments(
     grads: tuple[Tensor, ...], inverses: tuple[Tensor, ...] | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[int, int], dict[str, bool]]:
     """Pointers, widths and constants for `gradient_of_row`. Without an inverse map: one dense gradient (B, R, N)."""
-    grads = tuple(grad.contiguous() for grad in grads)
-    maps = grads if inverses is None else tuple(inverse.contiguous() for inverse in inverses)
+    grads = tuple([grad.contiguous() for grad in grads])
+    maps = grads if inverses is None else tuple([inverse.contiguous() for inverse in inverses])
     widths = grads[0].shape[-1], grads[-1].shape[-1]
     return (grads[0], grads[-1], maps[0], maps[-1]), widths, {"PICKED": inverses is not None}

@@ -216,7 +216,7 @@ def token_gradient(
     constants = channel_constants(min(dim, MOST_CHANNELS), norms.dtype)
     launch(
         _tokens_gradient_kernel, (batch * n, cdiv(dim, constants["BLOCK_D"])),
-        x, as_bytes(mask), norms, *(contiguous(part) for part in groups), dots, *(contiguous(p) for p in parts), dx,
+        x, as_bytes(mask), norms, *map(contiguous, groups), dots, *map(contiguous, parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_rows(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,

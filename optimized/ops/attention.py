@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimized.attention import Adapter, Setting, Visible, adapter, calls
+from optimized.attention import Adapter, Attended, Setting, Visible, adapter, calls
 from optimized.ops import null_slot
 from optimized.ops.operator import operator
 
@@ -56,7 +56,7 @@ def attend_backward(
     """
     out, lse, keep, state = results
     dout = dout.contiguous()
-    dq = calls.backward(call.library, dout, qkv, (out, lse, state), call.setting, into)
+    dq = calls.backward(call.library, dout, Attended(*qkv, out, lse, state), call.setting, into)
     if null is None:
         return dq, None
     kept = keep if call.setting.dropout else None

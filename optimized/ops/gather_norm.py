@@ -79,7 +79,7 @@ def gather(x: Tensor, norms: Tensor, groups: tuple[Taken, ...], triton: bool) ->
     if triton:
         from optimized.kernels import gather_norm as kernel
 
-        return kernel.gather_norm(x, norms, tuple(kernel.Taken(t.indices, t.slots, t.gamma) for t in groups))
+        return kernel.gather_norm(x, norms, tuple([kernel.Taken(t.indices, t.slots, t.gamma) for t in groups]))
     return tuple(_rows(x, norms, group) for group in groups)
 
 

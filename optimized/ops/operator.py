@@ -23,7 +23,8 @@ Operators are not twice differentiable, nor in forward mode, and say so by an er
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,10 +91,12 @@ class Operator:
         types = {n: part.split()[0] for n, part in zip(self.names, arguments[1:-1].split(","))}
         self.constants = [n for n in self.names if not types[n].startswith("Tensor")]
         there = (*self.names, *self.results)
-        self._has_gradient = [name in self.gradients_of for name in self.results]
-        self._saved_places = [there.index(name) for name in self.saves]
-        self._constant_places = [there.index(name) for name in self.constants]
         self._wrt_places = [there.index(name) for name in self.wrt]
+        self._saved = _picker(there, self.saves)
+        self._kept = _picker(there, self.constants)
+        self._passing = _picker(self.results, self.gradients_of)
+        self._stopping = _picker(self.results, [name for name in self.results if name not in self.gradients_of])
+        self._asked = _picker(self.names, self.wrt)
         unnamed = ", ".join("Tensor" for _ in self.results)
         single = len(self.results) == 1 and not schema.rpartition("->")[2].strip().startswith("(")
         self.op = custom_op(
@@ -128,12 +131,18 @@ class Operator:
             return self._function.apply(*args)
         if not is_plain(args):
             return self.op(*args)
-        recorded = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        return self._direct.apply(*args) if recorded else self.raw(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return self._direct.apply(*args)
+        return self._run(args)
 
     def raw(self, *args: Any, **named: Any) -> Any:
         """The computation alone, for operators that contain it; in the dtypes that it is given, under autocast too."""
-        bound = self._bind(self._positional(args, named))
+        return self._run(self._positional(args, named))
+
+    def _run(self, args: tuple) -> Any:
+        bound = self._bind(args)
         if not torch._C._is_any_autocast_enabled():
             return self._body.forward(bound)
         with torch._C._DisableAutocast():
@@ -167,11 +176,11 @@ class Operator:
     def _register_gradient(self) -> None:
         setup, backward = (self._setup, self._run_backward) if self.wrt else (_nothing, self._refuse_twice)
         self.op.register_autograd(backward, setup_context=setup)
-        raw = self.raw
+        run = self._run
 
         def compute(ctx: Any, *args: Any) -> Any:
             # Not by setup_context, for which PyTorch inspects the signature at every call.
-            output = raw(*args)
+            output = run(args)
             setup(ctx, args, output)
             return output
 
@@ -194,18 +203,19 @@ class Operator:
 
     def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*(t for t, has in zip(results, self._has_gradient) if not has))
+        ctx.mark_non_differentiable(*self._stopping(results))
         there = (*inputs, *results)
-        ctx.save_for_backward(*(there[place] for place in self._saved_places))
-        ctx.constants = [inputs[place] for place in self._constant_places]
+        ctx.save_for_backward(*self._saved(there))
+        ctx.constants = self._kept(there)
         ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
     def _run_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        given = [g for g, has in zip(grads, self._has_gradient) if has]
-        wanted = [ctx.needs_input_grad[place] for place in self._wrt_places]
-        if not any(wanted) or all(g is None for g in given):
+        given, wanted = self._passing(grads), self._asked(ctx.needs_input_grad)
+        needs = 0
+        for i, want in enumerate(wanted):
+            needs |= want << i
+        if not needs or not [g for g in given if g is not None]:
             return (None,) * len(self.names)
-        needs = sum(1 << i for i, want in enumerate(wanted) if want)
         assert self.backward is not None
         found = self.backward(*given, *ctx.saved_tensors, *ctx.constants, needs)
         if isinstance(found, Tensor):  # the only one
@@ -277,26 +287,33 @@ class _Backward:
 
     def __init__(self, forward: Operator, body: Any) -> None:
         self._of, self._body = forward, body
+        self._gradients = [(name, f"d_{name}") for name in forward.gradients_of]
+        self._needs: dict[int, Arguments] = {}  # by the bits
         self.__doc__ = f"Gradients of moa::{forward.name}; empty where nobody asks for one."
 
     def _split(self, a: Arguments) -> tuple[Arguments, Arguments, Arguments]:
-        g, needs, there = Arguments(), Arguments(), a.__dict__
-        g.__dict__.update((name, there[f"d_{name}"]) for name in self._of.gradients_of)
-        needs.__dict__.update((name, bool(a.needs >> i & 1)) for i, name in enumerate(self._of.wrt))
+        g, there, needs = Arguments(), a.__dict__, self._needs.get(a.needs)
+        for name, gradient in self._gradients:
+            g.__dict__[name] = there[gradient]
+        if needs is None:
+            wanted = {name: bool(a.needs >> i & 1) for i, name in enumerate(self._of.wrt)}
+            needs = self._needs[a.needs] = Arguments(**wanted)
         return a, g, needs
 
     def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         bound = self._split(a)
         found, needs = self._body.backward(*bound), bound[2].__dict__
-        return _only(found[name] if needs[name] else self._nothing(a) for name in self._of.wrt)
+        return _only([found[name] if needs[name] else self._nothing(a) for name in self._of.wrt])
 
     def fake(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         needs = self._split(a)[2].__dict__
         return _only(
-            torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
-            if needs[name]
-            else self._nothing(a)
-            for name in self._of.wrt
+            [
+                torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
+                if needs[name]
+                else self._nothing(a)
+                for name in self._of.wrt
+            ]
         )
 
     def flops(self, a: Arguments, out: Any) -> int:
@@ -322,10 +339,17 @@ def operator(schema: str, **declared: Any) -> Callable[[type], Operator]:
     return make
 
 
-def _only(results: Iterable[Tensor]) -> Tensor | tuple[Tensor, ...]:
+def _only(results: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     """As PyTorch has the results of an operator: a single one without a tuple."""
-    first, *more = results
-    return (first, *more) if more else first
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _picker(there: Sequence[str], names: Sequence[str]) -> Callable[[Sequence[Any]], tuple]:
+    """Of values in the order of `there`, those of some names, as a tuple."""
+    places = [there.index(name) for name in names]
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1)) if places else itemgetter(slice(0, 0))
 
 
 def _function(name: str, methods: dict[str, Callable[..., Any]]) -> Any:

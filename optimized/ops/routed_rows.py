@@ -45,7 +45,8 @@ class routed_rows:
     (B, N); scale of cosine routing; block and options as in `ops.pick`. Returns rows (E, B, Kq', D) and
     (E, B, Kkv', D), picked scores (B, E, Kq') and (B, E, Kkv'), logits (B, 2 E, N): those have gradients; indices, slot
     mask and inverse map of either (see `ops.pick`); norms (B, N) and factors (B, 2 E) (see `ops.router_logits`), and
-    the state of the solver (see `ops.pick`), for both sides along the experts.
+    the state of the solver (see `ops.pick`), for both sides along the experts. Logits of a side with N <= K decide
+    nothing and pass no gradient on.
     """
 
     def forward(a):  # type: ignore[no-untyped-def]
@@ -55,7 +56,7 @@ class routed_rows:
         logits, norms, factors = router_logits.raw(a.x, tokens, a.mask, a.scale, a.triton)
         routes, scores, state = _pick_at_once(a, logits, solver) if _at_once(a) else _pick_each(a, logits, solver)
         gammas = _alike(a.q_gamma, a.kv_gamma)
-        rows = gather(a.x, norms, tuple(Taken(*route, gamma) for route, gamma in zip(routes, gammas)), a.triton)
+        rows = gather(a.x, norms, tuple([Taken(*route, gamma) for route, gamma in zip(routes, gammas)]), a.triton)
         return *rows, *scores, logits, *routes[0], *routes[1], norms, factors, *state
 
     def fake(a):  # type: ignore[no-untyped-def]
@@ -101,13 +102,14 @@ class _Side:
 
     def __init__(self, a: Any, g: Any, needs: Any, name: str) -> None:
         self.name, self.first = name, name == "q"
-        self.tokens, self.k = getattr(a, f"{name}_tokens"), getattr(a, f"k_{name}")
-        self.gamma: Tensor | None = getattr(a, f"{name}_gamma")
+        there, wanted = vars(a), vars(needs)
+        self.tokens, self.k = there[f"{name}_tokens"], there[f"k_{name}"]
+        self.gamma: Tensor | None = there[f"{name}_gamma"]
         common = _alike(a.q_gamma, a.kv_gamma)[0 if self.first else 1]
-        self.taken = Taken(*(getattr(a, f"{name}_{part}") for part in ("indices", "slots", "inverse")), common)
+        self.taken = Taken(there[f"{name}_indices"], there[f"{name}_slots"], there[f"{name}_inverse"], common)
         self.gradient: Tensor | None = g.queries if self.first else g.keys_values
-        self.score_gradient: Tensor | None = getattr(g, f"{name}_picked")
-        self.needs_tokens, self.needs_gamma = getattr(needs, f"{name}_tokens"), getattr(needs, f"{name}_gamma")
+        self.score_gradient: Tensor | None = vars(g)[f"{name}_picked"]
+        self.needs_tokens, self.needs_gamma = wanted[f"{name}_tokens"], wanted[f"{name}_gamma"]
 
     def of(self, t: Tensor, dim: int) -> Tensor:
         """Its half of the experts."""
@@ -116,14 +118,10 @@ class _Side:
 
 def _stack(q_tokens: Tensor, kv_tokens: Tensor) -> Tensor:
     """Routing tokens of both sides, (2 E, D) or (B, 2 E, D)."""
-    batched = _batch(q_tokens, kv_tokens)
-    both = (q_tokens, kv_tokens) if batched is None else (t.expand(batched, -1, -1) for t in (q_tokens, kv_tokens))
-    return torch.cat(tuple(both), -2)
-
-
-def _batch(*tokens: Tensor) -> int | None:
-    """That of the side which has routing tokens for each item, if one has."""
-    return next((t.shape[0] for t in tokens if t.ndim == 3), None)
+    if q_tokens.ndim != kv_tokens.ndim:  # one side has them for each item
+        batch = (q_tokens if q_tokens.ndim == 3 else kv_tokens).shape[0]
+        q_tokens, kv_tokens = q_tokens.expand(batch, -1, -1), kv_tokens.expand(batch, -1, -1)
+    return torch.cat((q_tokens, kv_tokens), -2)
 
 
 def _wider(t: Tensor, other: Tensor) -> Tensor:
@@ -155,7 +153,7 @@ def _pick_at_once(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple,
         state = solver.solve(logits, a.mask, ks, True)
         soft = state[0]
     groups = select_groups(logits, a.mask, ks, soft, unit=solver.straight_through)
-    return tuple(group[:3] for group in groups), tuple(group[3] for group in groups), state
+    return tuple([group[:3] for group in groups]), tuple([group[3] for group in groups]), state
 
 
 def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tuple]:
@@ -180,12 +178,14 @@ def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
     own = g.logits
     if own is not None and not all(chooses):  # logits that decide nothing pass no gradient on
         own = torch.cat([part * chose for part, chose in zip(own.chunk(2, 1), chooses)], 1)
-    if all(side.score_gradient is None for side in sides):
+    if not [side for side in sides if side.score_gradient is not None]:
         return own
     if _at_once(a):
         grads = tuple(
-            a.logits.new_zeros(side.taken.indices.shape) if side.score_gradient is None else side.score_gradient
-            for side in sides
+            [
+                a.logits.new_zeros(side.taken.indices.shape) if side.score_gradient is None else side.score_gradient
+                for side in sides
+            ]
         )
         ks = a.k_q, a.k_kv
         solved = solver.solve(a.logits, a.mask, ks, True) if solver.straight_through else (a.soft, a.a, a.counts)
@@ -249,13 +249,13 @@ def _row_gradients_by_triton(a: Any, needs: Any, dlogits: Tensor | None, taken: 
 
     found, dots = {}, None
     normed = a.q_gamma is not None and taken
-    if normed and (needs.x or any(side.needs_gamma for side in taken)):
-        groups = tuple(kernel.Taken(side.taken.indices, side.taken.slots, side.taken.gamma) for side in taken)
-        dgammas, dots = kernel.slot_gradients(a.x, a.norms, groups, tuple(side.gradient for side in taken))
+    if normed and (needs.x or needs.q_gamma or needs.kv_gamma):
+        groups = tuple([kernel.Taken(side.taken.indices, side.taken.slots, side.taken.gamma) for side in taken])
+        dgammas, dots = kernel.slot_gradients(a.x, a.norms, groups, tuple([side.gradient for side in taken]))
         for side, dgamma in zip(taken, dgammas):
             found[f"{side.name}_gamma"] = dgamma.to(side.gamma.dtype)
     if needs.x:
-        rows = tuple(TakenRows(side.gradient, side.taken.inverse, side.taken.gamma) for side in taken)
+        rows = tuple([TakenRows(side.gradient, side.taken.inverse, side.taken.gamma) for side in taken])
         router = None
         if dlogits is not None:
             router = RouterGradient(dlogits, a.logits, _stack(a.q_tokens, a.kv_tokens), a.factors)

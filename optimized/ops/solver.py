@@ -27,7 +27,7 @@ class Solver(NamedTuple):
     @classmethod
     def of(cls, a: Any) -> Solver:
         """From the arguments of an operator."""
-        return cls(*(getattr(a, name) for name in cls._fields))
+        return cls(a.ratio, a.straight_through, a.exact, a.n_iters, a.eps, a.eps_init, a.eps_decay)
 
     def solve(
         self, logits: Tensor, mask: Tensor | None, ks: tuple[int, ...], triton: bool
@@ -74,7 +74,7 @@ class Solver(NamedTuple):
         )
 
     def _mass(self, ks: tuple[int, ...], logits: Tensor) -> Any:
-        masses = tuple(float(min(k * self.ratio, logits.shape[-1])) for k in ks)
+        masses = tuple([float(min(k * self.ratio, logits.shape[-1])) for k in ks])
         return masses if len(masses) > 1 else masses[0]
 
     def _epsilons(self) -> tuple[float, float, float]:

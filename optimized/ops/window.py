@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optimized.attention import Setting, Visible, adapter, banded, calls
+from optimized.attention import Attended, Setting, Visible, adapter, banded, calls
 from optimized.ops.attention import pairs_in_window, products
 from optimized.ops.operator import operator
 from optimized.ops.rotary import rotary_tables, rotate_into
@@ -141,8 +141,8 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
         band = banded.Band(a.window, a.causal, a.mask)
         turned = banded.backward(library, dout, (q, k, v), (a.out, a.lse), band, (dk, dv))
     else:
-        results = a.out, a.lse, calls.state_of(library, q, k, 0.0)
-        turned = calls.backward(library, dout, (q, k, v), results, _setting(a, v), (dk, dv))
+        done = Attended(q, k, v, a.out, a.lse, calls.state_of(library, q, k, 0.0))
+        turned = calls.backward(library, dout, done, _setting(a, v), (dk, dv))
     tables = *_tables(v, a.triton), None
     rotate_into(dq, turned, tables, True, a.triton)
     rotate_into(dk, dk, tables, True, a.triton)

@@ -46,8 +46,8 @@ EDITS: Edits = {
             "if forward_mode or transformed:", "if transformed:", "Dao-AILab/flash-attention#1817", "transforms"
         ),
         "registration-first-input-decides": edit(
-            "any(isinstance(a, Tensor) and a.requires_grad for a in args)",
-            "args[0].requires_grad",
+            "if isinstance(a, Tensor) and a.requires_grad:",
+            "if args[0].requires_grad:",
             "pytorch/pytorch#188302",
         ),
         "registration-dispatch-modes-overlooked": edit(
@@ -57,7 +57,7 @@ EDITS: Edits = {
             "shawntan/scattermoe#12",
         ),
         "operator-all-results-differentiable": edit(
-            "ctx.mark_non_differentiable(*(t for t, has in zip(results, self._has_gradient) if not has))",
+            "ctx.mark_non_differentiable(*self._stopping(results))",
             "pass",
             "Dao-AILab/flash-attention#1817",
         ),

@@ -14,15 +14,15 @@ EDITS: Edits = {
         ),
     },
     "optimized/mixture.py": {
-        "slots-of-the-other-side": edit("q.mask, q.k, kv.k, *how", "q.mask, q.k, q.k, *how", "configuration"),
+        "slots-of-the-other-side": edit("            kv.k,\n", "            q.k,\n", "configuration"),
         "explained-with-dropout-in-eval": edit(
             "dropout=self.config.dropout if self.attn.training else 0.0",
             "dropout=self.config.dropout",
             "choice of backend",
         ),
         "options-of-the-query-router-for-both": edit(
-            "if ours is not theirs and (torch.compiler.is_compiling() or ours != theirs):",
-            "if ours is not theirs and torch.compiler.is_compiling():",
+            "(torch.compiler.is_compiling() or ours.options != theirs.options)",
+            "torch.compiler.is_compiling()",
             "configuration",
         ),
         "fused-with-a-context": edit(
@@ -100,13 +100,13 @@ EDITS: Edits = {
             '    "_backward_pre_hooks": "a backward pre-hook",\n', "", "choice of backend"
         ),
         "plain-replaced-forward-overlooked": edit(
-            '    if "forward" in module.__dict__:\n        return "has a replaced forward"\n', "", "choice of backend"
+            '    if "forward" in state:\n        return "has a replaced forward"\n', "", "choice of backend"
         ),
         "plain-parametrization-overlooked": edit(
             "if type(module) is not cls:", "if not isinstance(module, cls):", "choice of backend"
         ),
         "plain-global-hooks-overlooked": edit(
-            '    if nn_module._has_any_global_hook():\n        return "meets a hook of all modules"\n',
+            '    if hooked:\n        return "meets a hook of all modules"\n',
             "",
             "choice of backend",
         ),
@@ -114,9 +114,7 @@ EDITS: Edits = {
             "type(parameter) not in _ORDINARY", "not isinstance(parameter, _ORDINARY)", "choice of backend"
         ),
         "plain-bias-overlooked": edit(
-            'return "has a bias" if module._parameters.get("bias") is not None else None',
-            "return None",
-            "choice of backend",
+            '        if name == "bias":\n            return "has a bias"\n', "", "choice of backend"
         ),
     },
 }

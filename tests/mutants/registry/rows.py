@@ -253,8 +253,8 @@ EDITS: Edits = {
     },
     "optimized/mixture.py": {
         "both-routers-exchanged": edit(
-            "Routes(q_indices, q_slots, q_scores, q_logits),",
-            "Routes(q_indices, q_slots, q_scores, kv_logits),",
+            "q_routes = Routes(q_indices, q_slots, q_scores, q_logits)",
+            "q_routes = Routes(q_indices, q_slots, q_scores, kv_logits)",
             "expert mix-up",
         ),
         "own-context-taken-for-self-attention": edit(

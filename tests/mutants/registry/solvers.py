@@ -117,7 +117,7 @@ EDITS: Edits = {
         ),
         "rows-gradient-at-minus-one": edit("        valid = offsets >= 0\n", "", "vllm-project/vllm#48371"),
         "rows-gradient-strided": edit(
-            "grads = tuple(grad.contiguous() for grad in grads)", "grads = tuple(grads)", "ROCm/TransformerEngine#623"
+            "grads = tuple([grad.contiguous() for grad in grads])", "grads = tuple(grads)", "ROCm/TransformerEngine#623"
         ),
     },
     "optimized/kernels/launch.py": {
