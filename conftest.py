@@ -66,7 +66,7 @@ FILE_BUDGET_SECONDS = {
     "test_operators.py": 180,
     "test_examples.py": 10,
     "test_attention.py": 35,
-    "test_compilation.py": 330,
+    "test_compilation.py": 140,
     "test_main.py": 70,
     "test_benchmarks.py": 30,
     "test_conformance.py": 25,

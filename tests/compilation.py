@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, which needs no GPU, and reads registers, spills and shared memory.
 
-    python tests/compilation.py --target sm_90 --out FILE.json     # one target; --brief: fewer
+    python tests/compilation.py --target sm_90 --out FILE.json     # one target; --sizes two: fewer
     python tests/compilation.py --table docs/generated/compilation.md        # all targets, as a table
 
 The wrappers of `optimized.kernels` run on small CPU tensors with the launch of a kernel replaced by a recorder, so that
@@ -67,6 +67,9 @@ def call(
         case.results(x, BASE._replace(**sizes), **switches)
 
 
+SIZES = ("all", "two", "one")  # `call_at_every_size`, the same but brief, `call_at_ordinary_sizes`
+
+
 def call_at_every_size(brief: bool) -> None:
     """Sizes of 1 are among them because Triton makes constants of these, which is other code.
 
@@ -93,6 +96,7 @@ def call_at_every_size(brief: bool) -> None:
 
 
 def call_at_ordinary_sizes() -> None:
+    """In float32 and bfloat16, with optional inputs present."""
     call("rows", torch.float32, all_on, n=2000)
     for dtype in (torch.float32, torch.bfloat16):
         call("channels heads", dtype, all_on, heads=8, dim_head=64)
@@ -138,8 +142,8 @@ def specialize(kernel: Any, bound: dict[str, Any], options: dict[str, Any], back
     return Launch(kernel, signature, constants, attributes, options)
 
 
-def record_launches(backend: str, brief: bool) -> list[Launch]:
-    """Every distinct launch; those of ordinary sizes also with nothing known of divisibility and alignment."""
+def record_launches(backend: str, sizes: str) -> list[Launch]:
+    """Every distinct launch; of all sizes, the ordinary ones also with nothing known of divisibility and alignment."""
     from triton.runtime.jit import JITFunction
 
     torch.set_num_threads(1)
@@ -154,9 +158,10 @@ def record_launches(backend: str, brief: bool) -> list[Launch]:
         recorded.setdefault(launch.key, launch)
 
     JITFunction.run = record
-    call_at_every_size(brief)
-    if not brief:
-        known = False
+    if sizes != "one":
+        call_at_every_size(sizes == "two")
+    if sizes != "two":
+        known = sizes == "one"
         call_at_ordinary_sizes()
     return list(recorded.values())
 
@@ -209,14 +214,14 @@ def read_amdgcn(text: str) -> dict[str, int]:
     }
 
 
-def compile_all(name: str, jobs: int, brief: bool) -> dict[str, Any]:
+def compile_all(name: str, jobs: int, sizes: str) -> dict[str, Any]:
     """The report of one target. Processes are forked after recording, since kernels can't be pickled."""
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     import triton
 
     target = TARGETS[name]
-    launches = record_launches(target.backend, brief)
+    launches = record_launches(target.backend, sizes)
     rows = []
     with multiprocessing.get_context("fork").Pool(jobs, _share, (launches, target)) as pool:
         for row in pool.imap(_compile_shared, range(len(launches))):
@@ -239,13 +244,13 @@ def _compile_shared(i: int) -> dict[str, Any]:
     return compile_launch(launches[i], target)
 
 
-def compile_in_child(name: str, folder: Path, brief: bool = False) -> dict[str, Any]:
-    """The report of one target, from a process that compiles, and does so anew. brief: see `call_at_every_size`."""
+def compile_in_child(name: str, folder: Path, sizes: str = "all") -> dict[str, Any]:
+    """The report of one target, from a process that compiles, and does so anew. sizes: one of `SIZES`."""
     out = folder / f"{name}.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, __file__, "--target", name, "--out", str(out), *["--brief"] * brief]
+    command = [sys.executable, __file__, "--target", name, "--out", str(out), "--sizes", sizes]
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -261,8 +266,8 @@ INTRODUCTION = """# What the kernels need of a GPU
 Every Triton kernel of `optimized/kernels`, compiled ahead of time by Triton {triton} for four GPUs, none of which is
 needed for it. {count} configurations for each: every dtype that a kernel takes, optional inputs present and absent,
 sizes on both sides of each block limit, ordinary sizes also with unknown alignment. `tests/test_compilation.py`
-compiles two sizes of each with optional inputs present, with `-m nightly` the same ones as here, and fails if one does
-not compile, needs too much shared memory, or spills much more than here.
+compiles one size of each with optional inputs present, two for sm_90, with `-m nightly` the same ones as here, and
+fails if one does not compile, needs too much shared memory, or spills much more than here.
 
 No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).
 
@@ -359,14 +364,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, help="compile for this one alone, and write --out")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON: a row for each configuration")
-    parser.add_argument("--brief", action="store_true", help="with --target: fewer, see call_at_every_size")
+    parser.add_argument("--sizes", choices=SIZES, default="all", help="with --target (default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Markdown: all targets")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one for each core)")
     given = parser.parse_args()
     if given.table:
         write_table(given.table)
     elif given.target and given.out:
-        record.write(given.out, compile_all(given.target, given.jobs, given.brief))
+        record.write(given.out, compile_all(given.target, given.jobs, given.sizes))
     else:
         parser.error("expected --table FILE, or --target and --out FILE")
 
