@@ -553,7 +553,7 @@ class HalfOfTheTokens(nn.Module):
 
 
 @BOTH
-def test_slots_computed_from_the_length(implementation: ModuleType, device: torch.device) -> None:
+def test_slots_computed_from_a_compiled_length(implementation: ModuleType, device: torch.device) -> None:
     half = HalfOfTheTokens(build(implementation, device, **LOCAL))
     compiled = torch.compile(half, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():

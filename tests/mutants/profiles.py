@@ -138,11 +138,14 @@ OPERATOR = Profile(
     "or (combine and (only_what or opcheck)) or (test_backends and (gradients or forms))",
 )
 LOCAL = Profile(("test_local_attention.py", "test_operators.py"), "test_local_attention or (window and opcheck)")
-PLAIN = Profile(("test_backends.py", "test_modules.py"), "why_modules or test_modules")
+PLAIN = Profile(
+    ("test_backends.py", "test_modules.py"), "why_modules or (test_modules and not without_data and not compiled)"
+)
 LAYER = Profile(
     ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
-    "each_router or called_once or half_precision or norms_round or computed_once or both_routers or callers_routes "
-    "or unknown_backends or (not triton and not checkpoint and not test_modules and not test_validation)",
+    "both_routers or callers_routes or unknown_backends or (not triton and (each_router or called_once "
+    "or half_precision or norms_round or computed_once)) "
+    "or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
 PLAN = Profile(("test_backends.py", "test_validation.py"), "test_backends or unknown_backends or cannot_serve")
