@@ -63,14 +63,18 @@ def routed_attention(
         *rows, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan), float(dropout), False,
         plan,
     )  # fmt: skip
-    y = y.transpose(0, 1) * q_routes.scores[..., None]
+    y = y.transpose(0, 1) * torch.where(q_routes.mask, q_routes.scores, 0)[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
 
 
 def pack(routes: Routes) -> Routes:
-    """Valid slots first, in their order: attention over keys depends on no order, and takes a length for a mask."""
+    """Valid slots first, in their order: attention over keys depends on no order, and takes a length for a mask.
+
+    The score of a masked slot, which may be NaN, becomes 0: a weight of 0 times NaN is NaN.
+    """
     order = (~routes.mask).to(torch.uint8).argsort(dim=-1, stable=True)
-    indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, routes.scores))
+    scores = torch.where(routes.mask, routes.scores, 0)
+    indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, scores))
     return Routes(indices, mask, scores, routes.logits)
 
 

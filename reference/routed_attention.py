@@ -91,7 +91,9 @@ def attend(
     if rotary_emb is not None:
         q = rotate(q, rotary_emb[q_routes.indices][:, :, None])
         k = rotate(k, rotary_emb[kv_routes.indices][:, :, None])
-    v = (v * widen(kv_routes.scores)[:, :, None, :, None]).to(dtype)
+    # The score of a masked slot, which may be NaN, is selected away as its token is.
+    q_scores, kv_scores = (torch.where(r.mask, widen(r.scores), 0) for r in (q_routes, kv_routes))
+    v = (v * kv_scores[:, :, None, :, None]).to(dtype)
 
     null_k, null_v = repeat(null_kv.to(dtype), "two e h d -> two b e h 1 d", b=x.shape[0])
     k, v = torch.cat((null_k, k), dim=-2), torch.cat((null_v, v), dim=-2)
@@ -102,7 +104,7 @@ def attend(
         kept = torch.rand_like(probs) >= dropout if dropout_mask is None else dropout_mask
         probs = torch.where(kept, probs / (1 - dropout), 0)
     heads_out = rearrange(probs.to(dtype) @ v, "b e h k d -> b e k (h d)")
-    y = maps.to_out(heads_out.to(x.dtype)) * widen(q_routes.scores)[..., None]
+    y = maps.to_out(heads_out.to(x.dtype)) * q_scores[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
 
 

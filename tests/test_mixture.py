@@ -456,6 +456,27 @@ def test_returned_routes_reproduce_the_output(implementation: ModuleType, device
 
 
 @BOTH
+@pytest.mark.parametrize("hook", [False, True])
+def test_scores_of_masked_slots_are_not_read(implementation: ModuleType, hook: bool, device: torch.device) -> None:
+    """Of injected routes they may be NaN: nothing changes, gradients included."""
+    layer = build(implementation, CASE, device)
+    if hook:
+        layer.attn.to_q.register_forward_hook(lambda *_: None)
+    x = CASE.inputs()["x"].to(device).requires_grad_()
+    routes = [r._replace(scores=r.scores.detach()) for r in layer(x, return_routes=True)[1]]
+    shown = torch.arange(CASE.n, device=device) % 3 != 1
+    routes = [r._replace(mask=r.mask & shown[: r.mask.shape[-1]]) for r in routes]
+    dirty = [r._replace(scores=r.scores.masked_fill(~r.mask, math.nan)) for r in routes]
+    found = []
+    for given_routes in (routes, dirty):
+        leaves = [*(r.scores.requires_grad_() for r in given_routes), x, *layer.attn.parameters()]
+        out = layer(x, routes=tuple(given_routes))
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for clean, other in zip(*found):
+        check_identical(other, clean)
+
+
+@BOTH
 def test_dropout_is_off_in_eval_and_random_in_training(implementation: ModuleType, device: torch.device) -> None:
     case = replace(CASE, batch=1)
     arguments = {**case.arguments(), "dropout": 0.5}
@@ -737,6 +758,28 @@ def test_all_tokens_are_returned_in_order(implementation: ModuleType, hook: bool
         check_identical(r.indices, torch.arange(case.n, device=device).expand_as(mask).contiguous())
         check_identical(r.mask, mask.contiguous())
         check_identical(r.scores, mask.to(r.scores.dtype))
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("hook", [False, True])
+def test_returned_routes_at_the_edge_of_a_choice(kernels: str, hook: bool, device: torch.device) -> None:
+    """Those of the reference for every pair of K around N; in one item fewer tokens are valid than either K."""
+    n = 9
+    for k_q, k_kv in itertools.product((4, n - 1, n, n + 1), repeat=2):
+        case = replace(CASE, n=n, k_q=k_q, k_kv=k_kv, mask="none")
+        layer, other = (build(package, case, device) for package in (optimized, reference))
+        if hook:
+            layer.query_router.register_forward_hook(lambda *_: None)
+        x = case.inputs()["x"].to(device)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
+        mask[0, 3], mask[1, ::2], mask[1, 1] = False, False, False
+        (out, routes), (expected, wanted) = (each(x, mask=mask, return_routes=True) for each in (layer, other))
+        torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+        for made, right in zip(routes, wanted):
+            check_identical(made.indices, right.indices, f"indices, K {k_q} {k_kv}")
+            check_identical(made.mask, right.mask, f"mask, K {k_q} {k_kv}")
+            torch.testing.assert_close(made.scores, right.scores, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(made.logits, right.logits, rtol=1e-9, atol=1e-10)
 
 
 @BOTH

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -77,11 +78,11 @@ def decided(layer: nn.Module, x: Tensor) -> Any:
 
 @BOTH
 @KINDS
-@pytest.mark.parametrize("how", ["routed", "nothing to choose", "injected"])
+@pytest.mark.parametrize("how", ["routed", "nothing to choose", "injected", "one expert"])
 def test_every_module_is_called_once(
     implementation: ModuleType, device: torch.device, options: dict[str, Any], how: str
 ) -> None:
-    layer = build(implementation, device, **options)
+    layer = build(implementation, device, **options, **({"num_experts": 1} if how == "one expert" else {}))
     x = tokens(device, KQ if how == "nothing to choose" else N)
     arguments = {"routes": decided(layer, x)} if how == "injected" else {}
     plain = layer(x, **arguments)
@@ -95,13 +96,14 @@ def test_every_module_is_called_once(
 
 @BOTH
 @KINDS
+@pytest.mark.parametrize("how", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
 def test_global_hooks_see_every_module(
-    implementation: ModuleType, device: torch.device, options: dict[str, Any]
+    implementation: ModuleType, device: torch.device, options: dict[str, Any], how: str
 ) -> None:
     layer, calls = build(implementation, device, **options), []
-    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, _: calls.append(module))
+    handle = getattr(nn.modules.module, f"register_module_{how}")(lambda module, *_: calls.append(module))
     try:
-        layer(tokens(device))
+        layer(tokens(device).requires_grad_()).sum().backward()
     finally:
         handle.remove()
     assert all(sum(module is called for called in calls) == 1 for module in layer.modules())
@@ -490,8 +492,16 @@ def test_randomness_of_vmap(implementation: ModuleType, device: torch.device) ->
         vmap(layer)(x)
     same = vmap(layer, randomness="same")(x)
     assert_agrees(same, same[:1].expand_as(same))
+    assert (vmap(layer, randomness="same")(x)[0] - same[0]).abs().max() > 1e-3, "the generator stood still"
     different = vmap(layer, randomness="different")(x)
     assert (different[0] - different[1]).abs().max() > 1e-3
+
+    def each(x: Tensor) -> Tensor:
+        """Of a level that the layer's input knows nothing of."""
+        return vmap(lambda _: layer(x), randomness="different")(torch.zeros(2, device=device))
+
+    nested = vmap(each, randomness="different")(x).flatten(0, 1)
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(nested, 2))
 
 
 # Other tensors
@@ -513,6 +523,19 @@ def test_angles_and_scores_of_half_precision(
         x, routes = x.to(dtype), [r._replace(scores=r.scores.to(dtype)) for r in wide]
         actual = layer(x, rotary_emb=angles, routes=routes)
         check_identical(actual, layer(x, rotary_emb=angles.float(), routes=wide))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_large_angles_of_float64(implementation: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    """Sine and cosine are taken of the angles as they are, whatever the layer's dtype: positions near 1e6."""
+    layer, x = build(implementation, device, dtype=dtype), tokens(device, dtype=dtype)
+    positions = 1e6 + torch.arange(N, dtype=torch.float64, device=device)
+    angles = positions[:, None] / torch.tensor([1.0, 7.0, 1.0, 7.0], dtype=torch.float64, device=device)
+    with torch.no_grad():
+        small = layer(x, rotary_emb=angles % (2 * torch.pi))
+        own, rounded = ((layer(x, rotary_emb=a) - small).abs().mean() for a in (angles, angles.float()))
+    assert own < 0.05 * rounded
 
 
 @BOTH

@@ -369,6 +369,24 @@ def test_probabilities_sum_to_one(implementation: ModuleType, device: torch.devi
 
 
 @BOTH
+@pytest.mark.parametrize("side", ["q", "kv"])
+def test_scores_of_masked_slots_are_not_read(implementation: ModuleType, side: str, device: torch.device) -> None:
+    """They may be NaN: output, gradients, and 0 as their own gradient."""
+    t = CASE.inputs(device)
+    hidden = ~t[f"{side}_mask"]
+    assert hidden.any()
+    dirty = t[f"{side}_scores"].detach().masked_fill(hidden, math.nan).requires_grad_()
+    found = []
+    for inputs in (t, t | {f"{side}_scores": dirty}):
+        out = call(implementation, inputs)
+        leaves = [inputs[name] for name in NAMES if inputs.get(name) is not None]
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaves)))
+    for clean, other in zip(*found):
+        check_identical(other, clean)
+    assert not found[0][0][~t["q_mask"]].any()
+
+
+@BOTH
 @pytest.mark.parametrize("k_kv", [0, 4])
 def test_null_slot_alone(implementation: ModuleType, k_kv: int, device: torch.device) -> None:
     """No valid key, or none at all: the output is the null value, projected."""

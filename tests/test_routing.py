@@ -593,6 +593,47 @@ def assert_constant(t: Tensor, *leaves: Tensor) -> None:
         assert gradient is None or not gradient.any()
 
 
+@EVERY_KERNEL
+@pytest.mark.parametrize("n", [7, 8, 9])
+@pytest.mark.parametrize("poisoned", [False, True], ids=["finite", "a NaN"])
+def test_edge_of_a_choice(kernels: str, n: int, poisoned: bool, device: torch.device) -> None:
+    """K is 8. Without a choice: all tokens in their order, scores of 1, whatever a token holds; else its row is NaN."""
+    case = RouterCase(n=n, k=8, batch=2, dim=8, mask="random", seed=3)
+    x, tokens, mask = router_tensors(case, torch.float64, torch.float64, device, layout=False)
+    assert mask is not None
+    mask[0, 2], mask[:, 4] = False, True
+    if poisoned:
+        x = x.detach().clone()
+        x[1, 4] = math.nan
+    expected = reference.route(x, tokens, 8, mask)
+    actual = optimized.route(x, tokens, 8, mask)
+    for field in ("indices", "mask", "scores"):
+        check_identical(getattr(actual, field).detach(), getattr(expected, field).detach(), field)
+    assert actual.scores[1].isnan().all() == (poisoned and n > 8)
+    if n <= 8:
+        check_identical(actual.indices, torch.arange(n, device=device).expand_as(actual.indices).contiguous())
+
+
+@BOTH
+@pytest.mark.parametrize("n", [7, 8, 20])
+def test_gradient_of_logits_of_a_compiled_router(implementation: ModuleType, n: int, device: torch.device) -> None:
+    """As of the eager one: all of it where they decide, nothing where they don't."""
+    case = RouterCase(n=n, k=8, batch=2, dim=8)
+    x, tokens, _ = router_tensors(case, torch.float64, torch.float64, device, layout=False)
+    g = draw((2, case.experts, n), "normal", 1).to(device)
+    torch.compiler.reset()
+    found = []
+    for call in (implementation.route, torch.compile(implementation.route, backend="eager")):
+        logits = call(x, tokens, 8).logits
+        gradients = (
+            torch.autograd.grad(logits, (x, tokens), g, allow_unused=True) if logits.requires_grad else (None,) * 2
+        )
+        found.append([torch.zeros_like(t) if d is None else d for t, d in zip((x, tokens), gradients)])
+    for compiled, eager in zip(found[1], found[0]):
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+        assert bool(eager.any()) == (n > 8)
+
+
 @BOTH
 @pytest.mark.parametrize("n", [7, 8])
 def test_nothing_to_choose_gives_the_router_no_gradient(

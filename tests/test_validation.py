@@ -206,8 +206,14 @@ def bad_routes(name: str, good: reference.Routes) -> Iterator[tuple[str, Any, st
     indices, mask = good.indices.clone(), good.mask.clone()
     indices[-1, -1, 0] = indices[-1, -1, -1]
     mask[-1, -1, 0] = False
-    for what, held in {"": good.mask, ", under the mask": mask}.items():
-        changed = good._replace(indices=indices, mask=held)
+    apart = good.indices.clone()
+    apart[0, 0, :3] = torch.tensor([1, 0, 1])  # neither side by side nor in order
+    for what, found, held in (
+        ("", indices, good.mask),
+        (", under the mask", indices, mask),
+        (", apart", apart, good.mask),
+    ):
+        changed = good._replace(indices=found, mask=held)
         yield f"{name}.indices repeated{what}", changed, f"{name}.indices", "repeated"
 
 

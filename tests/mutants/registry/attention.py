@@ -204,12 +204,12 @@ EDITS: Edits = {
     },
     "optimized/routed_attention.py": {
         "pack-scores-left-behind": edit(
-            "indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, routes.scores))",
+            "indices, mask, scores = (t.gather(-1, order) for t in (routes.indices, routes.mask, scores))",
             "indices, mask = (t.gather(-1, order) for t in (routes.indices, routes.mask))\n    scores = routes.scores",
             "masked rows and sentinels",
         ),
         "query-scores-dropped": edit(
-            "y = y.transpose(0, 1) * q_routes.scores[..., None]",
+            "y = y.transpose(0, 1) * torch.where(q_routes.mask, q_routes.scores, 0)[..., None]",
             "y = y.transpose(0, 1)",
             "lucidrains/CoLT5-attention#8",
         ),
