@@ -74,18 +74,19 @@ LAUNCH = Profile(
 )
 LOGITS = Profile(
     ("test_operators.py", "test_mixture.py"),
-    "(whole_stages and (router_logits or routed_rows)) or own_context or nan_routing or both_routers",
+    "(whole_stages and router_logits) or (pytorch_form and routed_rows) or own_context or nan_routing or both_routers",
     interpreted=True,
 )
 GATHER = Profile(
     ("test_operators.py", "test_mixture.py", "test_boundaries.py"),
-    "(whole_stages and (gather_norm or routed_rows)) or own_context or nan_routing or experts-65 or channels-4097",
+    "(whole_stages and gather_norm) or (pytorch_form and routed_rows) or own_context or nan_routing or experts-65 "
+    "or channels-4097",
     interpreted=True,
 )
 EXPERTS = Profile(
     ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
-    "(whole_stages and expert) or own_context or (expert_attention and opcheck and masked) or null or masked_lanes "
-    "or value_scores",
+    "(pytorch_form and expert) or (whole_stages and expert and torch) or own_context or null or masked_lanes "
+    "or value_scores or (expert_attention and opcheck and masked)",
     interpreted=True,
 )
 WINDOW = Profile(
@@ -121,12 +122,13 @@ SOLVERS = Profile(
 )
 ROUTED_ROWS = Profile(
     ("test_mixture.py", "test_operators.py"),
-    "both_routers or own_routers or (routed_rows and (whole_stages or each_result))",
+    "both_routers or own_routers or (routed_rows and (pytorch_form or each_result or (whole_stages and torch))) "
+    "or edge_of_a",
     interpreted=True,
 )
 ROUTING = Profile(
     ("test_modules.py", "test_routing.py", "test_mixture.py"),
-    "undecided or route_matches or returned_routes or injected_routes",
+    "undecided or route_matches or returned_routes or injected_routes or edge_of_a or compiled_router or default_dtype",
 )
 MOVES = Profile(
     ("test_mixture.py", "test_operators.py"),
