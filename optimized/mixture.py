@@ -166,10 +166,11 @@ class MixtureOfAttention(nn.Module):
                 "return_routes": return_routes,
             },
         )
-        plan = bind(self._kind(call))
-        fused = self._obstacle_to_fusion(call, plan) is None
+        fused = self._obstacle_to_fusion(call) is None
         if fused or plain(self.attn, RoutedAttention) is None:
             self.attn.check_input(x)
+        plan = bind(self._kind(call))  # after all checks: a backend may have to be tried
+        fused = fused and plan.routing == plan.dispatch
         null = self.null_routed_token  # read once: a parametrization computes it
         if null is not None:
             contract.ordinary("null_routed_token", null)
@@ -239,15 +240,15 @@ class MixtureOfAttention(nn.Module):
         )
         return q_routes, kv_routes
 
-    def _obstacle_to_fusion(self, call: Call, plan: Plan) -> str | None:
-        """Why the modules before the attention are called one by one; None where one operator does the same."""
+    def _obstacle_to_fusion(self, call: Call) -> str | None:
+        """Why the modules before the attention are called one by one; None where one operator does the same, by the
+        same backend.
+        """
         q, kv = call.queries, call.keys_values
         if call.routes is not None:
             return "routes are injected"
         if kv.x is not q.x or kv.mask is not q.mask:
             return "keys and values come from a context"
-        if plan.routing != plan.dispatch:
-            return "routing and dispatch have different backends"
         ours, theirs, attn = self.query_router, self.key_value_router, self.attn
         found = obstacle_to_fusion(
             query_router=(ours, Router), key_value_router=(theirs, Router), attn=(attn, RoutedAttention)
@@ -281,7 +282,10 @@ class MixtureOfAttention(nn.Module):
         given.apply_defaults()
         call = contract.check_call(self.config, given.arguments)
         kind = self._kind(call)
-        reasons = [self._obstacle_to_fusion(call, bind(kind))]
+        plan = bind(kind)
+        reasons = [self._obstacle_to_fusion(call)]
+        if reasons[0] is None and plan.routing != plan.dispatch:
+            reasons = ["routing and dispatch have different backends"]
         for name, module in (("attn", self.attn), ("local_attn", self.local_attn)):
             if isinstance(module, (RoutedAttention, LocalAttention)):
                 found = module.obstacle_to_fusion()

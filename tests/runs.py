@@ -151,18 +151,20 @@ def compare(
     backend: str | None = None,
     amplification: float = 1.0,
     token_gain: float = 1.0,
+    soft: float = 0.0,
 ) -> None:
     """Output (`.out`) and gradients (`.grads`, by name) of a run in `dtype` against those of the oracle.
 
     amplification: by how much a relative rounding error of the routing logits grows on its way into the gradients.
     Attention logits (`exact.logit_size`) do the same to everything, and a saturated softmax cancels to almost nothing.
     In half precision this would leave no bound worth the name; there the cases keep the attention logits small instead.
-    token_gain: the same for a norm, see the function; of gradients that cancel only.
+    token_gain: the same for a norm, see the function; of gradients that cancel only. soft: amplification in the output,
+    on its way through soft scores.
     """
     precise = dtype in (torch.float64, torch.float32)
     amplification += exact.logit_size if precise else 0.0
     largest = max((g.abs().max().item() for g in exact.grads.values() if g is not None and g.numel()), default=0.0)
-    scale = (1 + exact.logit_size) * exact.out.abs().max().item() if precise and exact.out.numel() else 0.0
+    scale = (1 + soft + exact.logit_size) * exact.out.abs().max().item() if precise and exact.out.numel() else 0.0
     check(
         actual.out,
         exact.out,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,9 @@ TOLERANCES: dict[str, str] = {
     "test_modules.py::test_each_router_has_its_own_options": WRONG_ON_PURPOSE,
     "test_modules.py::test_randomness_of_vmap": WRONG_ON_PURPOSE,
     "test_modules.py::test_bias_put_on_a_projection": WRONG_ON_PURPOSE,
+    "test_modules.py::test_large_angles_of_float64": "that an error is a small part of another",
+    "test_routing.py::test_gradient_of_logits_of_a_compiled_router": IDENTITY,
+    "test_mixture.py::test_returned_routes_at_the_edge_of_a_choice": IDENTITY,
     "test_modules.py::test_norms_round_once": "of half precision: half a unit in the last place, not a budget",
     "test_local_attention.py::test_wide_window_is_full_attention": IDENTITY,
     "test_local_attention.py::test_padding_changes_nothing": IDENTITY,
@@ -139,7 +143,6 @@ TOLERANCES: dict[str, str] = {
 PLAIN_ONES = {
     "test_backends.py::test_inputs_are_left_alone_and_calls_repeat": "that a backward leaves inputs alone: no values",
     "test_backends.py::test_backends_are_chosen_once_for_a_kind_of_call": "how often backends are chosen: no values",
-    "test_modules.py::test_backward_hooks_see_every_module": "which hooks are called: no values",
     "test_operators.py::counts_of_a_layer": "FLOPs: no values",
     "test_local_attention.py::test_memory_is_linear_in_the_length": "sizes of tensors: no values",
     "test_validation.py::test_edges_are_legal": "that there is a gradient, and its shape: no values",
@@ -373,7 +376,8 @@ def test_a_run_writes_its_report(tmp_path: Path) -> None:
         "--report",
         report,
     ]
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "TRITON"))}
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert found["outcomes"]["passed"] == 1

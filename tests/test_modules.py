@@ -103,7 +103,7 @@ def test_global_hooks_see_every_module(
     layer, calls = build(implementation, device, **options), []
     handle = getattr(nn.modules.module, f"register_module_{how}")(lambda module, *_: calls.append(module))
     try:
-        layer(tokens(device).requires_grad_()).sum().backward()
+        layer(tokens(device).requires_grad_()).square().sum().backward()
     finally:
         handle.remove()
     assert all(sum(module is called for called in calls) == 1 for module in layer.modules())
@@ -267,7 +267,7 @@ def test_backward_hooks_see_every_module(
             continue
         layer, calls = build(implementation, device, **options), Counter()
         getattr(layer.get_submodule(name), how)(lambda *_, calls=calls: calls.update(["called"]))
-        layer(tokens(device).requires_grad_()).sum().backward()
+        layer(tokens(device).requires_grad_()).square().sum().backward()
         assert calls == {"called": 1}, name
         assert not [path for path, p in layer.named_parameters() if p.grad is None], name
 
@@ -465,6 +465,7 @@ def other_default(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 @BOTH
+@pytest.mark.usefixtures("deterministic")
 def test_random_numbers_of_any_default_dtype(
     implementation: ModuleType, device: torch.device, other_default: torch.dtype
 ) -> None:

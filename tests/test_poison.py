@@ -232,7 +232,13 @@ def test_masked_lanes_hold_nothing(
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """`lay_out`; a tensor of one dimension can't be transposed, and an integer's surroundings hold no NaN."""
+    """`lay_out`; a tensor of one dimension can't be transposed, and an integer's surroundings hold no NaN.
+
+    reversed: the last dimension is stored first.
+    """
+    if layout == "reversed":
+        turned = tuple(range(t.ndim))[::-1]
+        return t.permute(turned).contiguous().permute(turned)
     if layout == "transposed" and t.ndim < 2:
         layout = "sliced"
     if not t.is_floating_point():
@@ -289,7 +295,7 @@ def test_stages_take_every_layout(kernels: str, name: str, device: torch.device,
 
 @pytest.mark.parametrize(
     ("layout", "masked"),
-    [("transposed", True), ("sliced", False), ("expanded", True)],
+    [("transposed", True), ("sliced", False), ("expanded", True), ("reversed", False)],
 )
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_operators_take_one_layout_of_all(name: str, layout: str, masked: bool, device: torch.device) -> None:

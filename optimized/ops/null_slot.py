@@ -66,8 +66,8 @@ def merge_backward(
     dq = (dq.to(wide) + ds[..., None] * k0).to(dq.dtype).contiguous()
     groups = null_k.shape[0]
     shape = (groups, q.shape[0] // groups * q.shape[1], *q.shape[2:])
-    dnull_k = (ds[..., None] * q.to(wide)).view(shape).sum(1)
-    dnull_v = (kept[..., None] * dout).view(shape).sum(1)
+    dnull_k = (ds[..., None] * q.to(wide)).reshape(shape).sum(1)  # of any strides, as q is
+    dnull_v = (kept[..., None] * dout).reshape(shape).sum(1)
     return dq, torch.stack((dnull_k, dnull_v)).to(null_k.dtype)
 
 
