@@ -93,6 +93,11 @@ def run_case(x: Awkward, case: Case, s: Sizes, switches: dict[str, bool]) -> Non
 
 
 def run_layer(n: int, dtype: torch.dtype, kind: str, arguments: dict[str, Any]) -> None:
+    with torch.device(given.device):
+        _run_layer(n, dtype, kind, arguments)
+
+
+def _run_layer(n: int, dtype: torch.dtype, kind: str, arguments: dict[str, Any]) -> None:
     sizes = {"dim": 64, "heads": 2, "dim_head": 16, "num_experts": 3, "num_routed_queries": 7}
     arguments = {**sizes, "num_routed_key_values": 11, **arguments}
     rotary = arguments.pop("rotary", False)
@@ -149,7 +154,7 @@ def layers() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     for n, dtype, mask, arguments in LAYERS:
         if given.device == "cuda" or n <= SHORT:
             name = f"layer, {n} tokens, {dtype}, mask {mask}, {arguments}"
-            yield name, torch.device(given.device)(run_layer), (n, getattr(torch, dtype), mask, arguments)
+            yield name, run_layer, (n, getattr(torch, dtype), mask, arguments)
 
 
 def main() -> None:

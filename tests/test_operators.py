@@ -146,6 +146,20 @@ def test_operators_leave_their_inputs_alone(name: str, sample: Sample, device: t
         check_identical(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, v) for name in OPERATORS for v in ("", "dropout") if not v or v in VARIANTS.get(forward_of(name), {})],
+)
+def test_operators_compute_under_autocast_as_outside(name: str, variant: str, device: torch.device) -> None:
+    """In the dtypes that they are given: what is cast, the layer has cast before."""
+    arguments = arguments_of(name, Sample(torch.float32, True, variant=variant, triton=False), device)
+    outside = seeded(OPERATORS[name], *arguments)
+    with torch.autocast(device.type, torch.bfloat16):
+        for call in (OPERATORS[name], getattr(torch.ops.moa, name)):
+            for inside, expected in zip(seeded(call, *arguments), outside):
+                check_identical(inside, expected)
+
+
 def forms() -> Iterator[Any]:
     """Names and samples; those of variants run with the other properties of kernels, since they take long."""
     for name in OPERATORS:

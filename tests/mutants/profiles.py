@@ -85,7 +85,7 @@ GATHER = Profile(
 )
 EXPERTS = Profile(
     ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
-    "(pytorch_form and expert) or (whole_stages and expert and torch) or own_context or null or masked_lanes "
+    "(expert and (pytorch_form or only_what or (whole_stages and torch))) or own_context or null or masked_lanes "
     "or value_scores or (expert_attention and opcheck and masked)",
     interpreted=True,
 )
@@ -112,8 +112,8 @@ ROUTER = Profile(
 )
 PICK = Profile(
     ("test_routing.py", "test_public_defects.py", "test_operators.py"),
-    "route_matches or straight_through or selection or (defect_09 and not rejected) or (defect_15 and not rejected) "
-    "or (pick and opcheck) or content_of_masked",
+    "route_matches or edge_of_a or straight_through or selection or (defect_09 and not rejected) "
+    "or (defect_15 and not rejected) or (pick and opcheck) or content_of_masked",
 )
 SOLVERS = Profile(
     ("test_routing.py", "test_operators.py"),
@@ -122,8 +122,8 @@ SOLVERS = Profile(
 )
 ROUTED_ROWS = Profile(
     ("test_mixture.py", "test_operators.py"),
-    "both_routers or own_routers or (routed_rows and (pytorch_form or each_result or (whole_stages and torch))) "
-    "or edge_of_a",
+    "both_routers or (torch and (own_routers or edge_of_a)) "
+    "or (routed_rows and (pytorch_form or each_result or only_what or (whole_stages and torch))) or decide_nothing",
     interpreted=True,
 )
 ROUTING = Profile(
@@ -136,8 +136,9 @@ MOVES = Profile(
 )
 OPERATOR = Profile(
     ("test_modules.py", "test_operators.py", "test_backends.py", "test_attention.py"),
-    "randomness or draws or plain_call or forward_mode or only_the_output or (other_results and capped_simplex) "
-    "or (combine and (only_what or opcheck)) or (test_backends and (gradients or forms))",
+    "randomness or draws or autocast or plain_call or forward_mode or only_the_output "
+    "or (other_results and capped_simplex) or (combine and (only_what or opcheck)) "
+    "or (test_backends and (gradients or forms))",
 )
 LOCAL = Profile(("test_local_attention.py", "test_operators.py"), "test_local_attention or (window and opcheck)")
 PLAIN = Profile(
@@ -146,7 +147,7 @@ PLAIN = Profile(
 LAYER = Profile(
     ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
     "both_routers or callers_routes or unknown_backends or (not triton and (each_router or called_once "
-    "or half_precision or norms_round or computed_once)) "
+    "or half_precision or norms_round or computed_once or large_angles)) "
     "or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
