@@ -1,7 +1,7 @@
 """Rewrites the table of proof in README.md and draws docs/pictures/error_bands.png from tests/reports/*.json.
 
 Run from the repository root after `pytest --report=tests/reports/cpu.json` and, on a GPU,
-`pytest --device cuda --report=tests/reports/h100.json`, and once more with each flash-attn installed. The bands of the
+`pytest --device cuda --report=tests/reports/h200.json`, and once more with each flash-attn installed. The bands of the
 first picture: `python -m tests.bands`.
 """
 
