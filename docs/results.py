@@ -23,7 +23,7 @@ from tests.record import REPORTS, read, write_between  # noqa: E402
 from tests.record import table as markdown_table  # noqa: E402
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-COLOURS = dict(zip(DTYPES, ("tab:blue", "tab:green", "tab:orange", "tab:red")))
+COLOURS = dict(zip(DTYPES, ("#0072B2", "#56B4E9", "#E69F00", "#CC79A7")))  # told apart without red and green
 
 
 def load() -> dict[str, dict[str, Any]]:
