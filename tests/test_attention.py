@@ -5,6 +5,7 @@ The oracle is the definition: one softmax over the null slot and all visible key
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,6 +368,22 @@ def test_hidden_keys_reach_nothing(backend: str, dtype: torch.dtype, device: tor
         runs.append(out.detach())
     for other in runs[1:]:
         check_identical(other, runs[0])
+
+
+@pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
+def test_null_slot_takes_queries_in_any_order_of_memory(triton: bool, device: torch.device) -> None:
+    """A projection that was called as a module leaves them in another, where rows of a group are no view."""
+    case = Case(groups=2, per_group=2, queries=3, keys=2, dim_head=8, layout="contiguous")
+    t = {name: x.to(device) for name, x in case.leaves().items()}
+    q, null, dq = t["q"], (t["null_k"], t["null_v"]), torch.zeros_like(t["q"])
+    out, g = torch.ones_like(q), cotangent(case).to(device)
+    lse = torch.ones(q.shape[0], q.shape[2], q.shape[1], dtype=q.dtype, device=device)
+    for order in itertools.permutations(range(4)):
+        back = [order.index(i) for i in range(4)]
+        stored = q.permute(order).contiguous().permute(back)
+        runs = [null_slot.merge_backward(x, null, out, lse, None, g, dq.clone(), triton) for x in (stored, q)]
+        for other, plain in zip(*runs):
+            torch.testing.assert_close(other, plain, rtol=1e-12, atol=1e-12)
 
 
 # In half precision a logit of hundreds has no digit left.
