@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, which needs no GPU, and reads registers, spills and shared memory.
 
-    python tests/compilation.py --target sm_90 --out FILE.json     # one target; --sizes two: fewer
+    python tests/compilation.py --target sm_90 --out FILE.json     # one target; --sizes one: fewer
     python tests/compilation.py --table docs/generated/compilation.md        # all targets, as a table
 
 The wrappers of `optimized.kernels` run on small CPU tensors with the launch of a kernel replaced by a recorder, so that
@@ -67,27 +67,21 @@ def call(
         case.results(x, BASE._replace(**sizes), **switches)
 
 
-SIZES = ("all", "two", "one")  # `call_at_every_size`, the same but brief, `call_at_ordinary_sizes`
+SIZES = ("all", "one")  # `call_at_every_size` too, or `call_at_ordinary_sizes` alone
 
 
-def call_at_every_size(brief: bool) -> None:
-    """Sizes of 1 are among them because Triton makes constants of these, which is other code.
-
-    brief: with optional inputs present, half precision in bfloat16, and two sizes only.
-    """
-    few = all_on if brief else on_and_off
-    for dtype in DTYPES[:-1] if brief else DTYPES:
-        ordinary = combinations if dtype == torch.bfloat16 and not brief else few
+def call_at_every_size() -> None:
+    """Sizes of 1 are among them because Triton makes constants of these, which is other code."""
+    for dtype in DTYPES:
+        ordinary = combinations if dtype == torch.bfloat16 else on_and_off
         longest = ROWS_IN_REGISTERS // dtype.itemsize
-        rows = [(2000, few), (longest + 1, few), (100, all_on), (longest, all_on)]
-        for n, settings in rows[: 2 if brief else 4] if dtype in WIDE else ():
+        rows = [(2000, on_and_off), (longest + 1, on_and_off), (100, all_on), (longest, all_on)]
+        for n, settings in rows if dtype in WIDE else ():
             call("rows", dtype, settings, n=n)
-        for dim, settings in [(64, ordinary), (MAX_BLOCK_D + 64, all_on), (1024, all_on)][: 2 if brief else 3]:
+        for dim, settings in [(64, ordinary), (MAX_BLOCK_D + 64, all_on), (1024, all_on)]:
             call("channels", dtype, settings, dim=dim)
-        for heads, dim, settings in [(8, 64, ordinary), (8, 128, all_on), (2, 16, all_on)][: 2 if brief else 3]:
+        for heads, dim, settings in [(8, 64, ordinary), (8, 128, all_on), (2, 16, all_on)]:
             call("heads", dtype, settings, heads=heads, dim_head=dim)
-    if brief:
-        return
     for dtype in DTYPES[2:]:  # activations in half precision with parameters in float32, as under autocast
         call("channels", dtype, all_on, torch.float32)
     call("rows", torch.float32, all_on, n=1)
@@ -158,11 +152,10 @@ def record_launches(backend: str, sizes: str) -> list[Launch]:
         recorded.setdefault(launch.key, launch)
 
     JITFunction.run = record
-    if sizes != "one":
-        call_at_every_size(sizes == "two")
-    if sizes != "two":
-        known = sizes == "one"
-        call_at_ordinary_sizes()
+    if sizes == "all":
+        call_at_every_size()
+        known = False
+    call_at_ordinary_sizes()
     return list(recorded.values())
 
 
@@ -266,7 +259,7 @@ INTRODUCTION = """# What the kernels need of a GPU
 Every Triton kernel of `optimized/kernels`, compiled ahead of time by Triton {triton} for four GPUs, none of which is
 needed for it. {count} configurations for each: every dtype that a kernel takes, optional inputs present and absent,
 sizes on both sides of each block limit, ordinary sizes also with unknown alignment. `tests/test_compilation.py`
-compiles one size of each with optional inputs present, two for sm_90, with `-m nightly` the same ones as here, and
+compiles one size of each with optional inputs present, with `-m nightly` the same ones as here, and
 fails if one does not compile, needs too much shared memory, or spills much more than here.
 
 No kernel runs for this. That it compiles says nothing about its results, which are tested on an H100 (sm_90).

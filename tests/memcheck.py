@@ -21,6 +21,7 @@ from typing import Any
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: %(default)s)")
+parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, for processes side by side")
 given = parser.parse_args()
 # Read when torch first allocates, and when Triton is first imported.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -73,7 +74,7 @@ class Awkward(Inputs):
     hidden = False
 
     def __init__(self, dtype: torch.dtype):
-        super().__init__(torch.device(given.device), dtype, lay=awkward)
+        super().__init__(torch.device(given.device), dtype, lay=awkward, compared=False)
 
     def mask(self, s: Sizes) -> Tensor:
         return super().mask(s).logical_and(torch.tensor(not self.hidden))
@@ -162,9 +163,10 @@ def main() -> None:
     kernels = "triton" if given.device == "cuda" else "triton_interpreted"
     # Attention by PyTorch's plain operations: only our kernels are in question.
     chosen = {**dict.fromkeys(("routing", "dispatch", "mixture"), kernels), "routed_attention": "math"}
+    part, parts = map(int, given.part.split("/"))
     start = time.monotonic()
     with optimized.use_backends(**chosen, local_attention="banded_math"):
-        for name, function, arguments in (*runs(), *layers()):
+        for name, function, arguments in [*runs(), *layers()][part - 1 :: parts]:
             function(*arguments)
             if given.device == "cuda":
                 torch.cuda.synchronize()

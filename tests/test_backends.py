@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 import optimized
 import reference
 from optimized import plan
-from optimized.attention import Adapter, adapter, flash_attn_2
+from optimized.attention import Adapter, Request, adapter, flash_attn_2
 from optimized.explain import StageReport
 from reference import contract
 
@@ -572,6 +572,26 @@ def test_inputs_are_left_alone_and_calls_repeat(implementation: ModuleType, devi
         check_identical(t, before[name])
     for name, t in layer.state_dict().items():
         check_identical(t, state[name])
+
+
+@pytest.mark.cpu
+def test_a_plan_holds_for_the_determinism_it_was_made_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first choice is one that deterministic algorithms rule out, as cuDNN's backward is on a GPU."""
+
+    def ruled_out(request: Request) -> str | None:
+        return "not deterministic" if torch.are_deterministic_algorithms_enabled() else None
+
+    options = plan.Backend("fast", ruled_out), plan.Backend("slow", lambda request: None)
+    monkeypatch.setitem(plan.REGISTRY, "routed_attention", options)
+    monkeypatch.setattr(plan, "_plans", {})
+    kind, found = plan.Kind(torch.device("cpu"), torch.float32, ("routed_attention",), 64), []
+    for deterministic in (False, True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            found.append(plan.bind(kind).routed_attention)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert found == ["fast", "slow", "fast"]
 
 
 @BOTH

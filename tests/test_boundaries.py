@@ -79,7 +79,8 @@ AXES = {
     "queries": Axis("heads", HEADS, lambda length: FEW._replace(length=length), 70, 8200),
     "head_channels": Axis("heads", HEADS, lambda dim: FEW._replace(heads=1, dim_head=dim), 4100, 4100),
     "heads": Axis("heads", HEADS, lambda count: FEW._replace(heads=count), 20, 600),
-    "experts": Axis("channels", CHANNELS, lambda count: FEW._replace(experts=count), 70, 70),
+    # One slot each, so that some tokens are taken by the last experts alone.
+    "experts": Axis("channels", CHANNELS, lambda count: FEW._replace(experts=count, n=30, ks=(1, 1)), 70, 70),
 }
 CROSSED = {  # constant: the axis along which something of ours changes there
     "combine.CHUNK": "tokens",

@@ -57,6 +57,10 @@ def build(implementation: ModuleType, device: torch.device, **options: Any) -> A
     return layer
 
 
+# Steps of the solver, each of which the reference puts into a graph by itself.
+TRACED = {"n_iters": 2}
+
+
 def tokens(device: torch.device, n: int = N, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     return torch.randn(B, n, D, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device)
 
@@ -437,7 +441,7 @@ def test_undecided_routing_tokens_get_zeros_in_transforms(implementation: Module
 
 @BOTH
 def test_undecided_routing_tokens_get_zeros_compiled(implementation: ModuleType, device: torch.device) -> None:
-    layer = build(implementation, device)
+    layer = build(implementation, device, **TRACED)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     short = tokens(device, KQ)
     assert_zeros(layer, gradients(layer, loss_of(compiled(short))))
@@ -546,7 +550,7 @@ def test_tensors_without_data(
     implementation: ModuleType, device: torch.device, options: dict[str, Any], injected: bool
 ) -> None:
     """Fake tensors, tensors on the meta device, and those that make_fx traces: nothing reads them."""
-    layer, x = build(implementation, device, **options), tokens(device)
+    layer, x = build(implementation, device, **options, **TRACED), tokens(device)
     keywords = {"routes": decided(layer, x)} if injected else {}
     state = {name: t.detach() for name, t in layer.state_dict().items()}
     with FakeTensorMode() as mode:
@@ -578,7 +582,7 @@ class HalfOfTheTokens(nn.Module):
 
 @BOTH
 def test_slots_computed_from_a_compiled_length(implementation: ModuleType, device: torch.device) -> None:
-    half = HalfOfTheTokens(build(implementation, device, **LOCAL))
+    half = HalfOfTheTokens(build(implementation, device, **LOCAL, **TRACED))
     compiled = torch.compile(half, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():
         for n in (12, 15):

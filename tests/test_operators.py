@@ -75,7 +75,7 @@ def every_sample() -> Iterator[Any]:
         of = forward_of(name)
         routing = of in (*SOLVERS, "select", "pick")  # in float32 at least
         half = [] if routing else [Sample(torch.bfloat16, True, "transposed", triton=of in MODEL_DTYPE)]
-        half += [Sample(torch.float16, of == "gather_norm", "sliced")] * (of in MODEL_DTYPE)
+        half += [Sample(torch.float16, of == "gather_norm", "sliced", triton=True)] * (of in MODEL_DTYPE)
         variants = [Sample(variant=v, masked=i % 2 == 1, triton=False) for i, v in enumerate(VARIANTS.get(of, {}))]
         for s in every + half + edges + variants:
             if of == "select" and s.n == 0:  # takes k of at least as many tokens

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from runs import BASELINE_OF, cast, compare, token_gain, watch_attention
 from strategies import COTANGENTS, LAYOUTS, SEEDS, VALUES, cotangent, draw, generator, lay_out
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimized
 import reference
@@ -387,6 +388,15 @@ def test_scores_of_masked_slots_are_not_read(implementation: ModuleType, side: s
 
 
 @BOTH
+def test_masked_query_slots_are_zero_beside_nan(implementation: ModuleType, device: torch.device) -> None:
+    """Where every weight is NaN, too."""
+    t = CASE.inputs(device)
+    out = call(implementation, t | {"null_kv": torch.full_like(t["null_kv"], math.nan)})
+    assert out[t["q_mask"]].isnan().all()
+    assert not out[~t["q_mask"]].any()
+
+
+@BOTH
 @pytest.mark.parametrize("k_kv", [0, 4])
 def test_null_slot_alone(implementation: ModuleType, k_kv: int, device: torch.device) -> None:
     """No valid key, or none at all: the output is the null value, projected."""
@@ -473,6 +483,34 @@ def test_rotation_rounds_once(kernels: str, device: torch.device) -> None:
     tables = angles.cos(), angles.sin()
     once = ops.rotary(t.float(), *tables, None, False, kernels == "triton").half()
     check_identical(ops.rotary(t, *tables, None, False, kernels == "triton"), once)
+
+
+class Tables(TorchDispatchMode):
+    """Dtypes of the cosines and sines that operators of ours are handed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "moa":
+            named = zip((argument.name for argument in func._schema.arguments), args)
+            self.seen |= {arg.dtype for name, arg in named if name in ("cos", "sin") and arg is not None}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "modules"])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float64], ids=str)
+def test_tables_are_never_in_half_precision(hooked: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Their roundings would scale all logits, which no comparison of single numbers tells from the model's own."""
+    sizes = {"num_routed_queries": 3, "num_routed_key_values": 4, "num_experts": 2, "heads": 2, "dim_head": 8}
+    layer = optimized.MixtureOfAttention(16, **sizes, dtype=dtype, device=device)
+    if hooked:
+        layer.attn.to_q.register_forward_hook(lambda *given: None)
+    angles = draw((9, 8), "normal", 1).to(device, dtype)
+    with Tables() as tables:
+        layer(draw((1, 9, 16), "normal", 2).to(device, dtype), rotary_emb=angles)
+    assert tables.seen == {torch.promote_types(dtype, torch.float32)}
 
 
 @EVERY_KERNEL

@@ -48,8 +48,9 @@ ROWS = Profile(
     examples=60,
 )
 COMBINE = Profile(
-    ("test_mixture.py", "test_operators.py"),
-    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients))",
+    ("test_mixture.py", "test_operators.py", "test_poison.py"),
+    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients)) "
+    "or (test_poison and layout and combine)",
     interpreted=True,
 )
 ATTENTION = Profile(
@@ -67,9 +68,9 @@ ROTARY = Profile(
     examples=40,
 )
 LAUNCH = Profile(
-    ("test_launch.py", "test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
+    ("test_launch.py", "test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py", "test_poison.py"),
     "(triton and (picked and 9- or (gradcheck and not routed_rows) or test_dropout or hidden or rounds_once "
-    "or (injected and float64))) or layout_changes or test_launch",
+    "or (injected and float64))) or triton-combine or test_launch",
     interpreted=True,
 )
 LOGITS = Profile(
@@ -86,6 +87,7 @@ GATHER = Profile(
 EXPERTS = Profile(
     ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
     "(expert and (pytorch_form or only_what or (whole_stages and torch))) or own_context or null or masked_lanes "
+    "or (test_routed_attention and optimized_matches and float16 and torch_flash) "
     "or value_scores or (expert_attention and opcheck and masked)",
     interpreted=True,
 )
@@ -113,7 +115,7 @@ ROUTER = Profile(
 PICK = Profile(
     ("test_routing.py", "test_public_defects.py", "test_operators.py"),
     "route_matches or edge_of_a or straight_through or selection or (defect_09 and not rejected) "
-    "or (defect_15 and not rejected) or (pick and opcheck) or content_of_masked",
+    "or (defect_15 and not rejected) or ((pick or select) and opcheck) or content_of_masked",
 )
 SOLVERS = Profile(
     ("test_routing.py", "test_operators.py"),
@@ -121,8 +123,8 @@ SOLVERS = Profile(
     "and (coordinate_descent or capped_simplex or temperature_that_falls))",
 )
 ROUTED_ROWS = Profile(
-    ("test_mixture.py", "test_operators.py"),
-    "both_routers or (torch and (own_routers or edge_of_a)) "
+    ("test_routing.py", "test_mixture.py", "test_operators.py"),
+    "(test_routing and optimized_route_matches and torch) or both_routers or (torch and (own_routers or edge_of_a)) "
     "or (routed_rows and (pytorch_form or each_result or only_what or (whole_stages and torch))) or decide_nothing",
     interpreted=True,
 )
@@ -146,8 +148,9 @@ PLAIN = Profile(
 )
 LAYER = Profile(
     ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
-    "both_routers or callers_routes or unknown_backends or (not triton and (each_router or called_once "
-    "or half_precision or norms_round or computed_once or large_angles)) "
+    "both_routers or callers_routes or unknown_backends or tables_are or beside_nan "
+    "or (not triton and (each_router or called_once or half_precision or norms_round)) "
+    "or (not triton and (computed_once or large_angles)) "
     "or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
@@ -188,7 +191,6 @@ PROFILES = {
     "optimized/attention/bias.py": ATTENTION,
     "optimized/attention/math.py": ATTENTION,
     "optimized/attention/torch_flash_cpu.py": ATTENTION,
-    "optimized/attention/interface.py": ATTENTION,
     "optimized/attention/banded.py": LOCAL,
     "optimized/routing.py": ROUTING,
     "optimized/local_attention.py": LOCAL,
@@ -223,7 +225,7 @@ PROFILES_ON_GPU = {
     "optimized/attention/lengths.py": Profile(
         ("test_attention.py",), "test_lengths and torch- and (torch_flash or flash_attn_2)"
     ),
-    "optimized/attention/flash_attn_4.py": Profile(("test_attention.py",), "hidden_keys and flash_attn_4"),
+    "optimized/attention/flash_attn_4.py": Profile(("test_attention.py",), "(hidden_keys or windows) and flash_attn_4"),
     "optimized/attention/flash_attn_2.py": Profile(("test_attention.py",), f"({ADAPTERS}) and flash_attn_2"),
     "optimized/attention/torch_flash.py": Profile(("test_attention.py",), f"({ADAPTERS}) and torch_flash"),
     "optimized/attention/flex_window.py": Profile(
@@ -234,10 +236,10 @@ PROFILES_ON_GPU = {
     ),
     "optimized/attention/torch_cudnn.py": Profile(
         ("test_attention.py", "test_routed_attention.py"),
-        "bitwise or (cudnn and (every_key or saturated))",
+        "bitwise or (cudnn and (every_key or far_from_zero))",
         examples=20,
     ),
-    "optimized/plan.py": Profile(("test_attention.py", "test_backends.py"), "bitwise or determinis"),
+    "optimized/attention/interface.py": Profile(("test_attention.py",), "test_windows"),
 }
 
 

@@ -141,11 +141,11 @@ EDITS: Edits = {
             "choice of backend",
         ),
     },
-    "optimized/plan.py": {
-        "plan-of-another-determinism": edit(
-            "key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled()",
-            "key = kind, kind.computed_in, False",
-            "Dao-AILab/flash-attention#2033",
+    "optimized/attention/interface.py": {
+        "window-sides-swapped": edit(
+            "return self.window, 0 if self.causal and self.window >= 0 else self.window",
+            "return 0 if self.causal and self.window >= 0 else self.window, self.window",
+            "jax-ml/jax#39576",
         ),
     },
 }

@@ -88,6 +88,11 @@ EDITS: Edits = {
         "plan-of-another-autocast": edit(
             "key = kind, kind.computed_in, torch", "key = kind, kind.dtype, torch", "choice of backend"
         ),
+        "plan-of-another-determinism": edit(
+            "key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled()",
+            "key = kind, kind.computed_in, False",
+            "Dao-AILab/flash-attention#2033",
+        ),
         "plans-outlive-a-choice": edit("    _plans.clear()\n", "", "choice of backend"),
     },
     "optimized/plain.py": {

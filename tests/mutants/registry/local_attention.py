@@ -62,13 +62,6 @@ EDITS: Edits = {
             "rotary",
         ),
     },
-    "optimized/attention/interface.py": {
-        "window-sides-swapped": edit(
-            "return self.window, 0 if self.causal and self.window >= 0 else self.window",
-            "return 0 if self.causal and self.window >= 0 else self.window, self.window",
-            "jax-ml/jax#39576",
-        ),
-    },
     "optimized/ops/window.py": {
         "window-band-one-short": edit(
             "banded.forward(library, q, k, v, banded.Band(a.window, a.causal",
