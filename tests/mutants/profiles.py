@@ -68,9 +68,9 @@ ROTARY = Profile(
     examples=40,
 )
 LAUNCH = Profile(
-    ("test_launch.py", "test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py", "test_poison.py"),
+    ("test_launch.py", "test_poison.py", "test_rows.py", "test_attention.py", "test_operators.py", "test_mixture.py"),
     "(triton and (picked and 9- or (gradcheck and not routed_rows) or test_dropout or hidden or rounds_once "
-    "or (injected and float64))) or triton-combine or test_launch",
+    "or (injected and float64))) or (layout and triton-combine) or test_launch",
     interpreted=True,
 )
 LOGITS = Profile(
