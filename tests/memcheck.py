@@ -19,9 +19,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+
+def part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N, got {text!r}")
+    return int(number), int(count)
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="(default: %(default)s)")
-parser.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts, for processes side by side")
+parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="the I-th of N parts, side by side")
 given = parser.parse_args()
 # Read when torch first allocates, and when Triton is first imported.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -163,10 +171,10 @@ def main() -> None:
     kernels = "triton" if given.device == "cuda" else "triton_interpreted"
     # Attention by PyTorch's plain operations: only our kernels are in question.
     chosen = {**dict.fromkeys(("routing", "dispatch", "mixture"), kernels), "routed_attention": "math"}
-    part, parts = map(int, given.part.split("/"))
+    first, parts = given.part
     start = time.monotonic()
     with optimized.use_backends(**chosen, local_attention="banded_math"):
-        for name, function, arguments in [*runs(), *layers()][part - 1 :: parts]:
+        for name, function, arguments in [*runs(), *layers()][first - 1 :: parts]:
             function(*arguments)
             if given.device == "cuda":
                 torch.cuda.synchronize()

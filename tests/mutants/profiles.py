@@ -236,7 +236,7 @@ PROFILES_ON_GPU = {
     ),
     "optimized/attention/torch_cudnn.py": Profile(
         ("test_attention.py", "test_routed_attention.py"),
-        "bitwise or (cudnn and (every_key or far_from_zero))",
+        "cudnn and (bitwise or negative_logits)",
         examples=20,
     ),
     "optimized/attention/interface.py": Profile(("test_attention.py",), "test_windows"),
