@@ -63,7 +63,7 @@ ATTENTION = Profile(
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
     "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) "
-    "or (triton and (matches or gradcheck))",
+    "or (triton and (matches or (gradcheck and not whole_stages)))",
     interpreted=True,
     examples=40,
 )
