@@ -200,3 +200,35 @@ def compare(
             scale=amplification * largest if precise else 0.0,
             precision=dtype,
         )
+
+
+# --- kinks of the solvers --------------------------------------------------------------------------------------------
+
+
+def degenerate_rows(scores: Tensor, k: float, mask: Tensor | None, tolerance: float = 1e-9) -> Tensor:
+    """(B, E): rows where, up to rounding, a token is just about to saturate, so that it may count as either."""
+    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[:, None].expand_as(scores)
+    full = (scores >= 1 - tolerance) & valid
+    all_full = full.sum(-1) == valid.sum(-1)
+    touching = ((scores < 1) & full).any(-1) | ((full.sum(-1) - k).abs() <= tolerance * scores.shape[-1])
+    return touching & ~(all_full & (valid.sum(-1) <= k))
+
+
+def kink_free(routes: Any, case: RouterCase, mask: Tensor | None) -> bool:
+    """Mass below the number of valid tokens of every row: in the band above it the iterates sit on their kinks. For
+    the exact solver, no mass that the saturated tokens alone amount to: ties may then count as saturated or not.
+    """
+    width = case.options.get("route_block_size") or case.n
+    blocks = math.ceil(case.n / width)
+    k_block = math.ceil(case.k / blocks)
+    mass = k_block * case.options.get("fetch_k_ratio", 9 / 8)
+    valid = torch.ones(case.batch, case.n, dtype=torch.bool) if mask is None else mask.cpu()
+    shown = valid.split(width, dim=-1)
+    counts = torch.stack([block.sum(-1) for block in shown])
+    if case.options.get("solver") == "exact":
+        eps = case.options.get("eps", 0.03)
+        for logits, block in zip(routes.logits.detach().double().cpu().split(width, dim=-1), shown):
+            scores = reference.capped_simplex(logits, mass, block, eps=eps)
+            if block.shape[-1] > k_block and degenerate_rows(scores, mass, block).any():
+                return False
+    return bool(((counts > mass) | (counts == 0)).all())

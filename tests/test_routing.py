@@ -19,7 +19,7 @@ import torch
 from harness import BOTH, DTYPES, EVERY_KERNEL, check, check_identical, counted, expectation, interpreted
 from hypothesis import example, given
 from hypothesis import strategies as st
-from runs import BASELINE_OF, router_tensors
+from runs import BASELINE_OF, degenerate_rows, kink_free, router_tensors
 from strategies import MASKS, RouterCase, draw, draw_mask, generator, router_cases
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -315,15 +315,6 @@ def test_exact_gradient_matches(kernels: str, dtype: torch.dtype, device: torch.
     check_gradient(actual, exact, baseline, scale)
     # Invariance to a shift of the logits: every row of the gradient sums to zero.
     assert (actual.sum(-1).abs() <= 64 * torch.finfo(dtype).eps * scale * logits.shape[-1]).all()
-
-
-def degenerate_rows(scores: Tensor, k: float, mask: Tensor | None, tolerance: float = 1e-9) -> Tensor:
-    """(B, E): rows where, up to rounding, a token is just about to saturate, so that it may count as either."""
-    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask[:, None].expand_as(scores)
-    full = (scores >= 1 - tolerance) & valid
-    all_full = full.sum(-1) == valid.sum(-1)
-    touching = ((scores < 1) & full).any(-1) | ((full.sum(-1) - k).abs() <= tolerance * scores.shape[-1])
-    return touching & ~(all_full & (valid.sum(-1) <= k))
 
 
 @EVERY_KERNEL
@@ -644,26 +635,6 @@ def test_nothing_to_choose_gives_the_router_no_gradient(
     routes = implementation.route(x, tokens, 8)
     for t in (routes.scores, routes.logits):
         assert_constant(t, x, tokens)
-
-
-def kink_free(routes: reference.Routes, case: RouterCase, mask: Tensor | None) -> bool:
-    """Mass below the number of valid tokens of every row: in the band above it the iterates sit on their kinks. For
-    the exact solver, no mass that the saturated tokens alone amount to: ties may then count as saturated or not.
-    """
-    width = case.options.get("route_block_size") or case.n
-    blocks = math.ceil(case.n / width)
-    k_block = math.ceil(case.k / blocks)
-    mass = k_block * case.options.get("fetch_k_ratio", 9 / 8)
-    valid = torch.ones(case.batch, case.n, dtype=torch.bool) if mask is None else mask.cpu()
-    shown = valid.split(width, dim=-1)
-    counts = torch.stack([block.sum(-1) for block in shown])
-    if case.options.get("solver") == "exact":
-        eps = case.options.get("eps", 0.03)
-        for logits, block in zip(routes.logits.detach().double().cpu().split(width, dim=-1), shown):
-            scores = reference.capped_simplex(logits, mass, block, eps=eps)
-            if block.shape[-1] > k_block and degenerate_rows(scores, mass, block).any():
-                return False
-    return bool(((counts > mass) | (counts == 0)).all())
 
 
 @BOTH
