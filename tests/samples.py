@@ -200,6 +200,10 @@ SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
 
 # Branches that the samples above do not take, by name: other arguments, constants or made of the sample.
 NO_NORM = {"q_gamma": None, "kv_gamma": None}
+MORE_KEYS = {  # than queries
+    **{name: lambda s, i=i: s.floats(s.rows, s.n + 3, HEADS, DIM_HEAD, seed=i) for i, name in ((1, "k"), (2, "v"))},
+    "lengths": lambda s: s.lengths(s.n + 3),
+}
 BLOCKS = {"block": 4}  # of six tokens: one gives two of four, the other both
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "router_logits": {"product": {"scale": None}},
@@ -209,6 +213,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "blocks": BLOCKS,
         "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
         "keys": {"keys": lambda s: s.floats(s.batch, s.experts, s.n, seed=7)},
+        "exact_straight": {"straight_through": True, "exact": True},
         "takes_all": {"k": 6},
         "more_slots": {"k": 9, "straight_through": False},
     },
@@ -219,7 +224,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "other_solver": {"exact": lambda s: not s.masked},
         "blocks": BLOCKS,
         "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
+        "exact_straight": {"straight_through": True, "exact": True},
         "product": {"scale": None, **NO_NORM},
+        "tokens_of_one_side_per_item": {"kv_tokens": lambda s: s.floats(s.batch, s.experts, DIM, seed=2)},
         "all_queries": {"k_q": 6},
         "takes_all": {"k_q": 9, "k_kv": 6},
     },
@@ -232,12 +239,20 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "dropout": {"dropout": 0.3},
         "no_null": {"null_k": None, "null_v": None},
         "no_null_dropout": {"null_k": None, "null_v": None, "dropout": 0.3},
+        "more_keys": {**MORE_KEYS, "dropout": 0.3},
         "window": {"window": 2},
         "causal": {"window": 2, "causal": True},
         "mask": {"mask": lambda s: torch.rand(s.rows, s.n, s.n, generator=generator(3)) < 0.7},
     },
     "expert_attention": {
         "dropout": {"dropout": 0.3},
+        "more_keys": {
+            "dropout": 0.3,
+            "keys_values": lambda s: s.floats(s.experts, s.batch, s.n + 3, 6, seed=1),
+            "scores": lambda s: draw((s.batch, s.experts, s.n + 3), "normal", 100 * s.seed + 5).to(s.wide),
+            "lengths": lambda s: s.lengths(s.n + 3),
+            "k_positions": lambda s: s.integers(7, s.rows, s.n + 3, seed=8) if s.masked else None,
+        },
         "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
     },
     "window": {"causal": {"causal": lambda s: not s.masked}, "beyond": {"window": 9}},

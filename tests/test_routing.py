@@ -109,6 +109,35 @@ def test_selection_is_the_declared_rule(
     check_identical(slots, as_tensor([r[1] for r in expected], slots.shape, device).bool())
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("start", [1.0, -3.0, 0.0, 1e30])
+def test_selection_among_neighbouring_floats(
+    implementation: ModuleType, start: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A rounding apart, in random order: down from the start, through the smallest numbers where it is 0."""
+    ladder = [torch.tensor(start, dtype=dtype)]
+    for _ in range(40):
+        ladder.append(torch.nextafter(ladder[-1], torch.tensor(-math.inf, dtype=dtype)))
+    order = torch.stack([torch.randperm(41, generator=generator(i)) for i in range(6)])
+    logits = torch.stack(ladder)[order].view(2, 3, 41).to(device)
+    for k in (1, 13, 40):
+        expected = (order < k).nonzero()[:, 1].view(2, 3, k).to(device)
+        check_identical(implementation.select(logits, k, None)[0], expected)
+
+
+@BOTH
+@pytest.mark.parametrize("n", [2**15, 2**16])
+def test_selection_among_equal_keys(implementation: ModuleType, n: int, device: torch.device) -> None:
+    """The first of those that are shown, however many are equal."""
+    mask = (torch.rand(1, n, generator=generator(1)) < 0.7).to(device)
+    logits = torch.full((1, 2, n), -2.5, device=device)
+    for k in (1, n // 3):
+        indices, slots = implementation.select(logits, k, mask)
+        assert slots.all()
+        check_identical(indices, mask[0].nonzero()[:k, 0].expand(1, 2, k).contiguous())
+
+
 @EVERY_KERNEL
 @given(problem=selections())
 @example(problem=(torch.zeros(1, 2, 3, dtype=torch.float64), 2, torch.tensor([[False, True, False]])))
@@ -315,6 +344,50 @@ def test_exact_gradient_matches(kernels: str, dtype: torch.dtype, device: torch.
     check_gradient(actual, exact, baseline, scale)
     # Invariance to a shift of the logits: every row of the gradient sums to zero.
     assert (actual.sum(-1).abs() <= 64 * torch.finfo(dtype).eps * scale * logits.shape[-1]).all()
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@given(
+    n=st.integers(1, 40),
+    share=st.sampled_from((0.1, 0.5, 1.0)),
+    options=st.fixed_dictionaries(
+        {
+            "n_iters": st.sampled_from((1, 2, 5, 30, 1000)),
+            "eps": st.sampled_from((1e-3, 0.03, 1.0)),
+            "eps_init": st.sampled_from((1e-2, 1.0, 100.0)),
+            "eps_decay": st.sampled_from((1e-3, 0.01, 0.1, 0.5, 1.0)),
+        }
+    ),
+    spread=st.sampled_from((0.0, 1.0, 30.0)),
+    mask=st.sampled_from(MASKS),
+    seed=st.integers(0, 2**20),
+)
+@counted
+def test_descent_is_finite_where_the_references_is(
+    kernels: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    n: int,
+    share: float,
+    options: dict[str, Any],
+    spread: float,
+    mask: str,
+    seed: int,
+) -> None:
+    """Scores and gradient, under every schedule of temperatures."""
+    logits = (spread * torch.randn(2, 1, n, generator=generator(seed), dtype=torch.float64)).to(dtype).to(device)
+    shown, k = to_device(draw_mask(2, n, mask, seed), device), max(1.0, share * n)
+    found = []
+    for solve in (
+        lambda t: reference.coordinate_descent(t, k, shown, **options),
+        lambda t: descend(t, k, shown, options, kernels)[0],
+    ):
+        leaf = logits.clone().requires_grad_()
+        scores = solve(leaf)
+        found.append((scores, *torch.autograd.grad(scores, leaf, torch.ones_like(scores).cumsum(-1))))
+    for expected, actual in zip(*found):
+        assert (actual.isfinite() | ~expected.isfinite()).all()
 
 
 @EVERY_KERNEL
