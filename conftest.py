@@ -96,7 +96,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mixture of attention")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="device the tests run on (default: cpu)")
     group.addoption(
-        "--interpreted", action="store_true", help="on the CPU: properties of our kernels too, in Triton's interpreter"
+        "--interpreted", action="store_true", help="on the CPU: all properties of our kernels, in Triton's interpreter"
     )
     group.addoption(
         "--max-examples",
@@ -119,6 +119,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
     config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing")
+    config.addinivalue_line("markers", "interpreted: on the CPU our kernels too, without --interpreted")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
     config.addinivalue_line("markers", "mutants: half an hour; selected by --mutants only")
@@ -176,7 +177,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, dropped = [], []
     for item in items:
         out = any(item.get_closest_marker(mark) for mark in unwanted)
-        out = out or (without_triton and "triton" in _kernels_of(item))
+        left = without_triton and not item.get_closest_marker("interpreted")
+        out = out or (left and "triton" in _kernels_of(item))
         out = out or any(version_of(name) is None for mark in item.iter_markers("needs") for name in mark.args)
         (dropped if out else kept).append(item)
     if dropped:
@@ -279,7 +281,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     """Seeds the test by its own name, and passes its ledger on to the report (across processes too)."""
     torch.manual_seed(zlib.crc32(item.nodeid.encode()))
-    ledger = harness.begin(_kernels_of(item))
+    explicit = getattr(getattr(item, "function", None), "hypothesis_explicit_examples", ())
+    ledger = harness.begin(_kernels_of(item), len(explicit))
     before = compilations()
     try:
         return (yield)

@@ -45,9 +45,13 @@ def attention_backends(stage: str, **request: Any) -> list[Any]:
 
 @dataclass
 class Ledger:
-    """Of one test: examples run, and the worst fraction of a budget by (stage, dtype, backend)."""
+    """Of one test: examples run, and the worst fraction of a budget by (stage, dtype, backend).
+
+    explicit: how many examples are written down, which are run before any is drawn.
+    """
 
     backend: str = "-"
+    explicit: int = 0
     failed: bool = False
     examples: int = 0
     worst: dict[tuple[str, str, str], float] = field(default_factory=dict)
@@ -56,10 +60,10 @@ class Ledger:
 current = Ledger()
 
 
-def begin(backend: str) -> Ledger:
+def begin(backend: str, explicit: int) -> Ledger:
     """A fresh ledger for the test that starts now."""
     global current
-    current = Ledger(backend)
+    current = Ledger(backend, explicit)
     return current
 
 
@@ -103,13 +107,14 @@ def expectation(exact: Tensor) -> str | None:
 def counted(test: Callable[..., None]) -> Callable[..., None]:
     """Beneath @given: counts examples in the ledger.
 
-    Interpreted kernels take a thousand times as long, so of their examples only every `INTERPRETED_SHARE`-th part is
-    run, and the ledger says how many: the rest is the business of a GPU. A failing one is still shrunk.
+    Interpreted kernels take a thousand times as long, so of the examples that are drawn only every
+    `INTERPRETED_SHARE`-th part is run, and the ledger says how many: the rest is the business of a GPU. A failing one
+    is still shrunk.
     """
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        enough = max(hypothesis.settings.default.max_examples // INTERPRETED_SHARE, 1)
+        enough = current.explicit + max(hypothesis.settings.default.max_examples // INTERPRETED_SHARE, 1)
         if interpreted() and current.examples >= enough and not current.failed:
             return
         current.examples += 1

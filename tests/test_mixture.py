@@ -143,6 +143,7 @@ def sides(case: LayerCase, routes: Any) -> Iterator[tuple[Any, RouterCase, Tenso
             yield route, RouterCase(batch=case.batch, n=n, k=k, options=case.options), mask
 
 
+@pytest.mark.interpreted
 @EVERY_KERNEL
 @given(case=layer_cases(values=("normal",)))
 @example(case=LayerCase(n=64, k_q=20, k_kv=13, window=9, options={"route_block_size": 10}))
@@ -401,6 +402,7 @@ def test_masked_tokens_take_no_part(implementation: ModuleType, case: LayerCase,
                 check_identical(a, b)
 
 
+@pytest.mark.interpreted
 @BOTH
 def test_injected_routes_show_no_masked_token(implementation: ModuleType, device: torch.device) -> None:
     """Whatever their own slot mask says, and even where the token holds NaN."""
@@ -527,6 +529,7 @@ def test_dropout_is_off_in_eval_and_random_in_training(implementation: ModuleTyp
     check_identical(layer(x).detach(), first.detach())
 
 
+@pytest.mark.interpreted
 @EVERY_KERNEL
 @pytest.mark.parametrize("masks", ["none", "other", "same"])
 def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) -> None:
@@ -579,6 +582,7 @@ def test_context_without_tokens(kernels: str, device: torch.device) -> None:
     check_identical(layers[1](x, context=x[:, :0].detach()).detach(), found[1][0].detach())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @pytest.mark.parametrize("straight_through", [True, False])
 def test_both_routers_at_once(kernels: str, straight_through: bool, device: torch.device) -> None:
@@ -796,6 +800,7 @@ def test_all_tokens_are_returned_in_order(implementation: ModuleType, hook: bool
         check_identical(r.scores, mask.to(r.scores.dtype))
 
 
+@pytest.mark.interpreted
 @EVERY_KERNEL
 @pytest.mark.parametrize("hook", [False, True])
 def test_returned_routes_at_the_edge_of_a_choice(kernels: str, hook: bool, device: torch.device) -> None:

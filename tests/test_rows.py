@@ -46,6 +46,7 @@ def dense(grads: tuple[Tensor, ...], inverses: tuple[Tensor, ...]) -> Tensor:
     return torch.cat(rows, 1)
 
 
+@pytest.mark.interpreted
 @TRITON
 @MASKED
 @FLOATS
@@ -130,6 +131,7 @@ def pull_back(
 SOLVERS = pytest.mark.parametrize("solver", ["iterative", "exact"])
 
 
+@pytest.mark.interpreted
 @TRITON
 @MASKED
 @FLOATS
@@ -171,6 +173,7 @@ def test_solvers_are_pytorchs(
                 torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.interpreted
 @TRITON
 @MASKED
 @FLOATS
