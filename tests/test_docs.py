@@ -75,6 +75,8 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n")
     write_between(page, "x", "new")
-    assert page.read_text() == "a\n<!-- x:begin -->\nnew\n<!-- x:end -->\nb\n"
+    assert page.read_text() == "a\n<!-- x:begin -->\n\nnew\n\n<!-- x:end -->\nb\n"
+    write_between(page, "x", "new")
+    assert page.read_text() == "a\n<!-- x:begin -->\n\nnew\n\n<!-- x:end -->\nb\n"
     with pytest.raises(ValueError, match=r"expected <!-- y:begin --> and <!-- y:end --> once"):
         write_between(page, "y", "new")

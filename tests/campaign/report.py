@@ -10,12 +10,12 @@ from typing import Any
 from tests.record import table as markdown_table
 
 from . import plots
+from .kind import KINDS
 from .state import Part, as_ranges
 from .tally import Band, Tally
 
 Run = tuple[dict[str, Any], dict[str, Part]]
 
-KINDS = ("selection", "solver", "layer")
 STYLE = """
 body { font: 14px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 0.7em 0 }
