@@ -328,7 +328,11 @@ def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
         assert "prenorm=True" in failure.message
         assert "gamma" in failure.message
         assert tally.small.get("float64", set()) <= sound.small["float64"], "what shrinking tried is no case"
+        worst = tally.band("mixture_gradient", "float64").worst[0]
+        assert 1 < worst[0] < math.inf, "what was drawn and failed is among the worst"
+        assert tally.band("mixture_gradient", "float64").counts[-1] == 1
         assert command.main(command_of(failure)) == 1
+        assert re.search(r"mixture_gradient, float64: [\d.e+]+ of the budget", capsys.readouterr().out)
         assert [f.snippet for f in layer.run_kept(SETTING).failures] == [failure.snippet]
     assert command.main(command_of(failure)) == 0
     assert layer.run_kept(SETTING).failures == []
@@ -599,6 +603,30 @@ def test_what_a_process_prints_is_no_answer(tmp_path: Path) -> None:
     worker = [sys.executable, "-c", NOISY]
     assert runner.run(["selection"], 60, SETTING, state, jobs=1, seconds=60, command=worker) == []
     assert sum(state.parts["selection"].tally.cases.values()) == 500, "its chunks are not short"
+
+
+def test_the_worst_of_a_report_is_what_failed() -> None:
+    """Also where the state tells of it in its list of failures only."""
+    tally = layer.run(0, 15, SETTING)
+    title = ": torch.float32 (2, 5, 4): error is {} of its budget by element, {} by row\n  3 of 40 elements"
+    for lane, told in (
+        ("injected routes", "mixture out" + title.format("2.31", "0.5")),
+        ("injected routes", "mixture_gradient attn.norm.gamma" + title.format("0.02", "17.4")),
+        ("own routers", "mixture_gradient x" + title.format("inf", "inf")),
+        ("own routers", "RuntimeError: out of memory"),
+    ):
+        tally.failures.append(Failure(f"{lane} float32 {LayerCase()}: {told}", "again"))
+    run = (HEADER, {"layer": Part({0}, tally)})
+    told = report.markdown([run]).splitlines()[-1]
+    for words in (
+        "mixture, float32: 2.31;",
+        "mixture gradient, float32: 17.40;",
+        "mixture gradient with its own routers, float32: inf |",
+        f"mixture, float64: {max(f for f, _ in tally.band('mixture', 'float64').worst):.2f}",
+        "| 4 |",
+    ):
+        assert words in told
+    assert "<td>17.4</td>" in report.worst([run], "layer")
 
 
 def test_tallies_survive_json() -> None:

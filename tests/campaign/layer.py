@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -164,13 +165,19 @@ def _run_chunk(
             lane.check(case, setting)
         except hypothesis.errors.UnsatisfiedAssumption:
             raise
-        except Exception:
+        except Exception as error:
             seen(case)
+            if not failing:
+                excess = Failure(str(error), "").excess()
+                enter(case, ledger, excess[2] if excess else math.inf)
             failing.append(case)
             raise
-        if failing:  # what shrinking tries is no case of its own
-            return
-        seen(case)
+        if not failing:  # what shrinking tries is no case of its own
+            seen(case)
+            enter(case, ledger)
+
+    def enter(case: LayerCase, ledger: harness.Ledger, missed: float = math.inf) -> None:
+        """missed: the fraction of the budget that was missed, which the ledger does not tell."""
         digest = hashlib.blake2b(f"{lane.name} {case!r}".encode(), digest_size=6).hexdigest()
         if digest in tally.small.get(lane.dtype, ()):
             return
@@ -178,6 +185,7 @@ def _run_chunk(
         covered.append(levels(lane, case))
         for (stage, dtype, _), fraction in ledger.worst.items():
             name = stage if lane.name == "injected routes" else f"{stage} with its own routers"
+            fraction = missed if math.isinf(fraction) else fraction
             tally.enter(name, dtype, np.array([fraction]), [snippet(lane, case, setting)])
 
     before, device = harness.current, harness.DEVICE
