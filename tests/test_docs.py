@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from harness import check_identical
 from markdown_it import MarkdownIt
 from record import ROOT, table, write_between
+
+import optimized
+import reference
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(p for folder in ("reference", "optimized", "tests", "docs") for p in (ROOT / folder).rglob("*.py"))
@@ -139,6 +145,30 @@ def test_first_use_in_the_readme_runs() -> None:
     assert made["out"].shape == (16, 400, 512)
     assert made["q_routes"].indices.shape == made["q_routes"].scores.shape == (16, 4, 100)
     assert made["q_routes"].load.shape == (16, 4)
+
+
+@pytest.mark.parametrize("package", [optimized, reference], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("local", [False, True], ids=["routed", "with-local-attention"])
+def test_what_the_layer_does_not_do(package: ModuleType, local: bool) -> None:
+    """As docs/layer.md says: no causality, no residual, no logits of masked tokens. Positions: see `test_mixture`."""
+    window = {"local_attn": True, "local_attn_window_size": 2} if local else {}
+    sizes = {"num_routed_queries": 4, "num_routed_key_values": 4, "num_experts": 2, "dim_head": 8, "heads": 2}
+    layer = package.MixtureOfAttention(12, **sizes, **window, dropout=0.0, dtype=torch.float64)
+    x = torch.randn(1, 16, 12, dtype=torch.float64, requires_grad=True)
+    out, (q_routes, _) = layer(x, return_routes=True)
+    (gradient,) = torch.autograd.grad(out[0, :8].square().sum(), x)
+    assert gradient[0, 8:].any(), "what comes later has no influence"
+
+    left_out = [n for n in range(16) if n not in q_routes.indices]
+    assert len(left_out) >= 8
+    if not local:
+        check_identical(out[0, left_out], layer.null_routed_token[0].expand(len(left_out), -1))
+
+    mask = torch.arange(16)[None] < 9
+    poisoned = x.detach().masked_fill(~mask[..., None], float("nan"))
+    for routes in layer(poisoned, mask=mask, return_routes=True)[1]:
+        assert not routes.logits[..., 9:].any()
+        assert routes.logits[..., :9].all()
 
 
 def test_table() -> None:
