@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
 from mutants.profiles import Profile
 from mutants.runner import ControlError, Result, Runner
+from tests.record import ROOT
 from tests.statefile import StateError
 
 OLD = "return 2 * x"
@@ -209,6 +212,21 @@ def test_a_report_goes_where_it_is_asked_for(
             command.main(words)
         assert ended.value.code == 2
         assert f"{words[0]}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--max-examples=-5", "--max-examples: expected an integer >= 1, got '-5'"),
+        ("--only=window", "--only: expected with --mutants, got 'window' without it"),
+    ],
+)
+def test_wrong_use_of_pytest_is_refused(word: str, expected: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", word, "tests/test_docs.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("error", [AssertionError(), pytest.fail.Exception("did not raise")])
