@@ -33,6 +33,7 @@ from rich.table import Table  # noqa: E402
 
 import optimized  # noqa: E402
 import reference  # noqa: E402
+from tests.arguments import integer  # noqa: E402
 
 pytest_plugins = ["tests.conformance.plugin"]  # --impl, --impl-report
 
@@ -44,7 +45,8 @@ FILE_BUDGET_SECONDS = {
     "test_meta.py": 20,
     "test_docs.py": 5,
     "test_bands.py": 15,
-    "test_campaign.py": 40,
+    "test_campaign.py": 45,
+    "test_statefile.py": 10,
     "test_interpreter.py": 5,
     "test_routing.py": 20,
     "test_rows.py": 5,
@@ -100,7 +102,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--max-examples",
-        type=int,
+        type=integer(1),
         help="examples per property, cases of each kind of the campaign (default: 100, with CI set 30; nightly: 1000)",
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
@@ -129,6 +131,8 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")
     if config.option.device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device: expected a device that is there, got 'cuda' without CUDA")
+    if config.option.only is not None and not config.option.mutants:
+        raise pytest.UsageError(f"--only: expected with --mutants, got {config.option.only!r} without it")
     harness.DEVICE = torch.device(config.option.device)
     if (os.environ.get("TRITON_INTERPRET") == "1") != (config.option.device == "cpu"):
         raise pytest.UsageError("--device: expected on the command line, where it decides whether Triton interprets")

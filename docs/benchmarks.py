@@ -187,7 +187,8 @@ INTRODUCTION = """# Benchmarks
 
 Times are medians in ms (20th and 80th percentile in brackets) of calls on random data, with cold caches, between two
 CUDA events around each call; on the CPU by the clock. Forward is without gradients; fwd+bwd ends with the gradients of
-x and of all parameters. Where two figures stand, they are forward / forward+backward.
+x and of all parameters. Where two figures stand, they are forward / forward+backward. Dropout is 0, where the layer's
+default is 0.1, and there is no mask, unless a case says otherwise.
 
 - TFLOP/s: of the explicit count in [flops.py](../../tests/benchmarks/flops.py), each competitor its own work.
 - x floor: over the floor, which is the batched products, the fastest attention that is installed, and one read of x
@@ -220,7 +221,7 @@ def section(report: Report) -> str:
             f" In the same run a product of 8192 x 8192 matrices reached {ceilings['product_tflops']:.0f} "
             f"TFLOP/s in bfloat16, a copy of 1 GiB {ceilings['copy_tbs']:.2f} TB/s."
         )
-    parts.append(summary(report))
+    parts += [summary(report), f"*forward / forward+backward; {conditions(report)}.*"]
     found = groups(report)
     for group, cases in found.items():
         parts += [f"### {group}", "\n".join(f"- {name}: {shape(report['cases'][name])}" for name in cases)]
@@ -231,11 +232,16 @@ def section(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def summarised(report: Report) -> list[str]:
+    """Names of the cases of a summary."""
+    return groups(report).get("standard", []) if report["device"] == "cuda" else in_order(report)
+
+
 def summary(report: Report) -> str:
     """The layer beside what it may replace."""
     columns = {"this layer": "optimized", "as a CUDA graph": "optimized graph", "dense attention": "dense"}
     columns |= {"mixture-of-attention 0.0.25": "upstream", "reference": "reference"}
-    cases = groups(report).get("standard", []) if report["device"] == "cuda" else in_order(report)
+    cases = summarised(report)
     shown = {
         heading: name
         for heading, name in columns.items()
@@ -255,7 +261,15 @@ def summary(report: Report) -> str:
 def readme_table(report: Report) -> str:
     """What stands between the markers of README.md."""
     where = f"{report['hardware']['name']}, torch {report['versions']['torch']}"
-    return f"{summary(report)}\n\n*{where}: forward / forward+backward.*"
+    return f"{summary(report)}\n\n*{where}: forward / forward+backward; {conditions(report)}.*"
+
+
+def conditions(report: Report) -> str:
+    """Of the cases in a summary: what a layer as it comes, and a batch with padding, would not share."""
+    cases = [report["cases"][name] for name in summarised(report)]
+    dropouts = sorted({f"{case['dropout']:g}" for case in cases})
+    masks = sorted({"no mask" if case["mask"] == "none" else f"mask with {case['mask']}" for case in cases})
+    return f"dropout {' or '.join(dropouts)}, {' or '.join(masks)}"
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,11 @@ def _of_config(name: str) -> Any:
 
 
 class MixtureOfAttention(nn.Module):
-    """Each expert attends over K tokens that its router picked; the results are added back into the sequence.
+    """Each expert attends over K tokens that its router picked; what they return is added up by token.
+
+    Not causal: routers choose among all tokens of a sequence, and attention looks both ways. No residual: the result
+    takes the place of x. No positions without rotary_emb or local attention. Logits of masked tokens, in the routes
+    that are returned, are 0.
 
     Args:
         dim: model dimension D of x.

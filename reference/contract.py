@@ -26,7 +26,7 @@ class Routes(NamedTuple):
     indices: Int64[Tensor, "B E K"]
     mask: Bool[Tensor, "B E K"]  # False: the slot holds a masked token and takes part in nothing
     scores: Float[Tensor, "B E K"]
-    logits: Float[Tensor, "B E N"]
+    logits: Float[Tensor, "B E N"]  # of all tokens; 0 where masked
 
     @property
     def load(self) -> Int64[Tensor, "B E"]:

@@ -23,6 +23,10 @@ from reference.routing import Router
 class MixtureOfAttention(nn.Module):
     """Mixture of Attention, as a reader would write it down.
 
+    Not causal: routers choose among all tokens of a sequence, and attention looks both ways. No residual: the result
+    takes the place of x. No positions without rotary_emb or local attention. Logits of masked tokens, in the routes
+    that are returned, are 0.
+
     Args:
         dim: model dimension D of x.
         num_routed_queries, num_routed_key_values: tokens K that every expert picks; both can be overridden at forward.

@@ -127,8 +127,10 @@ def coordinate_descent(logits, k, mask=None, *, n_iters, eps, eps_init, eps_deca
     """Soft top-k of logits (N,) with target mass k: lambda (N,) in [0, 1], 0 for masked tokens.
 
     It maximises <s, lambda> + eps * entropy(lambda) with sum(lambda) = k (multiplier a) and lambda <= 1
-    (multipliers b), improving a and b alternately (Wright 2015) while eps falls (Schmitzer 2016), as in CoLT5
-    (arXiv 2303.09752). It stops after n_iters steps, when the mass is in general not yet k.
+    (multipliers b), improving a and b alternately (Wright 2015, "Coordinate descent algorithms") while eps falls
+    (Schmitzer 2016, "Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport Problems"), as in
+    Ainslie et al. 2023, "CoLT5: Faster Long-Range Transformers with Conditional Computation", arXiv 2303.09752.
+    It stops after n_iters steps, when the mass is in general not yet k.
     """
     logits = np.asarray(logits, np.float64)
     lam, valid = np.zeros(logits.shape), _valid(mask, logits.shape)

@@ -132,7 +132,10 @@ def coordinate_descent(
     eps_decay: float = 0.7,
     saturated: Bool[Tensor, "T B E N"] | None = None,
 ) -> Float[Tensor, "B E N"]:
-    """Soft top-k of mass about k by eps-scaled coordinate descent (Wright 2015; CoLT5, arXiv 2303.09752).
+    """Soft top-k of mass about k by eps-scaled coordinate descent.
+
+    Wright 2015, "Coordinate descent algorithms"; as a router: Ainslie et al. 2023, "CoLT5: Faster Long-Range
+    Transformers with Conditional Computation", arXiv 2303.09752.
 
     The textbook alternates a = eps (log k - logsumexp((s + b) / eps)) and b = -relu(s + a), which ends in
     exp((s + a + b) / eps). Since b follows from a, s + b = min(s, -a): the whole state of a row is one scalar. The
@@ -164,8 +167,10 @@ def capped_simplex(
     """The limit of coordinate descent: min(1, exp((s + a) / eps)) with the smallest a of mass min(k, valid tokens).
 
     With z = exp(a / eps) the mass is concave and piecewise linear in z, so Newton's method from the left only ever
-    adds tokens to the saturated set and stops after finitely many steps (capping, Warmuth & Kuzmin 2008; constrained
-    softmax, Martins & Kreutzer 2017). Differentiating the last step with the set held fixed is the implicit gradient.
+    adds tokens to the saturated set and stops after finitely many steps (capping: Warmuth & Kuzmin 2008,
+    "Randomized Online PCA Algorithms with Regret Bounds that are Logarithmic in the Dimension"; constrained softmax:
+    Martins & Kreutzer 2017, "Learning What's Easy: Fully Differentiable Neural Easy-First Taggers").
+    Differentiating the last step with the set held fixed is the implicit gradient.
     """
     contract.solver_input(logits, k, mask)
     RouterOptions(eps=eps)  # raises where it is impossible

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,21 @@ def _command(*words: str) -> str | None:
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
 
 
 def write(path: Path, report: Any, indent: int = 1) -> None:
-    """In one step: a run that is killed leaves the report of what came before."""
+    write_text(path, json.dumps(report, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one step: a run that is killed leaves what came before, and of two at a time one is the last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(report, indent=indent) + "\n")
+    partial = path.with_name(f"{path.name}.{threading.get_native_id()}.partial")  # of no other process or thread
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -109,10 +117,16 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[Any]], left: int | Non
     return "\n".join([head, f"|{'|'.join(rule)}|", *body])
 
 
-def write_between(path: Path, name: str, text: str) -> None:
-    """Into a page, between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; ValueError where these are not there once."""
+def around(path: Path, name: str) -> tuple[str, str]:
+    """A page up to `<!-- NAME:begin -->` and from `<!-- NAME:end -->`; ValueError where these are not there once."""
     page = path.read_text()
     begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"{path}: expected {begin.strip()} and {end} once")
-    path.write_text(f"{page.split(begin)[0]}{begin}{text}\n{end}{page.split(end)[1]}")
+    return page.split(begin)[0] + begin, end + page.split(end)[1]
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Into a page, between the two. Blank lines keep the marks apart: to some renderers a table ends only there."""
+    before, after = around(path, name)
+    write_text(path, f"{before}\n{text}\n\n{after}")

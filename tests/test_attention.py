@@ -110,7 +110,8 @@ def attend_by_definition(s: Tensor, v: Tensor, factors: Tensor | None) -> Tensor
 
 class FromRoundedOutput(torch.autograd.Function):
     """The same with a gradient that takes sum_j p_j dp_j as the product of the output that was returned with its
-    gradient, as every flash attention does (Dao et al. 2022, algorithm 4).
+    gradient, as every flash attention does (Dao et al. 2022, "FlashAttention: Fast and
+    Memory-Efficient Exact Attention with IO-Awareness", algorithm 4).
 
     The output is rounded, and where few keys cancel in a gradient this rounding is most of its error: one case in
     some thousands in half precision. Autograd sums the probabilities instead, and would be no measure of it.

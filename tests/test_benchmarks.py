@@ -448,6 +448,23 @@ def test_documents_of_a_run(documents: ModuleType, report_file: Path, tmp_path: 
     assert said.endswith("after\n")
     assert "old" not in said
     assert "small" in said
+    assert "forward / forward+backward; dropout 0, no mask.*" in said
+    assert text.count("*forward / forward+backward; dropout 0, no mask.*") == 2
+
+
+def test_captions_say_dropout_and_mask(documents: ModuleType, report_file: Path) -> None:
+    """Of the cases that a table shows, and of no others."""
+    report = as_of_a_gpu(json.loads(report_file.read_text()))
+    shown = [case for case in report["cases"].values() if case["group"] == "standard"]
+    hidden = [case for case in report["cases"].values() if case["group"] != "standard"]
+    for case in hidden:
+        case |= {"dropout": 0.5, "mask": "holes"}
+    assert "; dropout 0, no mask.*" in documents.readme_table(report)
+    shown[0] |= {"dropout": 0.25, "mask": "holes"}
+    assert "; dropout 0.25, mask with holes.*" in documents.readme_table(report)
+    report["cases"]["another"] = {**shown[0], "dropout": 0.0, "mask": "none"}
+    assert "; dropout 0 or 0.25, mask with holes or no mask.*" in documents.section(report)
+    assert "dropout 0.5" not in documents.readme_table(report)
 
 
 def as_of_a_gpu(report: dict[str, Any]) -> dict[str, Any]:

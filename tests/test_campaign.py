@@ -23,12 +23,15 @@ from campaign.oracles import Kinks, Rows
 from campaign.state import Part, State, as_ranges, read
 from campaign.tally import Band, Failure, Tally
 from harness import check, check_identical, expectation
+from hypothesis import given, settings
+from strategies import LayerCase, layer_cases
 
 import reference
 from optimized import ops
 from reference import oracle
 from reference.testing import assert_matches
 from tests.faults.operators import OPERATORS
+from tests.statefile import StateError
 
 SETTING = Setting(torch.device("cpu"), "torch")
 BATCHED = (selection, solver)
@@ -325,7 +328,11 @@ def test_a_fault_of_the_layer_is_shrunk_kept_and_tried_first(
         assert "prenorm=True" in failure.message
         assert "gamma" in failure.message
         assert tally.small.get("float64", set()) <= sound.small["float64"], "what shrinking tried is no case"
+        worst = tally.band("mixture_gradient", "float64").worst[0]
+        assert 1 < worst[0] < math.inf, "what was drawn and failed is among the worst"
+        assert tally.band("mixture_gradient", "float64").counts[-1] == 1
         assert command.main(command_of(failure)) == 1
+        assert re.search(r"mixture_gradient, float64: [\d.e+]+ of the budget", capsys.readouterr().out)
         assert [f.snippet for f in layer.run_kept(SETTING).failures] == [failure.snippet]
     assert command.main(command_of(failure)) == 0
     assert layer.run_kept(SETTING).failures == []
@@ -406,6 +413,7 @@ def test_a_torn_run_goes_on_and_counts_the_same(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         runner.run(kinds, cases, SETTING, torn, jobs=0, seconds=math.inf, told=stop)
+    torn.close()
     text = torn.path.read_text()
     torn.path.write_text(text + text.splitlines()[-1][:-20])
     again = State(torn.path, HEADER)
@@ -421,10 +429,121 @@ def test_a_torn_run_goes_on_and_counts_the_same(tmp_path: Path) -> None:
         for kind in kinds:
             assert found[kind].done == {0, 1, 2}
             assert without_time(found[kind].tally) == without_time(whole.parts[kind].tally)
-    with pytest.raises(SystemExit, match="another seed"):
-        State(torn.path, HEADER | {"seed": 1})
     with pytest.raises(ValueError, match="done already"):
         again.add("solver", 1, Tally())
+
+
+def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
+    """It is left as it was."""
+    kept = State(tmp_path / "state", HEADER)
+    kept.add("selection", 3, selection.run(0, 20, SETTING))
+    kept.close()
+    content = kept.path.read_bytes()
+    for other, words in (
+        ({"seed": 1}, "expected a state of seed 1, got one of seed 0"),
+        ({"kernels": "triton"}, "expected a state of kernels 'triton', got one of kernels 'torch'"),
+        ({"hashes": {"optimized": "1" * 64, "reference": "0" * 64}}, "another state of optimized and reference"),
+    ):
+        with pytest.raises(StateError, match=f"{kept.path}: .*{words}; remove it"):
+            State(kept.path, HEADER | other)
+        assert kept.path.read_bytes() == content
+    with State(kept.path, HEADER | {"environment": {**HEADER["environment"], "commit": "f00"}}) as again:
+        assert again.done("selection") == {3}
+
+
+def test_a_second_run_on_a_state_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before it runs anything. What the first one keeps, before and after, is there."""
+    path, tally = tmp_path / "state", solver.run(0, 20, SETTING)
+    words = ["--kind", "selection", "--cases", "500", "--jobs", "0", "--state", str(path)]
+    with State(path, runner.header(SETTING)) as first:
+        first.add("solver", 0, tally)
+        for _ in range(2):
+            with pytest.raises(SystemExit) as ended:
+                command.main(words)
+            assert ended.value.code == 2
+            told = capsys.readouterr()
+            assert f"--state: {path}: expected a file that no other run writes" in told.err
+            assert "distinct cases" not in told.out
+        first.add("solver", 7, tally)
+    assert command.main(words) == 0
+    found = read(path)[1]
+    assert {kind: part.done for kind, part in found.items()} == {"solver": {0, 7}, "selection": {0}}
+    assert sum(found["solver"].tally.cases.values()) == 2 * sum(tally.cases.values())
+
+
+def lines_of_a_state(folder: Path) -> list[bytes]:
+    """A header, one of selection and one of the solver."""
+    with State(folder / "whole", HEADER) as state:
+        for kind in BATCHED:
+            state.add(kind.NAME, 0, kind.run(0, 20, SETTING))
+        return state.path.read_bytes().splitlines(keepends=True)
+
+
+def changed(line: bytes, **parts: Any) -> bytes:
+    return json.dumps(json.loads(line) | parts).encode() + b"\n"
+
+
+def in_tally(line: bytes, **parts: Any) -> bytes:
+    return changed(line, tally=json.loads(line)["tally"] | parts)
+
+
+CORRUPT: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "no header": lambda lines: lines[1:],
+    "a torn header": lambda lines: [lines[0][:-9]],
+    "a header of another program": lambda lines: [b'{"benchmarks": {}}\n', *lines[1:]],
+    "a header without hashes": lambda lines: [b'{"campaign": {"device": "cpu", "seed": 0}}\n', *lines[1:]],
+    "a list": lambda lines: [lines[0], b"[]\n"],
+    "no JSON": lambda lines: [lines[0], b"once upon a time\n", *lines[1:]],
+    "two lines in one": lambda lines: [lines[0], lines[1][:-40], lines[2]],
+    "no text": lambda lines: [lines[0], b"\xff\xfe\x00\n", *lines[1:]],
+    "a chunk twice": lambda lines: [*lines, lines[1]],
+    "chunks backwards": lambda lines: [lines[0], changed(lines[1], done=[[5, 1]])],
+    "chunks that are words": lambda lines: [lines[0], changed(lines[1], done=["ab"])],
+    "an unknown kind": lambda lines: [lines[0], changed(lines[1], kind="attention")],
+    "the levels of another kind": lambda lines: [*lines, changed(lines[2], kind="selection", done=[[3, 3]])],
+    "a count that is none": lambda lines: [lines[0], in_tally(lines[1], cases={"float32": -3})],
+    "half a count": lambda lines: [lines[0], in_tally(lines[2], notes={"rows": 0.5})],
+    "no failures": lambda lines: [lines[0], changed(lines[1], tally={"cases": {}})],
+    "a failure of one word": lambda lines: [lines[0], in_tally(lines[1], failures=["what"])],
+    "a bin that is not there": lambda lines: [
+        lines[0], in_tally(lines[2], bands=[["scores", "float32", [[99, 1]], []]])
+    ],
+    "a bin from the end": lambda lines: [lines[0], in_tally(lines[2], bands=[["scores", "float32", [[-1, 1]], []]])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", CORRUPT.values(), ids=[name.replace(" ", "-") for name in CORRUPT])
+def test_a_corrupt_state_is_named(
+    how: Callable[[list[bytes]], list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And left as it was, by a run as by a report."""
+    path = tmp_path / "state"
+    content = b"".join(how(lines_of_a_state(tmp_path)))
+    path.write_bytes(content)
+    with pytest.raises(StateError, match=rf"^{path}: expected the state of a campaign, got another line \d"):
+        State(path, HEADER)
+    for words in (["--state", str(path)], ["--of", str(path), "--report", str(tmp_path / "page.html")]):
+        with pytest.raises(SystemExit) as ended:
+            command.main(words)
+        assert ended.value.code == 2
+        assert f"{words[0]}: {path}: expected the state of a campaign" in capsys.readouterr().err
+    assert path.read_bytes() == content
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_state_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a report. A run makes it, with its folder, but not of a folder."""
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["--of", str(path), "--report", str(tmp_path / "page.html")])
+        assert ended.value.code == 2
+        assert f"--of: {path}: expected the state of a campaign, got" in capsys.readouterr().err
+    with pytest.raises(StateError, match=f"{tmp_path}: expected a file that can be written"):
+        State(tmp_path, HEADER)
+    (tmp_path / "begun").touch()  # by a run that was killed right then
+    for name in ("begun", "folder/new"):
+        with State(tmp_path / name, HEADER) as state:
+            assert read(state.path) == (HEADER, {})
 
 
 def test_a_state_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,6 +605,30 @@ def test_what_a_process_prints_is_no_answer(tmp_path: Path) -> None:
     assert sum(state.parts["selection"].tally.cases.values()) == 500, "its chunks are not short"
 
 
+def test_the_worst_of_a_report_is_what_failed() -> None:
+    """Also where the state tells of it in its list of failures only."""
+    tally = layer.run(0, 15, SETTING)
+    title = ": torch.float32 (2, 5, 4): error is {} of its budget by element, {} by row\n  3 of 40 elements"
+    for lane, told in (
+        ("injected routes", "mixture out" + title.format("2.31", "0.5")),
+        ("injected routes", "mixture_gradient attn.norm.gamma" + title.format("0.02", "17.4")),
+        ("own routers", "mixture_gradient x" + title.format("inf", "inf")),
+        ("own routers", "RuntimeError: out of memory"),
+    ):
+        tally.failures.append(Failure(f"{lane} float32 {LayerCase()}: {told}", "again"))
+    run = (HEADER, {"layer": Part({0}, tally)})
+    told = report.markdown([run]).splitlines()[-1]
+    for words in (
+        "mixture, float32: 2.31;",
+        "mixture gradient, float32: 17.40;",
+        "mixture gradient with its own routers, float32: inf |",
+        f"mixture, float64: {max(f for f, _ in tally.band('mixture', 'float64').worst):.2f}",
+        "| 4 |",
+    ):
+        assert words in told
+    assert "<td>17.4</td>" in report.worst([run], "layer")
+
+
 def test_tallies_survive_json() -> None:
     tally = solver.run(0, 50, SETTING)
     tally.failures.append(Failure("what", "again"))
@@ -539,3 +682,100 @@ def test_processes_find_what_one_finds_and_the_report_stands_alone(tmp_path: Pat
     for words in ("cuda, triton", "cpu, torch", "selection 500", "--example &quot;LayerCase(n=1)&quot;"):
         assert words in text
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+WRONG_USE = {
+    "--cases -5": "--cases: expected an integer >= 1, got '-5'",
+    "--cases 0": "--cases: expected an integer >= 1, got '0'",
+    "--cases 1e6": "--cases: expected an integer >= 1, got '1e6'",
+    "--jobs -1": "--jobs: expected an integer >= 0, got '-1'",
+    "--seconds 0": "--seconds: expected a number > 0, got '0'",
+    "--seconds nan": "--seconds: expected a number > 0, got 'nan'",
+    "--seed -1": "--seed: expected an integer from 0 to 4294967295, got '-1'",
+    "--seed 4294967296": "--seed: expected an integer from 0 to 4294967295, got '4294967296'",
+    "--kind attention": "--kind: invalid choice: 'attention'",
+    "--kind solver solver": "--kind: expected each kind once, got solver solver",
+    "--kind solver --case -3": "--case: expected an index >= 0, or FIRST-LAST, got '-3'",
+    "--kind solver --case 5-2": "--case: expected an index >= 0, or FIRST-LAST, got '5-2'",
+    "--kind solver --case all": "--case: expected an index >= 0, or FIRST-LAST, got 'all'",
+    "--case 5": "--kind: expected one kind with --case, got selection solver layer",
+    "--kind solver --case 5 --cases 7": "--cases: expected with a run, got it with --case",
+    "--kind solver --case 5 --report page.html": "--report: expected with --of or a run, got it with --case",
+    "--kind solver --example LayerCase()": "--kind: expected layer with --example, got solver",
+    "--example LayerCase() --dtype float8": "--dtype: invalid choice: 'float8'",
+    "--example LayerCase() --own-routers --dtype float16": "--dtype: expected float64 with --own-routers, got float16",
+    "--dtype float16": "--dtype: expected with --example, got it with a run",
+    "--kind layer --own-routers": "--own-routers: expected with --example, got it with a run",
+    "--of state": "--of: expected with --report, --picture or --table, got none of them",
+    "--of state --report page.html --seed 4": "--seed: expected with --case or a run, got it with --of",
+    "--report .": "--report: expected a file, got the folder .",
+    "--table nowhere.md": "--table: nowhere.md: expected a page, got No such file",
+    "--table unmarked.md": "unmarked.md: expected <!-- campaign:begin --> and <!-- campaign:end --> once",
+}
+
+
+@pytest.mark.parametrize("words", WRONG_USE)
+def test_wrong_use_ends_with_status_2_and_runs_nothing(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unmarked.md").write_text("a page\n")
+    for kind in (*BATCHED, layer):
+        monkeypatch.delattr(kind, "run")
+    with pytest.raises(SystemExit) as ended:
+        command.main(words.split())
+    assert ended.value.code == 2
+    assert WRONG_USE[words] in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["unmarked.md"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("cases", 0), ("cases", -5), ("cases", 2.5), ("jobs", -1)])
+def test_a_run_of_nothing_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    numbers = {"cases": 500, "jobs": 0, name: value}
+    with State(tmp_path / "state", HEADER) as state, pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
+        runner.run(["selection"], numbers["cases"], SETTING, state, jobs=numbers["jobs"], seconds=1)
+
+
+@given(case=layer_cases())
+@settings(max_examples=20)
+def test_an_example_is_read_as_it_was_written(case: LayerCase) -> None:
+    assert layer.parse_example(repr(case)) == case
+
+
+NO_EXAMPLES = {
+    "open('made', 'w')": "expected LayerCase(name=literal, ...)",
+    "LayerCase(n=open('made', 'w').close())": "expected LayerCase(name=literal, ...)",
+    "LayerCase(options={'eps': open('made', 'w')})": "expected LayerCase(name=literal, ...)",
+    "(lambda: LayerCase())()": "expected LayerCase(name=literal, ...)",
+    "layer.LayerCase()": "expected LayerCase(name=literal, ...)",
+    "RouterCase(n=3)": "expected LayerCase(name=literal, ...)",
+    "LayerCase(2, 17)": "expected LayerCase(name=literal, ...)",
+    "LayerCase(**{'n': 3})": "expected LayerCase(name=literal, ...)",
+    "LayerCase(n=3": "expected LayerCase(name=literal, ...)",
+    "LayerCase(n=3, n=4)": "expected LayerCase(name=literal, ...)",
+    "LayerCase(rows=3)": "rows: expected one of batch, n, dim",
+    "LayerCase(n=0)": "n: expected an integer >= 1, got 0",
+    "LayerCase(n='3')": "n: expected an integer >= 1, got '3'",
+    "LayerCase(heads=True)": "heads: expected an integer >= 1, got True",
+    "LayerCase(batch=None)": "batch: expected an integer >= 1, got None",
+    "LayerCase(window=-1)": "window: expected an integer >= 1, got -1",
+    "LayerCase(seed=-1)": "seed: expected an integer >= 0, got -1",
+    "LayerCase(prenorm=1)": "prenorm: expected True or False, got 1",
+    "LayerCase(mask='some')": "mask: expected one of none, all",
+    "LayerCase(options=[])": "options: expected options of the routers by name, got []",
+    "LayerCase(options={'dim': 3})": "router_options: expected names among",
+    "LayerCase(options={'eps': -1.0})": "eps: expected a finite number > 0, got -1.0",
+    "LayerCase(window=3, dim_head=7)": "dim_head: expected an even number with local attention",
+}
+
+
+@pytest.mark.parametrize("text", NO_EXAMPLES)
+def test_an_example_is_read_as_literals_only(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--kind", "layer", "--example", text])
+    assert ended.value.code == 2
+    assert f"--example: {NO_EXAMPLES[text]}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "what stands there was run"

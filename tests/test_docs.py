@@ -5,9 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from harness import check_identical
+from markdown_it import MarkdownIt
 from record import ROOT, table, write_between
+
+import optimized
+import reference
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(p for folder in ("reference", "optimized", "tests", "docs") for p in (ROOT / folder).rglob("*.py"))
@@ -57,6 +64,80 @@ def test_files_of_docs_that_are_named_exist() -> None:
     assert sum(map(len, found.values())) == 0, {file: names for file, names in found.items() if names}
 
 
+def sources(text: str) -> Iterator[tuple[int, int]]:
+    """First line and end of every run of lines, outside of code, that begin with a bar."""
+    code, start = False, None
+    for at, line in enumerate([*text.split("\n"), ""]):
+        code ^= line.startswith("```")
+        if line.lstrip().startswith("|") and not code:
+            start = at if start is None else start
+        elif start is not None:
+            yield start, at
+            start = None
+
+
+def rendered(text: str) -> Iterator[tuple[int, int, list[int]]]:
+    """First line and end of every table, and the cells of its rows, the heading first."""
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type == "table_open":
+            where, cells = token.map, []
+        elif token.type == "tr_open":
+            cells.append(0)
+        elif token.type in ("th_open", "td_open"):
+            cells[-1] += 1
+        elif token.type == "table_close":
+            yield *where, cells
+
+
+def no_tables(text: str) -> list[str]:
+    """What looks like a table and is none, or is another one."""
+    lines, tables = text.split("\n"), {(start, end): cells for start, end, cells in rendered(text)}
+    wrong = [f"line {start + 1}: no table" for start, end in sources(text) if (start, end) not in tables]
+    for (start, end), cells in tables.items():
+        # A renderer fills rows up and drops what is left over. Every bar counts that has no backslash before it.
+        bars = [len(re.findall(r"(?<!\\)\|", line)) - 1 for line in lines[start:end]]
+        if bars[:1] + bars[2:] != cells or len(set(bars)) != 1 or len(cells) < 2:
+            wrong.append(f"line {start + 1}: columns {bars}, rendered {cells}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tables_are_shown(page: Path) -> None:
+    assert no_tables(page.read_text()) == []
+
+
+def test_blank_lines_keep_marks_and_tables_apart() -> None:
+    """Some renderers take what follows a comment for a part of it, and what follows a table for a row."""
+    marks = {}
+    for page in PAGES:
+        lines = page.read_text().split("\n")
+        found = [at for at, line in enumerate(lines) if re.fullmatch(r"<!-- \w+:(begin|end) -->", line)]
+        marks[page.relative_to(ROOT).as_posix()] = [
+            lines[at] for at in found if lines[at + 1 if "begin" in lines[at] else at - 1]
+        ]
+    assert sum(map(len, marks.values())) == 0, {page: said for page, said in marks.items() if said}
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("a\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nb", []),
+        ("| a |\n|---|\n| `x \\| y` |\n\n```\n| no |\n```\n", []),
+        ("| a | b |\n|---|---|\n<!-- c:begin -->\n| 1 | 2 |\n", ["line 4: no table", "line 1: columns [2, 2]"]),
+        ("| a | b |\n|---|---|\n\n| 1 | 2 |\n", ["line 4: no table", "line 1: columns [2, 2]"]),
+        ("| a | b |\n|---|\n| 1 | 2 |\n", ["line 1: no table"]),
+        ("| a | b |\n|---|---|\n| 1 |\n| 1 | 2 |\n", ["line 1: columns [2, 2, 1, 2], rendered [2, 2, 2]"]),
+        ("| a | b |\n|---|---|\n| 1 | `x|y` |\n", ["line 1: columns [2, 2, 3], rendered [2, 2]"]),
+        ("| a |\n|---|\n| 1 |\nwords\n", ["line 1: no table", "line 1: columns [1, 1, 1, -1]"]),
+        ("<div>\n| a |\n|---|\n| 1 |\n", ["line 2: no table"]),
+    ],
+)
+def test_what_is_no_table_is_seen(text: str, wrong: list[str]) -> None:
+    found = no_tables(text)
+    assert [line[: len(said)] for line, said in zip(found, wrong)] == wrong
+    assert len(found) == len(wrong)
+
+
 def test_first_use_in_the_readme_runs() -> None:
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     made: dict = {}
@@ -64,6 +145,30 @@ def test_first_use_in_the_readme_runs() -> None:
     assert made["out"].shape == (16, 400, 512)
     assert made["q_routes"].indices.shape == made["q_routes"].scores.shape == (16, 4, 100)
     assert made["q_routes"].load.shape == (16, 4)
+
+
+@pytest.mark.parametrize("package", [optimized, reference], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("local", [False, True], ids=["routed", "with-local-attention"])
+def test_what_the_layer_does_not_do(package: ModuleType, local: bool) -> None:
+    """As docs/layer.md says: no causality, no residual, no logits of masked tokens. Positions: see `test_mixture`."""
+    window = {"local_attn": True, "local_attn_window_size": 2} if local else {}
+    sizes = {"num_routed_queries": 4, "num_routed_key_values": 4, "num_experts": 2, "dim_head": 8, "heads": 2}
+    layer = package.MixtureOfAttention(12, **sizes, **window, dropout=0.0, dtype=torch.float64)
+    x = torch.randn(1, 16, 12, dtype=torch.float64, requires_grad=True)
+    out, (q_routes, _) = layer(x, return_routes=True)
+    (gradient,) = torch.autograd.grad(out[0, :8].square().sum(), x)
+    assert gradient[0, 8:].any(), "what comes later has no influence"
+
+    left_out = [n for n in range(16) if n not in q_routes.indices]
+    assert len(left_out) >= 8
+    if not local:
+        check_identical(out[0, left_out], layer.null_routed_token[0].expand(len(left_out), -1))
+
+    mask = torch.arange(16)[None] < 9
+    poisoned = x.detach().masked_fill(~mask[..., None], float("nan"))
+    for routes in layer(poisoned, mask=mask, return_routes=True)[1]:
+        assert not routes.logits[..., 9:].any()
+        assert routes.logits[..., :9].all()
 
 
 def test_table() -> None:
@@ -75,6 +180,8 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n")
     write_between(page, "x", "new")
-    assert page.read_text() == "a\n<!-- x:begin -->\nnew\n<!-- x:end -->\nb\n"
+    assert page.read_text() == "a\n<!-- x:begin -->\n\nnew\n\n<!-- x:end -->\nb\n"
+    write_between(page, "x", "new")
+    assert page.read_text() == "a\n<!-- x:begin -->\n\nnew\n\n<!-- x:end -->\nb\n"
     with pytest.raises(ValueError, match=r"expected <!-- y:begin --> and <!-- y:end --> once"):
         write_between(page, "y", "new")

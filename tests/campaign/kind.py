@@ -11,6 +11,8 @@ import torch
 from .draws import TINIEST, Array
 from .tally import Tally
 
+KINDS = ("selection", "solver", "layer")
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -6,10 +6,12 @@ drawn before counts once. An index finds its case with the same version of hypot
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import test_mixture  # noqa: E402
 from strategies import COTANGENTS, LAYOUTS, MASKS, VALUES, LayerCase, layer_cases  # noqa: E402
 
 import optimized  # noqa: E402
+from reference.contract import Config, RouterOptions  # noqa: E402
 
 from .kind import Setting, broke_the_device  # noqa: E402
 from .tally import Failure, Tally  # noqa: E402
@@ -162,13 +165,19 @@ def _run_chunk(
             lane.check(case, setting)
         except hypothesis.errors.UnsatisfiedAssumption:
             raise
-        except Exception:
+        except Exception as error:
             seen(case)
+            if not failing:
+                excess = Failure(str(error), "").excess()
+                enter(case, ledger, excess[2] if excess else math.inf)
             failing.append(case)
             raise
-        if failing:  # what shrinking tries is no case of its own
-            return
-        seen(case)
+        if not failing:  # what shrinking tries is no case of its own
+            seen(case)
+            enter(case, ledger)
+
+    def enter(case: LayerCase, ledger: harness.Ledger, missed: float = math.inf) -> None:
+        """missed: the fraction of the budget that was missed, which the ledger does not tell."""
         digest = hashlib.blake2b(f"{lane.name} {case!r}".encode(), digest_size=6).hexdigest()
         if digest in tally.small.get(lane.dtype, ()):
             return
@@ -176,6 +185,7 @@ def _run_chunk(
         covered.append(levels(lane, case))
         for (stage, dtype, _), fraction in ledger.worst.items():
             name = stage if lane.name == "injected routes" else f"{stage} with its own routers"
+            fraction = missed if math.isinf(fraction) else fraction
             tally.enter(name, dtype, np.array([fraction]), [snippet(lane, case, setting)])
 
     before, device = harness.current, harness.DEVICE
@@ -211,11 +221,56 @@ def _run_chunk(
         tally.cover(LEVELS, covered)
 
 
-def run_example(text: str, dtype: str, own_routers: bool, setting: Setting) -> Tally:
-    """One case, as its repr."""
+def parse_example(text: str) -> LayerCase:
+    """The repr of a case, of which nothing but literals is read. Raises ValueError."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "LayerCase"):
+            raise ValueError("another expression")
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("arguments without a name")
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if len(given) != len(call.keywords):
+            raise ValueError("an argument twice")
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"expected LayerCase(name=literal, ...), got {text!r} ({error})") from None
+    for name, value in given.items():
+        expected = _expected(name, value)
+        if expected:
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    case = LayerCase(**given)
+    try:
+        RouterOptions.of_module(case.options)
+        Config.of(**case.arguments())
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return case
+
+
+def _expected(name: str, value: Any) -> str | None:
+    """What a field may be; None where the value is that."""
+    words = {"values": VALUES, "mask": (*MASKS, "long_suffix"), "layout": LAYOUTS, "cotangent": COTANGENTS}
+    known = {f.name: f for f in fields(LayerCase)}
+    if name not in known:
+        return f"one of {', '.join(known)}"
+    if name in words:
+        return None if value in words[name] else f"one of {', '.join(words[name])}"
+    if name == "options":
+        fits = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+        return None if fits else "options of the routers by name"
+    if isinstance(known[name].default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if value is None and known[name].default is None:
+        return None
+    least = 0 if name == "seed" else 1
+    return None if type(value) is int and value >= least else f"an integer >= {least}"
+
+
+def run_example(case: LayerCase, dtype: str, own_routers: bool, setting: Setting) -> Tally:
+    """One case."""
     lane = LANES[-1] if own_routers else next(lane for lane in LANES if lane.dtype == dtype)
     tally = Tally()
-    _run_chunk(lane, 0, setting, tally, (Phase.explicit,), given=eval(text, {"LayerCase": LayerCase}))
+    _run_chunk(lane, 0, setting, tally, (Phase.explicit,), given=case)
     return tally
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from tests.record import table as markdown_table
 
 from . import plots
+from .kind import KINDS
 from .state import Part, as_ranges
 from .tally import Band, Tally
 
 Run = tuple[dict[str, Any], dict[str, Part]]
 
-KINDS = ("selection", "solver", "layer")
 STYLE = """
 body { font: 14px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 0.7em 0 }
@@ -68,6 +68,12 @@ def bands(runs: Sequence[Run], kinds: Iterable[str] = KINDS) -> list[tuple[str, 
         for header, part in of_kind(runs, kind):
             for (quantity, dtype), band in part.tally.bands.items():
                 found.setdefault((quantity.replace("_", " "), dtype, place(header)), Band()).merge(band)
+            for failure in part.tally.failures if kind == "layer" else ():
+                # The smallest case that failed: it counts nowhere else.
+                if excess := failure.excess():
+                    quantity = excess[0] + " with its own routers" * failure.message.startswith("own routers")
+                    key = quantity.replace("_", " "), excess[1], place(header)
+                    found.setdefault(key, Band()).keep([(excess[2], failure.snippet)])
         out += [(", ".join(key), found[key]) for key in sorted(found)]
     return out
 

@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from record import made  # noqa: E402
 
+from reference.contract import integer  # noqa: E402
+
 from .kind import Setting  # noqa: E402
 from .state import State  # noqa: E402
 from .tally import Failure, Tally  # noqa: E402
@@ -66,8 +68,10 @@ def run(
 ) -> list[Failure]:
     """Until all is done, the time is over or enough has failed; returns failures, those of earlier runs too.
 
-    jobs: processes, or 0 for this one. command: of a worker, for tests.
+    jobs: processes, or 0 for this one. command: of a worker, for tests. Raises ValueError or TypeError where nothing
+    would be run.
     """
+    cases, jobs = integer("cases", cases, least=1), integer("jobs", jobs, least=0)
     start = time.monotonic()
     kept: list[Failure] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from .draws import Array
 WORST = 5  # cases kept of each quantity and dtype
 # A bin for 0, one below 1e-6, four a decade up to 1 (a failure), one beyond.
 EDGES = np.concatenate(([0.0], 10.0 ** np.arange(-6, 0.01, 0.25)))
+MISSED = re.compile(r"(\w+)(?: [\w.]+)?: torch\.(\w+) \([^)]*\): error is (\S+) of its budget by element, (\S+) by row")
 
 
 @dataclass
@@ -25,6 +27,11 @@ class Failure:
     def json(self) -> list[str]:
         return [self.message, self.snippet]
 
+    def excess(self) -> tuple[str, str, float] | None:
+        """Of a case of the layer that missed a budget: stage, dtype and fraction, as the comparator says them."""
+        found = MISSED.search(self.message)
+        return found and (found[1], found[2], max(float(found[3]), float(found[4])))
+
 
 @dataclass
 class Band:
@@ -36,13 +43,14 @@ class Band:
     def enter(self, fractions: Array, snippets: Sequence[str]) -> None:
         self.counts += np.bincount(np.searchsorted(EDGES, fractions, side="left"), minlength=len(EDGES) + 1)
         order = np.argsort(-fractions, kind="stable")[:WORST]
-        self._keep([(float(f"{fractions[i]:.4g}"), snippets[i]) for i in order])
+        self.keep([(float(f"{fractions[i]:.4g}"), snippets[i]) for i in order])
 
     def merge(self, other: Band) -> None:
         self.counts = self.counts + other.counts
-        self._keep(other.worst)
+        self.keep(other.worst)
 
-    def _keep(self, more: list[tuple[float, str]]) -> None:
+    def keep(self, more: list[tuple[float, str]]) -> None:
+        """The worst of them, without a place in the histogram."""
         self.worst = sorted(set(self.worst + more), key=lambda w: (-w[0], w[1]))[:WORST]
 
 

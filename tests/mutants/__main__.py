@@ -11,6 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tests.arguments import integer
+from tests.statefile import StateError
+
 from . import matrix
 from .mutant import Mutant
 from .profiles import profile_of
@@ -50,10 +53,12 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", metavar="WORD", help="names, classes or files that contain it")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=integer(1), default=os.cpu_count(), help="processes at a time (default: all cores)"
+    )
     parser.add_argument(
         "--seconds",
-        type=int,
+        type=integer(1),
         default=SECONDS,
         help="of one core for each, at most: more on a slower machine (default: %(default)s)",
     )
@@ -66,18 +71,19 @@ def main(given: list[str] | None = None) -> int:
         help="write a report; without FILE mutants-DEVICE.json in tests/reports, and the picture of those there",
     )
     asked = parser.parse_args(given)
-    for name in ("jobs", "seconds"):
-        if getattr(asked, name) < 1:
-            parser.error(f"--{name}: expected an integer >= 1, got {getattr(asked, name)}")
     if asked.report and not asked.report.parent.is_dir():
         parser.error(f"--report: expected a file in an existing folder, got {asked.report}")
-    console = Console()
     mutants = chosen(asked.only, asked.device)
+    if not mutants:
+        parser.error(f"--only: expected a word in the name, class or file of a mutant, got {asked.only!r}")
+    console = Console()
     try:
         results = run(mutants, asked.device, asked.jobs, console, asked.seconds)
     except ControlError as error:
         console.print(f"the control is not green: {error}", style="red", markup=False)
         return 2
+    except StateError as error:
+        parser.error(str(error))
     listed = list(MUTANTS) if asked.report else mutants
     console.print(matrix.table(listed, results), matrix.totals(listed, results))
     wrong = matrix.unexpected(mutants, results)

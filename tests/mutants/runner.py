@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -19,10 +20,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 from tests import record
+from tests.statefile import StateError, StateFile
 
 from .mutant import Mutant
 from .profiles import Profile
@@ -32,7 +34,7 @@ from .profiles import Profile
 OUTCOMES = ("killed", "survived", "raised", "broken", "crashed", "timeout")
 SECONDS = 60  # of one core for a mutant
 IGNORED = shutil.ignore_patterns(
-    ".git", ".*cache", ".hypothesis", ".mutants", "__pycache__", "*.png", "*.egg-info", ".venv"
+    ".git", ".*cache", ".hypothesis", ".mutants", ".campaign", "__pycache__", "*.png", "*.egg-info", ".venv"
 )
 CHILD = Path(__file__).with_name("child.py")
 
@@ -64,12 +66,21 @@ class Runner:
     def __post_init__(self) -> None:
         self._lock = Lock()
         self._running: set[subprocess.Popen] = set()
-        self._known: dict[str, dict[str, Any]] = record.read(self.state) if self.state.exists() else {}
+        self._known: dict[str, dict[str, Any]] = {}
+        self._over = Event()
 
     def run(
         self, mutants: Sequence[Mutant], told: Callable[[str, Result], None] = lambda name, result: None
     ) -> dict[str, Result]:
-        """Results by name, each passed on to `told` when it is there. Raises ControlError before any mutant runs."""
+        """Results by name, each passed on to `told` when it is there.
+
+        Raises ControlError before any mutant runs, StateError where another run has the state or it is none.
+        """
+        with StateFile(self.state) as self._kept:
+            self._known = _results(self.state, self._kept.content())
+            return self._run(mutants, told)
+
+    def _run(self, mutants: Sequence[Mutant], told: Callable[[str, Result], None]) -> dict[str, Result]:
         controls = {self.profile_of(mutant.file): None for mutant in mutants}
         names = {profile: f"control of {', '.join(profile.files)}" for profile in controls}
         for profile, result in self._all([(profile, None) for profile in controls]):
@@ -84,13 +95,15 @@ class Runner:
 
     def _all(self, jobs: list) -> object:
         """(what it was, result) of each pair (profile, mutant or None), in the order in which they end."""
-        with ThreadPoolExecutor(self.jobs) as pool:
+        self._over.clear()
+        with ThreadPoolExecutor(self.jobs) as pool:  # at its end all have kept what they found
             waiting = {pool.submit(self._recalled, *job): job for job in jobs}
             try:
                 for future in as_completed(waiting):
                     profile, mutant = waiting[future]
                     yield mutant or profile, future.result()
             finally:
+                self._over.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self._running):
                     _end(process)
@@ -115,7 +128,7 @@ class Runner:
         made = {"code": code, "tests": tests, "by": self._digest_of(result.test), "result": asdict(result)}
         with self._lock:
             self._known[subject] = made
-            record.write(self.state, self._known)
+            self._kept.replace(json.dumps(self._known, indent=1) + "\n")
         return result
 
     def _digest(self, *paths: Path) -> str:
@@ -163,6 +176,8 @@ class Runner:
                 cwd=copy, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             self._running.add(process)
+            if self._over.is_set():  # too late to be ended with the others
+                _end(process)
             try:
                 return process.wait(4 * self.seconds)
             except subprocess.TimeoutExpired:
@@ -170,6 +185,23 @@ class Runner:
             finally:
                 _end(process)
                 self._running.discard(process)
+
+
+def _results(path: Path, content: bytes) -> dict[str, dict[str, Any]]:
+    """Of earlier runs, by subject; the file is empty before the first result."""
+    try:
+        known = json.loads(content) if content else {}
+        for entry in known.values():
+            result = Result(**entry["result"])
+            texts = entry["code"], entry["tests"], entry["by"], result.outcome, result.test, result.error
+            if result.outcome not in OUTCOMES or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"another result, {entry}")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise StateError(
+            f"{path}: expected results of earlier runs, got {what[:200]}; remove it to start anew"
+        ) from error
+    return known
 
 
 def _end(process: subprocess.Popen) -> None:

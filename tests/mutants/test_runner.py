@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
 from mutants.profiles import Profile
 from mutants.runner import ControlError, Result, Runner
+from tests.record import ROOT
+from tests.statefile import StateError
 
 OLD = "return 2 * x"
 KILLED = Mutant("killed", "toy/__init__.py", OLD, "return 3 * x", "mass")
@@ -122,6 +126,53 @@ def test_results_are_kept_while_they_hold(tree: Path, monkeypatch: pytest.Monkey
     assert ran(KILLED, SURVIVES) == ["control", "killed", "survives"]
 
 
+def test_a_second_run_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it runs anything; the first one keeps all of its results."""
+    runs: list[str] = []
+
+    def measured(self: Runner, profile: Profile, mutant: Mutant | None) -> Result:
+        runs.append(mutant.name if mutant else "control")
+        if mutant is RAISES:
+            with pytest.raises(StateError, match=r"state\.json: expected a file that no other run writes"):
+                runner(tree).run([ENDLESS])
+        return Result("survived" if mutant is None else "killed")
+
+    monkeypatch.setattr(Runner, "_measured", measured)
+    first = [KILLED, RAISES, SURVIVES]
+    assert {name: result.outcome for name, result in runner(tree).run(first).items()} == {
+        mutant.name: "killed" for mutant in first
+    }
+    assert "endless" not in runs
+    runs.clear()
+    runner(tree).run([ENDLESS, *first])
+    assert "endless" in runs
+    assert not {"control", "survives"} & set(runs), "kept: a survivor, and kills by a test that is there"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": ', "[]", '{"a": 3}', '{"a": {"code": "c", "tests": "t", "by": "b"}}', "\u00ff\x00",
+        '{"a": {"code": "c", "tests": "t", "by": "b", "result": {"outcome": "won"}}}',
+        '{"a": {"code": 1, "tests": "t", "by": "b", "result": {"outcome": "killed"}}}',
+    ],
+)  # fmt: skip
+def test_corrupt_results_are_named(
+    content: str, tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And left as they were."""
+    state = tree.parent / "state.json"
+    state.write_bytes(content.encode("latin-1"))
+    with pytest.raises(StateError, match=rf"^{state}: expected results of earlier runs, got .*; remove it"):
+        runner(tree).run([KILLED])
+    monkeypatch.setattr(command, "STATE", state)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--only", "gather-tokens"])
+    assert ended.value.code == 2
+    assert f"{state}: expected results of earlier runs" in capsys.readouterr().err
+    assert state.read_bytes() == content.encode("latin-1")
+
+
 def test_what_needs_a_gpu_comes_from_its_report() -> None:
     """And only that: what the first report says of another stands."""
     gpu = replace(KILLED, name="gpu", device="cuda")
@@ -155,10 +206,27 @@ def test_a_report_goes_where_it_is_asked_for(
     totals = json.loads(path.read_text())["totals"]
     assert totals["killed"] == 1
     assert set(totals) == {"killed", "not run", "needs a GPU"}
-    for words in (["--jobs", "0"], ["--seconds", "0"], ["--report", str(tmp_path / "nowhere" / "own.json")]):
-        with pytest.raises(SystemExit):
+    wrong = (["--jobs", "0"], ["--jobs", "-1"], ["--seconds", "0"], ["--only", "nothing_such"])
+    for words in (*wrong, ["--report", str(tmp_path / "nowhere" / "own.json")]):
+        with pytest.raises(SystemExit) as ended:
             command.main(words)
+        assert ended.value.code == 2
         assert f"{words[0]}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--max-examples=-5", "--max-examples: expected an integer >= 1, got '-5'"),
+        ("--only=window", "--only: expected with --mutants, got 'window' without it"),
+    ],
+)
+def test_wrong_use_of_pytest_is_refused(word: str, expected: str) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", word, "tests/test_docs.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("error", [AssertionError(), pytest.fail.Exception("did not raise")])
