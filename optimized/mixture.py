@@ -10,13 +10,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from optimized import ops
+from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion, plain
+from optimized.plain import obstacle_to_fusion
 from optimized.plan import Kind, Plan, Request, bind, choose
+from optimized.routed_attention import CLASSES as ROUTED
 from optimized.routed_attention import RMSNorm, RoutedAttention
 from optimized.routing import Router, Routes, cosine_scale, in_order, solver_of
 from reference import contract
 from reference.contract import Call, Config, Side
+
+CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
 
 def _of_config(name: str) -> Any:
@@ -41,6 +45,10 @@ class MixtureOfAttention(nn.Module):
         average_routed: divide by the number of terms that a token received.
         device, dtype: of the parameters.
         router_options: for both routers, see `RouterOptions`.
+
+    Parameters are on x's device. Matrices and routing tokens have x's dtype, or autocast reconciles the two (it leaves
+    float64 alone); scales of norms, null keys and values, the null token may have any floating dtype. Submodules with
+    a forward pre-hook, or of another class, may cast what they are given, and are not looked at.
 
     State dict as of the public package mixture-of-attention 0.0.25. Checkpoints of that package load; outputs agree for
     one expert (with more it mixes experts up). Raises TypeError or ValueError naming the argument, its value and what
@@ -166,9 +174,8 @@ class MixtureOfAttention(nn.Module):
                 "return_routes": return_routes,
             },
         )
+        contract.parameters(self, x, CLASSES)
         fused = self._obstacle_to_fusion(call) is None
-        if fused or plain(self.attn, RoutedAttention) is None:
-            self.attn.check_input(x)
         plan = bind(self._kind(call))  # after all checks: a backend may have to be tried
         fused = fused and plan.routing == plan.dispatch
         null = self.null_routed_token  # read once: a parametrization computes it
@@ -203,8 +210,6 @@ class MixtureOfAttention(nn.Module):
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
         q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
         q_tokens, kv_tokens = router.routing_token, self.key_value_router.routing_token
-        contract.beside_parameters("x", q.x, q_tokens, "the routing token")
-        contract.beside_parameters("x", q.x, kv_tokens, "the routing token")
         q_tokens = q.tokens if q_tokens is None else q_tokens
         kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
         norm, context_norm, options = attn.norm, attn.context_norm, router.options
@@ -281,6 +286,7 @@ class MixtureOfAttention(nn.Module):
         given = inspect.signature(MixtureOfAttention.forward).bind(self, x, **forward_arguments)
         given.apply_defaults()
         call = contract.check_call(self.config, given.arguments)
+        contract.parameters(self, x, CLASSES)
         kind = self._kind(call)
         plan = bind(kind)
         reasons = [self._obstacle_to_fusion(call)]

@@ -170,7 +170,7 @@ class ExpertProjection(nn.Conv1d):
         if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
             return super().forward(input)
         (batch, _, k), weight, bias = input.shape, self.weight, self.bias  # read once: a parametrization computes them
-        contract.ordinary("weight", weight)
+        contract.beside_parameters("input", input, weight, "weight")
         rows = input.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (E, in, B K)
         out = torch.bmm(weight.squeeze(-1).unflatten(0, (self.groups, -1)), rows)
         out = out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
@@ -224,7 +224,8 @@ class RoutedAttention(nn.Module):
 
         plan: that of the layer's call. unit_scores promises that key/value scores of valid slots are 1 or NaN.
         """
-        self.check_input(x)
+        if plan is None or not contract.takes_as_given(self, RoutedAttention):
+            contract.parameters(self, x, CLASSES)
         if plan is None:
             stages = ("dispatch", "routed_attention")
             kind = Kind(
@@ -269,12 +270,6 @@ class RoutedAttention(nn.Module):
         )[0]
         return _project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
-    def check_input(self, x: Tensor) -> None:
-        """Device and dtype beside the parameters. A projection that is not plain may cast what it is given."""
-        to_q = self.to_q
-        if plain(to_q, ExpertProjection) is None:
-            contract.beside_parameters("x", x, to_q.weight, "the layer's parameters")
-
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
         return _obstacle(self.to_q, self.to_kv, self.to_out)
@@ -290,6 +285,10 @@ class RoutedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, heads={self.heads}, dim_head={self.dim_head}, dropout={self.dropout}"
+
+
+_MATRIX = ("weight", "bias")
+CLASSES: contract.Classes = {RoutedAttention: (), RMSNorm: (), ExpertProjection: _MATRIX, nn.Conv1d: _MATRIX}
 
 
 def _obstacle(to_q: nn.Module, to_kv: nn.Module, to_out: nn.Module) -> str | None:

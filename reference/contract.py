@@ -1,14 +1,14 @@
 """What both packages share: the checks of arguments, and the types that carry what was checked.
 
 No arithmetic. Every refusal is made before any work and reads `argument: expected ..., got ...`. Sizes and other
-integers may be symbolic (torch.SymInt), tensors fake, on the meta device, traced or batched: only `routes` looks at
-values, and only where there are any.
+integers may be symbolic (torch.SymInt), tensors fake, on the meta device, traced or batched: only `routes`, and masks
+of integers, are looked at for their values, and only where there are any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, NoReturn
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,9 +44,12 @@ def reject(argument: str, expected: str, value: object, error: type[Exception] =
 
 
 def describe(value: object) -> str:
-    """Tensors by dtype, shape and device; other values by their repr, shortened."""
+    """Tensors by dtype, shape, device and unusual layout; other values by their repr, shortened."""
     if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:  # which may have no shape to ask for
+            return f"{value.dtype}, nested, on {value.device}"
+        layout = "" if value.layout is torch.strided else f" in layout {value.layout}"
+        return f"{value.dtype} of shape {tuple(value.shape)}{layout} on {value.device}"
     text = repr(value)
     return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
 
@@ -122,15 +126,17 @@ def tensor(
 
 
 def _same_dtype(argument: str, value: Tensor, name: str, other: Tensor) -> None:
-    if value.dtype != other.dtype and not _reconciled_by_autocast(value, other):
+    if _dtypes_clash(value, other):
         reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
 
 
-def _reconciled_by_autocast(value: Tensor, other: Tensor) -> bool:
-    """Autocast leaves float64 alone, and does not know of the meta device."""
-    if value.is_meta or torch.float64 in (value.dtype, other.dtype):
+def _dtypes_clash(value: Tensor, other: Tensor) -> bool:
+    """Whether they differ, and autocast does not reconcile them: it leaves float64 alone, and knows no meta device."""
+    if value.dtype == other.dtype:
         return False
-    return torch.is_autocast_enabled(value.device.type)
+    if value.is_meta or torch.float64 in (value.dtype, other.dtype):
+        return True
+    return not torch.is_autocast_enabled(value.device.type)
 
 
 def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, what: str) -> None:
@@ -147,13 +153,76 @@ def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, wh
 
 
 def ordinary(argument: str, value: Tensor) -> None:
-    """No DTensor: the layer computes with the tensors of one process."""
+    """Dense: neither sparse, of MKL-DNN nor nested. No DTensor: the layer computes with the tensors of one process."""
+    if value.is_nested or value.layout is not torch.strided:
+        reject(argument, "a dense tensor (of layout torch.strided, not nested)", value, TypeError)
     if type(value) is Tensor or type(value) is nn.Parameter or not torch.distributed.is_available():
         return
     from torch.distributed.tensor import DTensor  # costs a second, and ordinary tensors never come here
 
     if isinstance(value, DTensor):
         reject(argument, "an ordinary tensor (`.to_local()` or `.full_tensor()` gives one)", "a DTensor", TypeError)
+
+
+# What a module reads of its own
+
+
+# Classes of modules that compute with what they are given, and names of their parameters that must have its dtype.
+Classes = Mapping[type[nn.Module], tuple[str, ...]]
+
+
+def parameters(module: nn.Module, x: Tensor, classes: Classes) -> None:
+    """The one rule about parameters, for the forward of a module, which is given x; raises TypeError or ValueError.
+
+    All are dense and on x's device. Matrices and routing tokens have x's dtype, which autocast reconciles unless one is
+    float64. Scales of norms, null keys and values, and the null token may have any floating dtype: the layer converts.
+
+    So for the modules inside too, as far as they are of `classes` and take what they are given. One that is of another
+    class (FSDP makes its own, adapters do), or has a forward pre-hook or a replaced forward, may cast it, and may have
+    no parameters yet: neither that one nor what it contains is looked at.
+    """
+    for name, parameter, same_dtype in _read(module, classes, ""):
+        ordinary(name, parameter)
+        if parameter.device != x.device or (same_dtype and _dtypes_clash(parameter, x)):
+            _blame(list(_read(module, classes, "")), x)
+
+
+def takes_as_given(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether nothing stands between a caller of the module and the forward of `cls`."""
+    state = module.__dict__
+    return type(module) is cls and not (
+        state["_forward_pre_hooks"] or "forward" in state or nn.modules.module._global_forward_pre_hooks
+    )
+
+
+def _read(module: nn.Module, classes: Classes, prefix: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, value, and whether it must have the dtype of what the module is given; computed ones are left out."""
+    names = classes.get(type(module), ())
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter, name in names
+    for name, child in module._modules.items():
+        if child is not None and type(child) in classes and takes_as_given(child, type(child)):
+            yield from _read(child, classes, f"{prefix}{name}.")
+
+
+def _blame(read: list[tuple[str, Tensor, bool]], x: Tensor) -> None:
+    """x, where all parameters agree on something else; otherwise the first that differs from it."""
+    read = [entry for entry in read if not is_traceable_wrapper_subclass(entry[1])]  # quantised, say: it converts
+    for name, parameter, _ in read:
+        if parameter.device != x.device:
+            if len({p.device for _, p, _ in read}) == 1:
+                reject("x", f"device {parameter.device}, that of the layer's parameters", x)
+            reject(name, f"device {x.device}, that of x", parameter)
+    bound = [(name, parameter) for name, parameter, same_dtype in read if same_dtype]
+    for name, parameter in bound:
+        if _dtypes_clash(parameter, x):
+            if len({p.dtype for _, p in bound}) == 1:
+                reject("x", f"dtype {parameter.dtype}, that of the layer's parameters", x, TypeError)
+            reject(name, f"dtype {x.dtype}, that of x", parameter, TypeError)
+
+
+# Arguments that several functions have
 
 
 def token_mask(argument: str, mask: Any, x: Tensor, dim: int = 1) -> None:

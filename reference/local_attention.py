@@ -136,12 +136,16 @@ class LocalAttention(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
-        """Arguments are checked by the layer."""
+        """Arguments are checked by the layer, but for what depends on parameters."""
+        contract.parameters(self, x, CLASSES)
         norm = nn.Identity() if self.norm is None else self.norm
         return attend_locally(x, self.window_size, mask, False, self.heads, norm, self.to_qkv, self.to_out)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, heads={self.heads}"
+
+
+CLASSES: contract.Classes = {LocalAttention: (), LayerNorm: (), nn.Linear: ("weight", "bias")}
 
 
 def _drop_inv_freq(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

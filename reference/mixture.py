@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from reference import contract
 from reference.contract import Config, Routes, Side, check_call
+from reference.local_attention import CLASSES as LOCAL
 from reference.local_attention import LocalAttention
+from reference.routed_attention import CLASSES as ROUTED
 from reference.routed_attention import RoutedAttention
 from reference.routing import Router
+
+CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
 
 class MixtureOfAttention(nn.Module):
@@ -36,7 +40,11 @@ class MixtureOfAttention(nn.Module):
         average_routed: divide by the number of terms.
         router_options: see `RouterOptions`; they go to both routers.
 
-    Raises TypeError or ValueError naming the argument, its value and what was expected.
+    Parameters are on x's device. Matrices and routing tokens have x's dtype, or autocast reconciles the two (it leaves
+    float64 alone); scales of norms, null keys and values, the null token may have any floating dtype. Submodules with
+    a forward pre-hook, or of another class, may cast what they are given, and are not looked at.
+
+    Raises TypeError or ValueError naming the argument, or the parameter, its value and what was expected.
     """
 
     def __init__(
@@ -142,6 +150,7 @@ class MixtureOfAttention(nn.Module):
             "return_routes": return_routes,
         }
         call = check_call(self.config, given)
+        contract.parameters(self, x, CLASSES)
         injected = (None, None) if call.routes is None else call.routes
         q_routes = decide(self.query_router, call.queries, injected[0])
         kv_routes = decide(self.key_value_router, call.keys_values, injected[1])

@@ -233,9 +233,9 @@ class RoutedAttention(nn.Module):
         rotary_emb: Float[Tensor, "N d"] | None = None,
     ) -> Float[Tensor, "B E Kq D"]:
         """Arguments are checked by the layer, but for what depends on parameters."""
+        contract.parameters(self, x, CLASSES)
         null_kv = self.null_kv
-        for name, tokens in (("x", x), ("context", context)):
-            contract.beside_parameters(name, tokens, null_kv, "the layer's parameters")
+        contract.ordinary("null_kv", null_kv)
         maps = Maps(
             norm=nn.Identity() if self.norm is None else self.norm,
             context_norm=nn.Identity() if self.context_norm is None else self.context_norm,
@@ -250,3 +250,7 @@ class RoutedAttention(nn.Module):
     def _project(projection: nn.Module, rows: Float[Tensor, "B E K I"]) -> Float[Tensor, "B E K O"]:
         experts = rows.shape[1]
         return rearrange(projection(rearrange(rows, "b e k i -> b (e i) k")), "b (e o) k -> b e k o", e=experts)
+
+
+_MATRIX = ("weight", "bias")
+CLASSES: contract.Classes = {RoutedAttention: (), RMSNorm: (), ExpertProjection: _MATRIX, nn.Conv1d: _MATRIX}

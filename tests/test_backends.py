@@ -295,10 +295,10 @@ def test_stages_are_asked_for_what_the_call_needs(device: torch.device, monkeypa
 
 
 def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the layer; modules look at device and dtype beside parameters of their own, and at nothing else."""
+    """By the layer. A module with a pre-hook looks at the parameters of its own beside what it is given, once."""
     layer, x = on_path(path, device), inputs(LOCAL, device)
     checked: list[str] = []
-    real, beside = contract.tensor, contract.beside_parameters
+    real, beside, of_modules = contract.tensor, contract.beside_parameters, contract.parameters
 
     def counting(argument: str, *given: object, **named: object) -> None:
         checked.append(argument)
@@ -308,16 +308,20 @@ def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch
         beside(argument, value, parameter, what)
         checked.append(what)
 
+    def counting_parameters(module: nn.Module, x: Tensor, classes: contract.Classes) -> None:
+        of_modules(module, x, classes)
+        checked.extend(name for name, *_ in contract._read(module, classes, ""))
+
     monkeypatch.setattr(contract, "tensor", counting)
+    monkeypatch.setattr(contract, "parameters", counting_parameters)
     monkeypatch.setattr(contract, "beside_parameters", counting_beside)
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=device)
     layer(x, mask=mask)
     assert checked.count("x") == checked.count("mask") == 1
-    assert checked.count("the routing token") == 2  # one of each router
-    assert checked.count("the layer's parameters") <= 2
-    # A projection with a hook may cast what it is given, so that nobody asks for it.
-    parameters = {"the layer's parameters"} if path == "fused" else set()
-    assert set(checked) == {"x", "mask", "the routing token"} | parameters
+    # Routers and projections ask by themselves; scales of norms are converted.
+    composed = ["the routing token"] * 2 + ["weight"] * 3 + ["null_kv"]
+    expected = [name for name, _ in layer.named_parameters()] if path == "fused" else composed
+    assert sorted(checked) == sorted(["x", "mask", *expected])
 
 
 def test_flash_attn_false_keeps_flash_out(device: torch.device) -> None:

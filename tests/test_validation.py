@@ -5,10 +5,13 @@ Each table spoils one argument of a legal call. That the unspoilt calls are lega
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
@@ -57,6 +60,7 @@ class Watch(TorchDispatchMode):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         reads = any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves)
         harmless = func.is_view or "empty" in str(func) or func is torch.ops.aten.detach.default
+        harmless |= func.namespace == "prim"  # which asks for a layout
         # The test itself moves tensors to the device under test.
         harmless |= func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") not in (
             None,
@@ -81,7 +85,7 @@ def refused(argument: str, value: str) -> Iterator[None]:
 def place(value: Any, device: torch.device, implementation: ModuleType) -> Any:
     """Tensors on the device under test (a meta tensor stays, as the wrong device), routes as its own type."""
     if isinstance(value, Tensor):
-        return value if value.is_meta else value.to(device)
+        return value if value.is_meta or value.is_mkldnn else value.to(device)
     if isinstance(value, reference.Routes):
         return implementation.Routes(*(place(v, device, implementation) for v in value))
     if isinstance(value, dict):
@@ -137,7 +141,7 @@ def tensors(
     other_dtype: bool = True,
     elsewhere: bool = True,
 ) -> Iterator[Bad]:
-    """Wrong type, dtype, rank and device; sizes are each argument's own.
+    """Wrong type, dtype, rank, layout and device; sizes are each argument's own.
 
     other_dtype: floating-point dtypes but float32 are wrong too. elsewhere: False for the argument that
     sets the device of the others.
@@ -150,8 +154,25 @@ def tensors(
         yield Bad(f"{name} {dtype}", {name: like.to(dtype)}, name, str(dtype))
     for shape in (like.shape[:-1], (1, *like.shape)):
         yield Bad(f"{name} of rank {len(shape)}", {name: like.new_ones(shape)}, name, str(tuple(shape)))
+    for layout, value in layouts(like):
+        yield Bad(f"{name} {layout}", {name: value}, name, layout)
     if elsewhere:
         yield Bad(f"{name} elsewhere", {name: like.to("meta")}, name, "meta")
+
+
+def layouts(like: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same numbers, not dense: what an error shows of each."""
+    yield "torch.sparse_coo", like.to_sparse()
+    if like.dtype == torch.float32:
+        yield "torch._mkldnn", like.to_mkldnn()
+    if like.ndim > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these are prototypes
+            rows = list(like)
+            csr = like.flatten(1).to_sparse_csr()
+            nested = [torch.nested.nested_tensor(rows, layout=kind) for kind in (torch.strided, torch.jagged)]
+        yield "torch.sparse_csr", csr
+        yield from (("nested", t) for t in nested)
 
 
 def sizes(name: str, like: Tensor, *dims: int) -> Iterator[Bad]:
@@ -383,6 +404,154 @@ def test_refusal_leaves_no_trace(implementation: ModuleType, device: torch.devic
     assert torch.equal(torch.get_rng_state(), state)
     assert [name for name, t in layer.state_dict().items() if not torch.equal(t, held[name])] == []
     check_identical(layer(x).detach(), before.detach())
+
+
+# The parameters of a layer, for which both packages have one rule
+
+PARAMETERS = [
+    *dict.fromkeys(
+        name
+        for options in ({}, LOCAL)
+        for name, _ in reference.MixtureOfAttention(**LAYER, **options, device="meta").named_parameters()
+    )
+]
+# Those that are converted, whatever their dtype.
+CONVERTED = [name for name in PARAMETERS if re.search(r"null|norm", name)]
+BOUND = [name for name in PARAMETERS if name not in CONVERTED]
+MODULES = sorted({name.rpartition(".")[0] for name in PARAMETERS if "." in name})
+
+
+def with_parameter(
+    implementation: ModuleType, device: torch.device, name: str, changed: Callable[[Tensor], Tensor]
+) -> tuple[Any, Any]:
+    """A layer, and a copy of it one parameter of which is changed."""
+    options = {} if name == "null_routed_token" else LOCAL
+    torch.manual_seed(3)
+    layer = implementation.MixtureOfAttention(**LAYER, **options, device=device).eval()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    twin = copy.deepcopy(layer)
+    owner, _, leaf = name.rpartition(".")
+    value = changed(layer.get_parameter(name).detach())
+    setattr(twin.get_submodule(owner), leaf, torch.nn.Parameter(value))
+    return layer, twin
+
+
+def test_every_parameter_is_of_one_kind() -> None:
+    """Adding one asks for a decision."""
+    tokens = ["query_router.routing_token", "key_value_router.routing_token"]
+    projections = ["attn.to_q", "attn.to_kv", "attn.to_out", "local_attn.to_qkv", "local_attn.to_out"]
+    assert sorted(BOUND) == sorted([*tokens, *(f"{name}.weight" for name in projections)])
+
+
+@BOTH
+@pytest.mark.parametrize("name", BOUND)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_parameter_of_another_dtype(
+    implementation: ModuleType, device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    _, layer = with_parameter(implementation, device, name, lambda p: p.to(dtype))
+    x = X.to(device)
+    with refused(name, str(dtype)):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.usefixtures("deterministic")
+def test_parameter_that_is_converted(implementation: ModuleType, device: torch.device, name: str) -> None:
+    """In float64 it holds the same numbers, so the result is the same."""
+    plain, layer = with_parameter(implementation, device, name, Tensor.double)
+    x = X.to(device)
+    check_identical(layer(x).detach(), plain(x).detach())
+    out = layer(x, mask=torch.zeros_like(MASK, device=device)) if "null_routed" in name else layer(x)
+    out.sum().backward()
+    assert layer.get_parameter(name).grad.dtype == torch.float64
+
+
+@BOTH
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_elsewhere(implementation: ModuleType, device: torch.device, name: str) -> None:
+    _, layer = with_parameter(implementation, device, name, lambda p: p.to("meta"))
+    x = X.to(device)
+    with refused(name, "meta"):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_of_another_layout(implementation: ModuleType, device: torch.device, name: str) -> None:
+    _, layer = with_parameter(implementation, device, name, Tensor.to_sparse)
+    x = X.to(device)
+    with refused(name, "torch.sparse_coo"):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("held", [torch.float64, torch.float16], ids=str)
+def test_x_is_blamed_where_the_parameters_agree(
+    implementation: ModuleType, device: torch.device, held: torch.dtype
+) -> None:
+    """Those that are converted, too, may be of x's dtype then."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device, dtype=held)
+    x = X.to(device)
+    for name in (name for name in CONVERTED if name != "null_routed_token"):
+        owner, _, leaf = name.rpartition(".")
+        with refused("x", str(torch.float32)):
+            layer(x)
+        setattr(layer.get_submodule(owner), leaf, torch.nn.Parameter(layer.get_parameter(name).detach().float()))
+
+
+@BOTH
+@pytest.mark.parametrize("path", [*MODULES, "attn", "local_attn"])
+def test_replaced_module_of_another_dtype(implementation: ModuleType, device: torch.device, path: str) -> None:
+    """Of the same class, and of the public class of a convolution or a linear layer."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device)
+    own = layer.get_submodule(path)
+    replaced = [copy.deepcopy(own)]
+    if isinstance(own, torch.nn.Conv1d):
+        replaced += [torch.nn.Conv1d(own.in_channels, own.out_channels, 1, groups=own.groups, device=device)]
+    x = X.to(device)
+    for module in replaced:
+        layer.set_submodule(path, module.double())
+        bound = [name for name in BOUND if name.startswith(f"{path}.")]
+        if not bound:
+            assert layer(x).dtype == x.dtype
+            continue
+        with refused(bound[0], "torch.float64"):
+            layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("path", MODULES)
+@pytest.mark.parametrize("how", ["pre-hook", "wrapper", "subclass", "forward"])
+def test_module_that_casts_is_left_alone(implementation: ModuleType, device: torch.device, path: str, how: str) -> None:
+    """Its parameters are float64, in a layer of float32: it converts what it is given and what it gives."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device).eval()
+    x = X.to(device)
+    expected, own = layer(x), layer.get_submodule(path)
+    convert = partial(torch.utils._pytree.tree_map_only, Tensor)
+    wide = partial(convert, lambda t: t.double() if t.is_floating_point() else t)
+    narrow = partial(convert, lambda t: t.float() if t.is_floating_point() else t)
+    own.double()
+    called = type(own).forward
+
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        return narrow(called(self, *wide(given), **wide(named)))
+
+    if how == "pre-hook":
+        own.register_forward_pre_hook(lambda _, given: wide(given))
+        own.register_forward_hook(lambda *given: narrow(given[-1]))
+    elif how == "subclass":
+        own.__class__ = type("Casting", (type(own),), {"forward": forward})
+    elif how == "forward":
+        own.forward = forward.__get__(own)
+    else:
+        outer = torch.nn.Module()
+        outer.own = own
+        outer.forward = lambda *given, **named: narrow(own(*wide(given), **wide(named)))
+        layer.set_submodule(path, outer)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 # The stages as functions
