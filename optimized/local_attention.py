@@ -20,13 +20,13 @@ from optimized.attention import flex_window
 from optimized.plain import obstacle_to_fusion
 from optimized.plan import Kind, Plan, bind
 from reference import contract
-from reference.contract import Config
+from reference.contract import Config, TokenMask
 
 
 def local_attention(
     x: Float[Tensor, "B N D"],
     window_size: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     causal: bool = False,
     *,
     w_qkv: Float[Tensor, "qkv D"],
@@ -46,7 +46,7 @@ def local_attention(
     Raises TypeError or ValueError naming the argument.
     """
     weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    contract.local_input(x, window_size, mask, causal, heads, weights)
+    mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     window_size, heads = contract.positive_int("window_size", window_size), contract.positive_int("heads", heads)
     plan = _plan(x, mask, w_out.shape[1] // heads)
     hidden = _hide(x, mask)

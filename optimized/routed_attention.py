@@ -35,7 +35,7 @@ def routed_attention(
     null_kv: Float[Tensor, "2 E H d"],
     gamma: Float[Tensor, "E D"] | None = None,
     context_gamma: Float[Tensor, "E Dc"] | None = None,
-    rotary_emb: Float[Tensor, "N d"] | None = None,
+    rotary_emb: Float[Tensor, "P d"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B E Kq D"]:
     """Attention of every expert over its own routed tokens, already times the query scores; masked query slots are 0.
@@ -47,12 +47,13 @@ def routed_attention(
         gamma, context_gamma: per-expert scale of the RMSNorm x / max(||x||, 1e-12) sqrt(D); None: no norm. Its
             gradient at an all-zero token is about sqrt(D) * 1e12.
         rotary_emb: (N, d) angles in any floating dtype, taken at each token's original position (self-attention only).
+            Of a longer table the first N rows.
         dropout: probability of dropping an attention weight, the null slot's included.
     Returns (B, E, Kq, D) in x's dtype. Norms, rotations, softmax and scores are computed in at least float32.
     Raises TypeError or ValueError naming the argument.
     """
     given = {"w_q": w_q, "w_kv": w_kv, "w_out": w_out, "gamma": gamma, "context_gamma": context_gamma}
-    contract.attention_input(x, context, q_routes, kv_routes, null_kv, given, rotary_emb, dropout)
+    rotary_emb = contract.attention_input(x, context, q_routes, kv_routes, null_kv, given, rotary_emb, dropout)
     stages = ("dispatch", "routed_attention")
     plan = bind(Kind(x.device, x.dtype, stages, null_kv.shape[-1], masked=True, dropout=float(dropout)))
     kv_routes = pack(kv_routes)
@@ -188,6 +189,8 @@ class RoutedAttention(nn.Module):
     to_kv.weight (E 2 H d, Dc, 1) with rows (expert, k then v, head, channel), to_out.weight (E D, H d, 1).
     Initialised as nn.Conv1d is; null_kv standard normal.
     """
+
+    dropout: float = contract.checked_dropout()
 
     def __init__(
         self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reference import contract
+from reference.contract import TokenMask
 from reference.routed_attention import rotate
 from reference.routing import widen
 
@@ -24,7 +25,7 @@ ROWS = 512  # queries at a time: bounds memory, and has no influence on the resu
 def local_attention(
     x: Float[Tensor, "B N D"],
     window_size: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     causal: bool = False,
     *,
     w_qkv: Float[Tensor, "qkv D"],
@@ -40,7 +41,7 @@ def local_attention(
     tokens are attended by none and get 0. Returns (B, N, D) in x's dtype. Raises TypeError or ValueError.
     """
     weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    contract.local_input(x, window_size, mask, causal, heads, weights)
+    mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     norm = nn.Identity() if norm_weight is None else partial(layer_norm, weight=norm_weight, bias=norm_bias)
     to_qkv, to_out = partial(F.linear, weight=w_qkv), partial(F.linear, weight=w_out)
     return attend_locally(x, window_size, mask, causal, int(heads), norm, to_qkv, to_out)

@@ -33,20 +33,21 @@ def routed_attention(
     null_kv: Float[Tensor, "2 E H d"],
     gamma: Float[Tensor, "E D"] | None = None,
     context_gamma: Float[Tensor, "E Dc"] | None = None,
-    rotary_emb: Float[Tensor, "N d"] | None = None,
+    rotary_emb: Float[Tensor, "P d"] | None = None,
     dropout: float = 0.0,
     dropout_mask: Bool[Tensor, "B E H Kq S"] | None = None,
 ) -> Float[Tensor, "B E Kq D"]:
     """Attention of every expert over its own routed tokens, already times the query scores.
 
     Tokens are RMS-normalised per expert (skipped where gamma is None), projected (rows of w_kv: k then v, each (head,
-    channel)), rotated at their original positions, values scaled by the key/value scores. Slot 0 of the softmax is the
-    null key, visible always, so that no row is empty; masked slots are invisible. `dropout` acts on the probabilities,
-    the null slot's too; `dropout_mask` (True = kept, slot 0 the null slot) takes the place of the random draw.
+    channel)), rotated at their original positions (by the first N rows of rotary_emb), values scaled by the key/value
+    scores. Slot 0 of the softmax is the null key, visible always, so that no row is empty; masked slots are invisible.
+    `dropout` acts on the probabilities, the null slot's too; `dropout_mask` (True = kept, slot 0 the null slot) takes
+    the place of the random draw.
     Masked query slots give 0. Returns (B, E, Kq, D) in x's dtype. Raises TypeError or ValueError.
     """
     weights = {"w_q": w_q, "w_kv": w_kv, "w_out": w_out, "gamma": gamma, "context_gamma": context_gamma}
-    contract.attention_input(x, context, q_routes, kv_routes, null_kv, weights, rotary_emb, dropout)
+    rotary_emb = contract.attention_input(x, context, q_routes, kv_routes, null_kv, weights, rotary_emb, dropout)
     if dropout_mask is not None:
         sizes = (*null_kv.shape[1:3], q_routes.indices.shape[2], 1 + kv_routes.indices.shape[2])
         contract.tensor("dropout_mask", dropout_mask, x.shape[0], *sizes, dtypes=(torch.bool,), beside=x)
@@ -186,6 +187,8 @@ class RoutedAttention(nn.Module):
     State: norm.gamma (E, D, 1), context_norm.gamma (E, Dc, 1), null_kv (2, E, H, 1, d), to_q.weight (E H d, D, 1),
     to_kv.weight (E 2 H d, Dc, 1) with rows (expert, k then v, head, channel), to_out.weight (E D, H d, 1).
     """
+
+    dropout: float = contract.checked_dropout()
 
     def __init__(
         self,

@@ -19,14 +19,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reference import contract
-from reference.contract import RouterOptions, Routes
+from reference.contract import RouterOptions, Routes, TokenMask
 
 
 def route(
     x: Float[Tensor, "B N D"],
     tokens: Float[Tensor, "*B E D"],
     k: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     random_route: bool = False,
     generator: torch.Generator | None = None,
@@ -43,7 +43,7 @@ def route(
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
-    contract.route_input(x, tokens, k, mask, random_route, generator)
+    mask = contract.route_input(x, tokens, k, mask, random_route, generator)
     return _route(x, tokens, contract.positive_int("k", k), mask, options, random_route, generator)
 
 
@@ -124,7 +124,7 @@ def solve(logits: Tensor, k: float, mask: Tensor, options: RouterOptions) -> Ten
 def coordinate_descent(
     logits: Float[Tensor, "B E N"],
     k: float,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     n_iters: int = 20,
     eps: float = 0.03,
@@ -140,7 +140,7 @@ def coordinate_descent(
 
     `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
     """
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)  # raises where one is impossible
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
@@ -159,7 +159,7 @@ def coordinate_descent(
 
 
 def capped_simplex(
-    logits: Float[Tensor, "B E N"], k: float, mask: Bool[Tensor, "B N"] | None = None, *, eps: float = 0.03
+    logits: Float[Tensor, "B E N"], k: float, mask: TokenMask | None = None, *, eps: float = 0.03
 ) -> Float[Tensor, "B E N"]:
     """The limit of coordinate descent: min(1, exp((s + a) / eps)) with the smallest a of mass min(k, valid tokens).
 
@@ -167,7 +167,7 @@ def capped_simplex(
     adds tokens to the saturated set and stops after finitely many steps (capping, Warmuth & Kuzmin 2008; constrained
     softmax, Martins & Kreutzer 2017). Differentiating the last step with the set held fixed is the implicit gradient.
     """
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     RouterOptions(eps=eps)  # raises where it is impossible
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
@@ -194,13 +194,13 @@ def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Te
 
 
 def select(
-    logits: Float[Tensor, "B E N"], k: int, mask: Bool[Tensor, "B N"] | None = None
+    logits: Float[Tensor, "B E N"], k: int, mask: TokenMask | None = None
 ) -> tuple[Int64[Tensor, "B E K"], Bool[Tensor, "B E K"]]:
     """The k best tokens of each row, ranked by (valid before masked, larger logit, smaller index).
 
     NaN ranks below every number; -0.0 and 0.0 tie. Returned ascending by index, valid tokens first.
     """
-    contract.select_input(logits, k, mask)
+    mask = contract.select_input(logits, k, mask)
     s = logits.detach()
     valid = torch.ones_like(s, dtype=torch.bool) if mask is None else mask[:, None].expand_as(s)
     tier = torch.where(valid, s.isnan().long(), 2)
@@ -246,7 +246,7 @@ class Router(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         k: int,
-        mask: Bool[Tensor, "B N"] | None = None,
+        mask: TokenMask | None = None,
         routing_tokens: Float[Tensor, "*B E D"] | None = None,
         random_route: bool = False,
         generator: torch.Generator | None = None,
@@ -261,7 +261,7 @@ class Router(nn.Module):
         contract.tensor("x", x, "B", "N", self.dim)
         contract.beside_parameters("x", x, own, "the routing token")
         k = contract.positive_int("k", k)
-        contract.token_mask("mask", mask, x)
+        mask = contract.token_mask("mask", mask, x)
         contract.randomness(x, random_route, generator)
         if routes is not None:
             if routing_tokens is not None:

@@ -796,11 +796,11 @@ def test_signatures_hold_at_run_time() -> None:
                 arguments = {"num_routed_queries": 5, "num_routed_key_values": 4, "num_experts": 3} | options
                 layer = package.MixtureOfAttention(16, **arguments, dim_head=4, heads=2)
                 x = torch.randn(2, 20, 16, requires_grad=True)
-                given = {"mask": torch.rand(2, 20) < 0.8}
+                given = {"mask": (torch.rand(1, 20) < 0.8).long()}
                 if "dim_context" in options:
                     given |= {"context": torch.randn(2, 9, 6), "context_mask": torch.rand(2, 9) < 0.8}
                 else:
-                    given["rotary_emb"] = torch.randn(20, 4)
+                    given["rotary_emb"] = torch.randn(23, 4)
                 if "learned_routing_tokens" in options:
                     given["query_routing_tokens"] = torch.randn(3, 16)
                     given["key_value_routing_tokens"] = torch.randn(2, 3, 16)
