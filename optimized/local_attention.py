@@ -134,6 +134,7 @@ class LocalAttention(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_rotary_buffer)
 
     def reset_parameters(self) -> None:
+        child: Any
         for child in self.children():
             child.reset_parameters()
 

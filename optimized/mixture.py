@@ -118,6 +118,7 @@ class MixtureOfAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the constructor did."""
+        child: Any
         for child in self.children():
             child.reset_parameters()
         self._reset_null_token()
@@ -212,7 +213,8 @@ class MixtureOfAttention(nn.Module):
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
         q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
-        q_tokens, kv_tokens = router.routing_token, self.key_value_router.routing_token
+        q_tokens: Tensor | None = router.routing_token
+        kv_tokens: Tensor | None = self.key_value_router.routing_token
         q_tokens = q.tokens if q_tokens is None else q_tokens
         kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
         norm, context_norm, options = attn.norm, attn.context_norm, router.options
@@ -323,7 +325,7 @@ def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def _straight_through(router: nn.Module) -> bool:
-    return _is(router, Router) and router.options.straight_through
+    return isinstance(router, Router) and _is(router, Router) and router.options.straight_through
 
 
 def combine(

@@ -58,11 +58,13 @@ def routed_attention(
     plan = bind(Kind(x.device, x.dtype, stages, null_kv.shape[-1], masked=True, dropout=float(dropout)))
     kv_routes = pack(kv_routes)
     gammas = (None if g is None else g[..., None] for g in (gamma, context_gamma))
-    rows = (gather(t, routes, g, plan.dispatch) for t, routes, g in zip((x, context), (q_routes, kv_routes), gammas))
+    queries, keys_values = (
+        gather(t, routes, g, plan.dispatch) for t, routes, g in zip((x, context), (q_routes, kv_routes), gammas)
+    )
     weights = (w.flatten(0, 1)[..., None] for w in (w_q, w_kv, w_out))
     y = _fused(
-        *rows, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan), float(dropout), False,
-        plan,
+        queries, keys_values, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan),
+        float(dropout), False, plan,
     )  # fmt: skip
     y = y.transpose(0, 1) * torch.where(q_routes.mask, q_routes.scores, 0)[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
@@ -122,10 +124,10 @@ def _fused(
     """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
     tensors = (queries, keys_values, *parameters)
     # Asked before: a conversion of nothing costs the host as much as an operation.
-    queries, keys_values, *parameters = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
+    queries, keys_values, *converted = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
     scores, *rest = keys
     return ops.expert_attention(
-        queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
+        queries, keys_values, scores, *converted, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
     )[0]
 
 
@@ -209,6 +211,7 @@ class RoutedAttention(nn.Module):
         nn.init.normal_(self.null_kv)
 
     def reset_parameters(self) -> None:
+        child: Any
         for child in self.children():
             child.reset_parameters()
         nn.init.normal_(self.null_kv)
@@ -280,7 +283,8 @@ class RoutedAttention(nn.Module):
     def _normed(self, x: Tensor, routes: Routes, norm: nn.Module | None, plan: Plan) -> Tensor:
         """(E, B, K, D): routed tokens, by one operator where the norm is plain."""
         if norm is None or plain(norm, RMSNorm) is None:
-            return gather(x, routes, None if norm is None else norm.gamma, plan.dispatch)
+            gamma: Any = None if norm is None else norm.gamma
+            return gather(x, routes, gamma, plan.dispatch)
         return norm(gather(x, routes, None, plan.dispatch))
 
     def _probability(self) -> float:

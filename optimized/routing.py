@@ -114,7 +114,8 @@ def in_order(routes: Routes, mask: Tensor | None, k: int) -> Routes:
         return routes
     later = n * min(max(n - k, 0), 1)
     order = (routes.indices + ~routes.mask * later).argsort(-1)
-    return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
+    indices, slots, scores = (t.gather(-1, order) for t in routes[:3])
+    return Routes(indices, slots, scores, routes.logits)
 
 
 def restrict(routes: Routes, mask: Bool[Tensor, "B N"] | None) -> Routes:

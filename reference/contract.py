@@ -61,7 +61,8 @@ def describe(value: object) -> str:
 
 def integer(argument: str, value: Any, least: int) -> int:
     """A Python int, or the symbolic integer that was given, which stays symbolic."""
-    if isinstance(value, torch.SymInt):
+    symbolic = isinstance(value, torch.SymInt)  # apart, lest a type checker take it for an int no more
+    if symbolic:
         torch._check(value >= least, lambda: f"{argument}: expected an integer >= {least}, got {value}")
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -76,10 +77,11 @@ def positive_int(argument: str, value: Any) -> int:
 
 
 def number(argument: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    symbolic, real = isinstance(value, (torch.SymInt, torch.SymFloat)), isinstance(value, Real)
+    if symbolic:
         torch._check(holds(value), lambda: f"{argument}: expected {expected}, got {value}")
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not real:
         reject(argument, expected, describe(value), TypeError)
     if not -math.inf < value < math.inf or not holds(value):  # comparisons, which torch.compile takes of symbols too
         reject(argument, expected, value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def attend_locally(
     angles = rotary_angles(n, q.shape[-1], x.device)
     q, k = rotate(q, angles), rotate(k, angles)
 
-    out = []
+    parts: list[Tensor] = []
     position = torch.arange(n, device=x.device)
     for start in range(0, n, ROWS):
         rows = slice(start, min(start + ROWS, n))
@@ -77,8 +78,8 @@ def attend_locally(
         visible = visible | (distance == 0)
         logits = widen(q[:, :, rows] @ k[:, :, near].mT)
         probs = (logits * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out.append(probs.to(v.dtype) @ v[:, :, near])
-    heads_out = torch.cat(out, dim=2) if out else q
+        parts.append(probs.to(v.dtype) @ v[:, :, near])
+    heads_out = torch.cat(parts, dim=2) if parts else q
     out = to_out(rearrange(heads_out, "b h n d -> b n (h d)").to(x.dtype))
     return out.masked_fill(~valid[..., None], 0).to(x.dtype)
 
@@ -125,7 +126,7 @@ class LocalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size, self.heads = window_size, heads
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(dim, **where) if prenorm else None
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **where)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **where)

@@ -57,6 +57,7 @@ class MixtureOfAttention(nn.Module):
     dim_head: int = contract.of_config("dim_head")
     average_routed: bool = contract.of_config("average_routed")
     dropout: float = contract.dropout_within(RoutedAttention)
+    null_routed_token: nn.Parameter | None
     if TYPE_CHECKING:
         __call__: Forward
 

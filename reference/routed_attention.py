@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -206,7 +206,7 @@ class RoutedAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
         inner = heads * dim_head
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.norm = RMSNorm(num_experts, dim, **where) if prenorm else None
         self.context_norm = RMSNorm(num_experts, dim_context, **where) if prenorm else None

@@ -72,17 +72,18 @@ def _route(
     width = options.route_block_size
     starts = [0] if width is None else range(0, n, width)
     k_block = -(-k // len(starts))
-    indices, soft = [], []
+    taken: list[Tensor] = []
+    soft: list[Tensor] = []
     for start in starts:
         block = slice(start, n if width is None else min(start + width, n))
         length = block.stop - start
-        indices.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
+        taken.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
         if length <= k_block or random_route:
             soft.append(valid[..., block].to(logits.dtype))
         else:
             mass = min(k_block * options.fetch_k_ratio, length)
             soft.append(solve(logits[..., block], mass, mask[:, block], options))
-    chosen = torch.cat(indices, dim=-1)
+    chosen = torch.cat(taken, dim=-1)
     # Valid slots first in the whole row, not only within each block.
     order = (~valid.gather(-1, chosen)).long().argsort(dim=-1, stable=True)
     chosen = chosen.gather(-1, order)
@@ -218,6 +219,8 @@ class Router(nn.Module):
     State: routing_token (E, D), absent with learned_routing_tokens=True, when forward must be given them.
     """
 
+    routing_token: nn.Parameter | None
+
     def __init__(
         self,
         dim: int,
@@ -257,7 +260,7 @@ class Router(nn.Module):
         routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
         no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
         """
-        own = self.routing_token  # read once: a parametrization computes it
+        own: Tensor | None = self.routing_token  # read once: a parametrization computes it
         contract.tensor("x", x, "B", "N", self.dim)
         contract.beside_parameters("x", x, own, "the routing token")
         k = contract.positive_int("k", k)
@@ -271,7 +274,9 @@ class Router(nn.Module):
         else:
             given = self.options.learned_routing_tokens
             contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
-            made = _route(x, routing_tokens if given else own, k, mask, self.options, random_route, generator)
+            tokens = routing_tokens if own is None else own
+            assert tokens is not None
+            made = _route(x, tokens, k, mask, self.options, random_route, generator)
         return made if own is None else made._replace(scores=with_zero_gradient(made.scores, own))
 
     def extra_repr(self) -> str:
