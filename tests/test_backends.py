@@ -741,8 +741,8 @@ STAGES = {"route", "routed_attention", "local_attention", "combine", "mixture_of
 
 @pytest.mark.parametrize("package", ["reference", "optimized"])
 def test_functions_take_few_arguments(package: str) -> None:
-    """Ten at most, but for constructors and `forward` of a layer, stages, and kernels."""
-    public = {"__init__", "forward", *STAGES}
+    """Ten at most, but for constructors, `forward` and call of a layer, stages, and kernels."""
+    public = {"__init__", "forward", "__call__", *STAGES}
     for name, tree in sources(package).items():
         for node in ast.walk(tree):
             if not isinstance(node, Function) or "triton.jit" in map(jitted, node.decorator_list):
