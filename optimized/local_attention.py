@@ -20,13 +20,13 @@ from optimized.attention import flex_window
 from optimized.plain import obstacle_to_fusion
 from optimized.plan import Kind, Plan, bind
 from reference import contract
-from reference.contract import Config
+from reference.contract import Config, TokenMask
 
 
 def local_attention(
     x: Float[Tensor, "B N D"],
     window_size: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     causal: bool = False,
     *,
     w_qkv: Float[Tensor, "qkv D"],
@@ -46,7 +46,7 @@ def local_attention(
     Raises TypeError or ValueError naming the argument.
     """
     weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    contract.local_input(x, window_size, mask, causal, heads, weights)
+    mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     window_size, heads = contract.positive_int("window_size", window_size), contract.positive_int("heads", heads)
     plan = _plan(x, mask, w_out.shape[1] // heads)
     hidden = _hide(x, mask)
@@ -66,7 +66,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
     PyTorch computes it in at least float32 whatever the dtype, if there is but one. But on the CPU it adds up the
     gradients of weight and bias in that dtype, and a sum in bfloat16 stops growing at 256.
     """
-    inner = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    mixed = weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)  # rounding to x's loses digits
+    inner = torch.promote_types(x.dtype, torch.float32) if mixed or x.device.type == "cpu" else x.dtype
     bias = None if bias is None else bias.to(inner)
     return F.layer_norm(x.to(inner), (x.shape[-1],), weight.to(inner), bias, eps).to(x.dtype)
 
@@ -133,6 +134,7 @@ class LocalAttention(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_rotary_buffer)
 
     def reset_parameters(self) -> None:
+        child: Any
         for child in self.children():
             child.reset_parameters()
 
@@ -140,11 +142,10 @@ class LocalAttention(nn.Module):
         self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None, plan: Plan | None = None
     ) -> Float[Tensor, "B N D"]:
         """`local_attention` of arguments already checked. plan: that of the layer's call."""
+        if plan is None or not contract.takes_as_given(self, LocalAttention):
+            contract.parameters(self, x, CLASSES)
         if plan is None:
             plan = _plan(x, mask, self.dim_head, self.flash_attn, self.use_triton)
-        for name, module in self.named_children():
-            if type(module) in (LayerNorm, nn.Linear):  # FSDP, say, makes another class, and gathers the parameters
-                contract.ordinary(f"{name}.weight", module.weight)
         hidden = _hide(x, mask)
         if self.norm is not None:
             hidden = self.norm(hidden).to(x.dtype)
@@ -166,6 +167,9 @@ class LocalAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, heads={self.heads}"
+
+
+CLASSES: contract.Classes = {LocalAttention: (), LayerNorm: (), nn.Linear: ("weight", "bias")}
 
 
 def _drop_rotary_buffer(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from optimized import ops
+from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion, plain
+from optimized.plain import obstacle_to_fusion
 from optimized.plan import Kind, Plan, Request, bind, choose
+from optimized.routed_attention import CLASSES as ROUTED
 from optimized.routed_attention import RMSNorm, RoutedAttention
 from optimized.routing import Router, Routes, cosine_scale, in_order, solver_of
 from reference import contract
-from reference.contract import Call, Config, Side
+from reference.contract import Call, Config, ContextMask, Forward, Side, TokenMask
 
-
-def _of_config(name: str) -> Any:
-    return property(lambda self: getattr(self.config, name), doc=f"As the constructor was given {name}.")
+CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
 
 class MixtureOfAttention(nn.Module):
@@ -38,7 +38,7 @@ class MixtureOfAttention(nn.Module):
         local_attn, local_attn_window_size: add attention of every token to its neighbours, |i - j| <= window_size
             (self-attention only). Without it, tokens that no expert picked become a learned null token.
         dim_head, heads: d and H, of both attentions.
-        dropout: probability of dropping a weight of the routed attention, in training.
+        dropout: probability of dropping a weight of the routed attention, in training; `layer.dropout = p` changes it.
         use_triton, flash_attn: True admits Triton kernels and flash-attention kernels where they can run, False keeps
             them out (`explain` tells what is taken).
         prenorm: RMSNorm per expert before routed attention, LayerNorm before local attention.
@@ -46,20 +46,26 @@ class MixtureOfAttention(nn.Module):
         device, dtype: of the parameters.
         router_options: for both routers, see `RouterOptions`.
 
+    Parameters are on x's device. Matrices and routing tokens have x's dtype, or autocast reconciles the two (it leaves
+    float64 alone); scales of norms, null keys and values, the null token may have any floating dtype. Submodules with
+    a forward pre-hook, or of another class, may cast what they are given, and are not looked at.
+
     State dict as of the public package mixture-of-attention 0.0.25. Checkpoints of that package load; outputs agree for
     one expert (with more it mixes experts up). Raises TypeError or ValueError naming the argument, its value and what
     was expected.
     """
 
-    dim = _of_config("dim")
-    dim_context = _of_config("dim_context")
-    num_experts = _of_config("num_experts")
-    num_routed_queries = _of_config("num_routed_queries")
-    num_routed_key_values = _of_config("num_routed_key_values")
-    heads = _of_config("heads")
-    dim_head = _of_config("dim_head")
-    dropout = _of_config("dropout")
-    average_routed = _of_config("average_routed")
+    dim: int = contract.of_config("dim")
+    dim_context: int = contract.of_config("dim_context")
+    num_experts: int = contract.of_config("num_experts")
+    num_routed_queries: int = contract.of_config("num_routed_queries")
+    num_routed_key_values: int = contract.of_config("num_routed_key_values")
+    heads: int = contract.of_config("heads")
+    dim_head: int = contract.of_config("dim_head")
+    average_routed: bool = contract.of_config("average_routed")
+    dropout: float = contract.dropout_within(RoutedAttention)
+    if TYPE_CHECKING:
+        __call__: Forward
 
     def __init__(
         self,
@@ -116,19 +122,21 @@ class MixtureOfAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, as the constructor did."""
+        child: Any
         for child in self.children():
             child.reset_parameters()
         self._reset_null_token()
 
+    @contract.as_forward
     def forward(
         self,
         x: Float[Tensor, "B N D"],
         context: Float[Tensor, "B M Dc"] | None = None,
-        mask: Bool[Tensor, "B N"] | None = None,
-        context_mask: Bool[Tensor, "B M"] | None = None,
+        mask: TokenMask | None = None,
+        context_mask: ContextMask | None = None,
         num_routed_queries: int | None = None,
         num_routed_key_values: int | None = None,
-        rotary_emb: Float[Tensor, "N d"] | None = None,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
         query_routing_tokens: Float[Tensor, "*Bq E D"] | None = None,
         key_value_routing_tokens: Float[Tensor, "*Bkv E Dc"] | None = None,
         routes: tuple[Routes, Routes] | None = None,
@@ -139,11 +147,14 @@ class MixtureOfAttention(nn.Module):
         Args:
             x: (B, N, D) float64, float32, float16 or bfloat16, any strides. B and N may be 0, and so may M.
             context: (B, M, Dc).
-            mask, context_mask: bool (B, N) and (B, M), False for padding: it takes part in nothing, whatever it holds,
-                and gets 0. It does count in N <= K and in the routers' target mass min(K * fetch_k_ratio, N), so
-                padding changes nothing while these stay the same.
+            mask, context_mask: (B, N) and (B, M), or (1, N) and (1, M) for all batch items; bool, or integers 1 and 0
+                (others are refused on the CPU, and count as 1 elsewhere, where looking would wait for the device).
+                False for padding: it takes part in nothing, whatever it holds, and gets 0. It does count in N <= K and
+                in the routers' target mass min(K * fetch_k_ratio, N), so padding changes nothing while these stay the
+                same.
             num_routed_queries, num_routed_key_values: K for this call.
-            rotary_emb: (N, d) angles in any floating dtype, without gradient (self-attention only).
+            rotary_emb: (N, d) angles in any floating dtype, without gradient (self-attention only). Of a longer table
+                the first N rows.
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); required, and allowed, with
                 learned_routing_tokens=True.
             routes: a pair (query, key/value) of decisions that replace the routers'.
@@ -170,9 +181,9 @@ class MixtureOfAttention(nn.Module):
                 "return_routes": return_routes,
             },
         )
+        mask = call.queries.mask
+        contract.parameters(self, x, CLASSES)
         fused = self._obstacle_to_fusion(call) is None
-        if fused or plain(self.attn, RoutedAttention) is None:
-            self.attn.check_input(x)
         plan = bind(self._kind(call))  # after all checks: a backend may have to be tried
         fused = fused and plan.routing == plan.dispatch
         null = self.null_routed_token  # read once: a parametrization computes it
@@ -182,7 +193,7 @@ class MixtureOfAttention(nn.Module):
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
             q_routes, kv_routes = self._decide(call, plan)
-            given = (x, call.keys_values.x, q_routes, kv_routes, rotary_emb)
+            given = (x, call.keys_values.x, q_routes, kv_routes, call.rotary_emb)
             # The scores of a router that is straight-through are 1 or NaN.
             unit = call.routes is None and _straight_through(self.key_value_router)
             own = {"plan": plan, "unit_scores": unit} if _is(self.attn, RoutedAttention) else {}
@@ -206,9 +217,8 @@ class MixtureOfAttention(nn.Module):
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
         q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
-        q_tokens, kv_tokens = router.routing_token, self.key_value_router.routing_token
-        contract.beside_parameters("x", q.x, q_tokens, "the routing token")
-        contract.beside_parameters("x", q.x, kv_tokens, "the routing token")
+        q_tokens: Tensor | None = router.routing_token
+        kv_tokens: Tensor | None = self.key_value_router.routing_token
         q_tokens = q.tokens if q_tokens is None else q_tokens
         kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
         norm, context_norm, options = attn.norm, attn.context_norm, router.options
@@ -275,7 +285,7 @@ class MixtureOfAttention(nn.Module):
             dim_head=self.config.dim_head,
             masked=call.keys_values.mask is not None or call.routes is not None,
             token_mask=call.queries.mask is not None,
-            dropout=self.config.dropout if self.attn.training else 0.0,
+            dropout=self.dropout if self.attn.training else 0.0,
             allow_flash=self.config.flash_attn,
             allow_triton=self.config.use_triton,
         )
@@ -285,6 +295,7 @@ class MixtureOfAttention(nn.Module):
         given = inspect.signature(MixtureOfAttention.forward).bind(self, x, **forward_arguments)
         given.apply_defaults()
         call = contract.check_call(self.config, given.arguments)
+        contract.parameters(self, x, CLASSES)
         kind = self._kind(call)
         plan = bind(kind)
         reasons = [self._obstacle_to_fusion(call)]
@@ -318,7 +329,7 @@ def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def _straight_through(router: nn.Module) -> bool:
-    return _is(router, Router) and router.options.straight_through
+    return isinstance(router, Router) and _is(router, Router) and router.options.straight_through
 
 
 def combine(
@@ -329,7 +340,7 @@ def combine(
     local: Float[Tensor, "B N D"] | None = None,
     average_routed: bool = False,
     null_routed_token: Float[Tensor, " D"] | None = None,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Add up what the experts, and local attention, have for each of n tokens.
 
@@ -338,7 +349,7 @@ def combine(
     dtype.
     Raises TypeError or ValueError naming the argument.
     """
-    contract.combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
+    mask = contract.combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
     n = contract.integer("n", n, least=0)
     inverse = ops.inverse_map(q_routes.indices, q_routes.mask, n)
     ones = torch.ones_like(q_routes.scores)  # y has its scores already

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -233,5 +233,6 @@ def _bind(kind: Kind) -> Plan:
     plan = Plan(kind.computed_in, kind.masked)
     for stage in kind.stages:
         backend = choose(stage, kind.request(stage))
-        plan = replace(plan, **{stage: backend.triton if stage in BY_TRITON else backend.name})
+        chosen: dict[str, Any] = {stage: backend.triton if stage in BY_TRITON else backend.name}
+        plan = replace(plan, **chosen)
     return plan

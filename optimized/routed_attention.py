@@ -35,7 +35,7 @@ def routed_attention(
     null_kv: Float[Tensor, "2 E H d"],
     gamma: Float[Tensor, "E D"] | None = None,
     context_gamma: Float[Tensor, "E Dc"] | None = None,
-    rotary_emb: Float[Tensor, "N d"] | None = None,
+    rotary_emb: Float[Tensor, "P d"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B E Kq D"]:
     """Attention of every expert over its own routed tokens, already times the query scores; masked query slots are 0.
@@ -47,21 +47,24 @@ def routed_attention(
         gamma, context_gamma: per-expert scale of the RMSNorm x / max(||x||, 1e-12) sqrt(D); None: no norm. Its
             gradient at an all-zero token is about sqrt(D) * 1e12.
         rotary_emb: (N, d) angles in any floating dtype, taken at each token's original position (self-attention only).
+            Of a longer table the first N rows.
         dropout: probability of dropping an attention weight, the null slot's included.
     Returns (B, E, Kq, D) in x's dtype. Norms, rotations, softmax and scores are computed in at least float32.
     Raises TypeError or ValueError naming the argument.
     """
     given = {"w_q": w_q, "w_kv": w_kv, "w_out": w_out, "gamma": gamma, "context_gamma": context_gamma}
-    contract.attention_input(x, context, q_routes, kv_routes, null_kv, given, rotary_emb, dropout)
+    rotary_emb = contract.attention_input(x, context, q_routes, kv_routes, null_kv, given, rotary_emb, dropout)
     stages = ("dispatch", "routed_attention")
     plan = bind(Kind(x.device, x.dtype, stages, null_kv.shape[-1], masked=True, dropout=float(dropout)))
     kv_routes = pack(kv_routes)
     gammas = (None if g is None else g[..., None] for g in (gamma, context_gamma))
-    rows = (gather(t, routes, g, plan.dispatch) for t, routes, g in zip((x, context), (q_routes, kv_routes), gammas))
+    queries, keys_values = (
+        gather(t, routes, g, plan.dispatch) for t, routes, g in zip((x, context), (q_routes, kv_routes), gammas)
+    )
     weights = (w.flatten(0, 1)[..., None] for w in (w_q, w_kv, w_out))
     y = _fused(
-        *rows, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan), float(dropout), False,
-        plan,
+        queries, keys_values, (*weights, null_kv.unsqueeze(3)), Keys.of(q_routes, kv_routes, rotary_emb, plan),
+        float(dropout), False, plan,
     )  # fmt: skip
     y = y.transpose(0, 1) * torch.where(q_routes.mask, q_routes.scores, 0)[..., None]
     return torch.where(q_routes.mask[..., None], y, 0).to(x.dtype)
@@ -121,10 +124,10 @@ def _fused(
     """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
     tensors = (queries, keys_values, *parameters)
     # Asked before: a conversion of nothing costs the host as much as an operation.
-    queries, keys_values, *parameters = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
+    queries, keys_values, *converted = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
     scores, *rest = keys
     return ops.expert_attention(
-        queries, keys_values, scores, *parameters, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
+        queries, keys_values, scores, *converted, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
     )[0]
 
 
@@ -170,7 +173,7 @@ class ExpertProjection(nn.Conv1d):
         if (self.kernel_size, self.stride, self.padding, input.ndim) != ((1,), (1,), (0,), 3):
             return super().forward(input)
         (batch, _, k), weight, bias = input.shape, self.weight, self.bias  # read once: a parametrization computes them
-        contract.ordinary("weight", weight)
+        contract.beside_parameters("input", input, weight, "weight")
         rows = input.unflatten(1, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (E, in, B K)
         out = torch.bmm(weight.squeeze(-1).unflatten(0, (self.groups, -1)), rows)
         out = out.unflatten(2, (batch, k)).permute(2, 0, 1, 3).flatten(1, 2)
@@ -189,6 +192,8 @@ class RoutedAttention(nn.Module):
     Initialised as nn.Conv1d is; null_kv standard normal.
     """
 
+    dropout: float = contract.checked_dropout()
+
     def __init__(
         self, config: Config, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -206,6 +211,7 @@ class RoutedAttention(nn.Module):
         nn.init.normal_(self.null_kv)
 
     def reset_parameters(self) -> None:
+        child: Any
         for child in self.children():
             child.reset_parameters()
         nn.init.normal_(self.null_kv)
@@ -224,7 +230,8 @@ class RoutedAttention(nn.Module):
 
         plan: that of the layer's call. unit_scores promises that key/value scores of valid slots are 1 or NaN.
         """
-        self.check_input(x)
+        if plan is None or not contract.takes_as_given(self, RoutedAttention):
+            contract.parameters(self, x, CLASSES)
         if plan is None:
             stages = ("dispatch", "routed_attention")
             kind = Kind(
@@ -269,12 +276,6 @@ class RoutedAttention(nn.Module):
         )[0]
         return _project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
-    def check_input(self, x: Tensor) -> None:
-        """Device and dtype beside the parameters. A projection that is not plain may cast what it is given."""
-        to_q = self.to_q
-        if plain(to_q, ExpertProjection) is None:
-            contract.beside_parameters("x", x, to_q.weight, "the layer's parameters")
-
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
         return _obstacle(self.to_q, self.to_kv, self.to_out)
@@ -282,7 +283,8 @@ class RoutedAttention(nn.Module):
     def _normed(self, x: Tensor, routes: Routes, norm: nn.Module | None, plan: Plan) -> Tensor:
         """(E, B, K, D): routed tokens, by one operator where the norm is plain."""
         if norm is None or plain(norm, RMSNorm) is None:
-            return gather(x, routes, None if norm is None else norm.gamma, plan.dispatch)
+            gamma: Any = None if norm is None else norm.gamma
+            return gather(x, routes, gamma, plan.dispatch)
         return norm(gather(x, routes, None, plan.dispatch))
 
     def _probability(self) -> float:
@@ -290,6 +292,10 @@ class RoutedAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, heads={self.heads}, dim_head={self.dim_head}, dropout={self.dropout}"
+
+
+_MATRIX = ("weight", "bias")
+CLASSES: contract.Classes = {RoutedAttention: (), RMSNorm: (), ExpertProjection: _MATRIX, nn.Conv1d: _MATRIX}
 
 
 def _obstacle(to_q: nn.Module, to_kv: nn.Module, to_out: nn.Module) -> str | None:

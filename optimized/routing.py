@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from optimized import ops
 from optimized.plan import Kind, Plan, Request, bind, choose
 from reference import contract
-from reference.contract import RouterOptions, Routes
+from reference.contract import RouterOptions, Routes, TokenMask
 
 
 def route(
     x: Float[Tensor, "B N D"],
     tokens: Float[Tensor, "*B E D"],
     k: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     random_route: bool = False,
     generator: torch.Generator | None = None,
@@ -42,7 +42,7 @@ def route(
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
-    contract.route_input(x, tokens, k, mask, random_route, generator)
+    mask = contract.route_input(x, tokens, k, mask, random_route, generator)
     keys = _random_keys(x, tokens, generator) if random_route else None
     triton = bind(Kind(x.device, x.dtype, ("routing",))).routing
     k = contract.positive_int("k", k)
@@ -114,7 +114,8 @@ def in_order(routes: Routes, mask: Tensor | None, k: int) -> Routes:
         return routes
     later = n * min(max(n - k, 0), 1)
     order = (routes.indices + ~routes.mask * later).argsort(-1)
-    return Routes(*(t.gather(-1, order) for t in routes[:3]), routes.logits)
+    indices, slots, scores = (t.gather(-1, order) for t in routes[:3])
+    return Routes(indices, slots, scores, routes.logits)
 
 
 def restrict(routes: Routes, mask: Bool[Tensor, "B N"] | None) -> Routes:
@@ -137,7 +138,7 @@ def with_zero_gradient(scores: Float[Tensor, "B E K"], tokens: Float[Tensor, "E 
 def coordinate_descent(
     logits: Float[Tensor, "B E N"],
     k: float,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     n_iters: int = 20,
     eps: float = 0.03,
@@ -145,7 +146,7 @@ def coordinate_descent(
     eps_decay: float = 0.7,
 ) -> Float[Tensor, "B E N"]:
     """Soft top-k scores in [0, 1] of mass about k, 0 where masked; see `ops.coordinate_descent`."""
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     o = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     triton = _by_triton(wide)
@@ -153,10 +154,10 @@ def coordinate_descent(
 
 
 def capped_simplex(
-    logits: Float[Tensor, "B E N"], k: float, mask: Bool[Tensor, "B N"] | None = None, *, eps: float = 0.03
+    logits: Float[Tensor, "B E N"], k: float, mask: TokenMask | None = None, *, eps: float = 0.03
 ) -> Float[Tensor, "B E N"]:
     """The limit of `coordinate_descent` at temperature eps, of mass min(k, valid tokens); see `ops.capped_simplex`."""
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     options = RouterOptions(eps=eps)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return ops.capped_simplex(wide, mask, float(k), options.eps, _by_triton(wide))[0]
@@ -167,10 +168,10 @@ def _by_triton(logits: Tensor) -> bool:
 
 
 def select(
-    logits: Float[Tensor, "B E N"], k: int, mask: Bool[Tensor, "B N"] | None = None
+    logits: Float[Tensor, "B E N"], k: int, mask: TokenMask | None = None
 ) -> tuple[Int64[Tensor, "B E K"], Bool[Tensor, "B E K"]]:
     """Indices and slot mask of the k best: valid before masked, larger logit, smaller index; see `ops.select`."""
-    contract.select_input(logits, k, mask)
+    mask = contract.select_input(logits, k, mask)
     keys = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     return ops.select(keys, mask, contract.positive_int("k", k), _by_triton(keys))[:2]
 
@@ -212,7 +213,7 @@ class Router(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         k: int,
-        mask: Bool[Tensor, "B N"] | None = None,
+        mask: TokenMask | None = None,
         routing_tokens: Float[Tensor, "*B E D"] | None = None,
         random_route: bool = False,
         generator: torch.Generator | None = None,
@@ -228,7 +229,7 @@ class Router(nn.Module):
         """
         own = self.routing_token  # read once: a parametrization computes it
         if plan is None:
-            plan = self._plan(x, k, mask, routing_tokens, random_route, generator, routes)
+            mask, plan = self._plan(x, k, mask, routing_tokens, random_route, generator, routes)
         contract.beside_parameters("x", x, own, "the routing token")
         if routes is not None:
             made = restrict(routes, mask)
@@ -244,11 +245,11 @@ class Router(nn.Module):
 
     def _plan(
         self, x: Any, k: Any, mask: Any, routing_tokens: Any, random_route: Any, generator: Any, routes: Any
-    ) -> Plan:
-        """Of a call of its own, whose arguments it checks."""
+    ) -> tuple[Tensor | None, Plan]:
+        """Of a call of its own, whose arguments it checks; with the mask."""
         contract.tensor("x", x, "B", "N", self.dim)
         contract.positive_int("k", k)
-        contract.token_mask("mask", mask, x)
+        mask = contract.token_mask("mask", mask, x)
         contract.randomness(x, random_route, generator)
         if routes is None:
             given = self.options.learned_routing_tokens
@@ -257,7 +258,7 @@ class Router(nn.Module):
             if routing_tokens is not None:
                 contract.reject("routing_tokens", "None with injected routes", routing_tokens)
             contract.routes("routes", routes, x.shape[0], self.num_experts, x.shape[1], x)
-        return bind(Kind(x.device, x.dtype, ("routing",), allow_triton=self.use_triton))
+        return mask, bind(Kind(x.device, x.dtype, ("routing",), allow_triton=self.use_triton))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, options={self.options}"

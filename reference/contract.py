@@ -1,23 +1,29 @@
 """What both packages share: the checks of arguments, and the types that carry what was checked.
 
 No arithmetic. Every refusal is made before any work and reads `argument: expected ..., got ...`. Sizes and other
-integers may be symbolic (torch.SymInt), tensors fake, on the meta device, traced or batched: only `routes` looks at
-values, and only where there are any.
+integers may be symbolic (torch.SymInt), tensors fake, on the meta device, traced or batched: only `routes`, and masks
+of integers, are looked at for their values, and only where there are any.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, cast, overload, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MASKS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# Of tokens; the contract makes it bool of (B, N).
+TokenMask: TypeAlias = Bool[Tensor, "#B N"] | Integer[Tensor, "#B N"]
+ContextMask: TypeAlias = Bool[Tensor, "#B M"] | Integer[Tensor, "#B M"]
 
 
 class Routes(NamedTuple):
@@ -43,16 +49,20 @@ def reject(argument: str, expected: str, value: object, error: type[Exception] =
 
 
 def describe(value: object) -> str:
-    """Tensors by dtype, shape and device; other values by their repr, shortened."""
+    """Tensors by dtype, shape, device and unusual layout; other values by their repr, shortened."""
     if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:  # which may have no shape to ask for
+            return f"{value.dtype}, nested, on {value.device}"
+        layout = "" if value.layout is torch.strided else f" in layout {value.layout}"
+        return f"{value.dtype} of shape {tuple(value.shape)}{layout} on {value.device}"
     text = repr(value)
     return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
 
 
 def integer(argument: str, value: Any, least: int) -> int:
     """A Python int, or the symbolic integer that was given, which stays symbolic."""
-    if isinstance(value, torch.SymInt):
+    symbolic = isinstance(value, torch.SymInt)  # apart, lest a type checker take it for an int no more
+    if symbolic:
         torch._check(value >= least, lambda: f"{argument}: expected an integer >= {least}, got {value}")
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -67,10 +77,11 @@ def positive_int(argument: str, value: Any) -> int:
 
 
 def number(argument: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+    symbolic, real = isinstance(value, (torch.SymInt, torch.SymFloat)), isinstance(value, Real)
+    if symbolic:
         torch._check(holds(value), lambda: f"{argument}: expected {expected}, got {value}")
         return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not real:
         reject(argument, expected, describe(value), TypeError)
     if not -math.inf < value < math.inf or not holds(value):  # comparisons, which torch.compile takes of symbols too
         reject(argument, expected, value)
@@ -122,15 +133,17 @@ def tensor(
 
 
 def _same_dtype(argument: str, value: Tensor, name: str, other: Tensor) -> None:
-    if value.dtype != other.dtype and not _reconciled_by_autocast(value, other):
+    if _dtypes_clash(value, other):
         reject(argument, f"dtype {other.dtype}, that of {name}", value, TypeError)
 
 
-def _reconciled_by_autocast(value: Tensor, other: Tensor) -> bool:
-    """Autocast leaves float64 alone, and does not know of the meta device."""
-    if value.is_meta or torch.float64 in (value.dtype, other.dtype):
+def _dtypes_clash(value: Tensor, other: Tensor) -> bool:
+    """Whether they differ, and autocast does not reconcile them: it leaves float64 alone, and knows no meta device."""
+    if value.dtype == other.dtype:
         return False
-    return torch.is_autocast_enabled(value.device.type)
+    if value.is_meta or torch.float64 in (value.dtype, other.dtype):
+        return True
+    return not torch.is_autocast_enabled(value.device.type)
 
 
 def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, what: str) -> None:
@@ -147,7 +160,9 @@ def beside_parameters(argument: str, value: Tensor, parameter: Tensor | None, wh
 
 
 def ordinary(argument: str, value: Tensor) -> None:
-    """No DTensor: the layer computes with the tensors of one process."""
+    """Dense: neither sparse, of MKL-DNN nor nested. No DTensor: the layer computes with the tensors of one process."""
+    if value.is_nested or value.layout is not torch.strided:
+        reject(argument, "a dense tensor (of layout torch.strided, not nested)", value, TypeError)
     if type(value) is Tensor or type(value) is nn.Parameter or not torch.distributed.is_available():
         return
     from torch.distributed.tensor import DTensor  # costs a second, and ordinary tensors never come here
@@ -156,10 +171,87 @@ def ordinary(argument: str, value: Tensor) -> None:
         reject(argument, "an ordinary tensor (`.to_local()` or `.full_tensor()` gives one)", "a DTensor", TypeError)
 
 
-def token_mask(argument: str, mask: Any, x: Tensor, dim: int = 1) -> None:
-    """None, or (B, N) bool, where N is x's size in `dim`."""
-    if mask is not None:
-        tensor(argument, mask, x.shape[0], x.shape[dim], dtypes=(torch.bool,), beside=x)
+# What a module reads of its own
+
+
+# Classes of modules that compute with what they are given, and names of their parameters that must have its dtype.
+Classes = Mapping[type[nn.Module], tuple[str, ...]]
+
+
+def parameters(module: nn.Module, x: Tensor, classes: Classes) -> None:
+    """The one rule about parameters, for the forward of a module, which is given x; raises TypeError or ValueError.
+
+    All are dense and on x's device. Matrices and routing tokens have x's dtype, which autocast reconciles unless one is
+    float64. Scales of norms, null keys and values, and the null token may have any floating dtype: the layer converts.
+
+    So for the modules inside too, as far as they are of `classes` and take what they are given. One that is of another
+    class (FSDP makes its own, adapters do), or has a forward pre-hook or a replaced forward, may cast it, and may have
+    no parameters yet: neither that one nor what it contains is looked at.
+    """
+    for name, parameter, same_dtype in _read(module, classes, ""):
+        ordinary(name, parameter)
+        if parameter.device != x.device or (same_dtype and _dtypes_clash(parameter, x)):
+            _blame(list(_read(module, classes, "")), x)
+
+
+def takes_as_given(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether nothing stands between a caller of the module and the forward of `cls`."""
+    state = module.__dict__
+    return type(module) is cls and not (
+        state["_forward_pre_hooks"] or "forward" in state or nn.modules.module._global_forward_pre_hooks
+    )
+
+
+def _read(module: nn.Module, classes: Classes, prefix: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, value, and whether it must have the dtype of what the module is given; computed ones are left out."""
+    names = classes.get(type(module), ())
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter, name in names
+    for name, child in module._modules.items():
+        if child is not None and type(child) in classes and takes_as_given(child, type(child)):
+            yield from _read(child, classes, f"{prefix}{name}.")
+
+
+def _blame(read: list[tuple[str, Tensor, bool]], x: Tensor) -> None:
+    """x, where all parameters agree on something else; otherwise the first that differs from it."""
+    read = [entry for entry in read if not is_traceable_wrapper_subclass(entry[1])]  # quantised, say: it converts
+    for name, parameter, _ in read:
+        if parameter.device != x.device:
+            if len({p.device for _, p, _ in read}) == 1:
+                reject("x", f"device {parameter.device}, that of the layer's parameters", x)
+            reject(name, f"device {x.device}, that of x", parameter)
+    bound = [(name, parameter) for name, parameter, same_dtype in read if same_dtype]
+    for name, parameter in bound:
+        if _dtypes_clash(parameter, x):
+            if len({p.dtype for _, p in bound}) == 1:
+                reject("x", f"dtype {parameter.dtype}, that of the layer's parameters", x, TypeError)
+            reject(name, f"dtype {x.dtype}, that of x", parameter, TypeError)
+
+
+# Arguments that several functions have
+
+
+def token_mask(argument: str, mask: Any, x: Tensor, n: int | None = None) -> Tensor | None:
+    """The mask as (B, N) bool, where N is x's second size, or n; None if there is none.
+
+    Given as (B, N), or (1, N) for all batch items; of bool, or of integers, as tokenizers give it: 1 valid, 0 padding.
+    Integers other than these are refused where a look at them costs nothing: on the CPU, where they hold data. On
+    another device the host would have to wait for it; there, and in tracing, whatever is not 0 is valid.
+    """
+    if mask is None:
+        return None
+    batch, n = x.shape[0], x.shape[1] if n is None else n
+    tensor(argument, mask, "B", n, dtypes=MASKS, beside=x)
+    if mask.shape[0] != batch and mask.shape[0] != 1:
+        reject(argument, f"shape ({batch}, {n}) or (1, {n})", mask)
+    if mask.dtype != torch.bool:
+        if mask.device.type == "cpu" and _holds_data(mask) and mask.numel():
+            low, high = (int(v) for v in mask.aminmax())
+            if low < 0 or high > 1:
+                reject(argument, "True and False, or 1 and 0", f"values from {low} to {high}")
+        mask = mask != 0
+    return mask if mask.shape[0] == batch else mask.expand(batch, -1)
 
 
 def routing_tokens(argument: str, tokens: Any, x: Tensor, experts: int | str, dim: int) -> None:
@@ -219,26 +311,32 @@ def _holds_data(t: Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def rotary(rotary_emb: Any, x: Tensor, dim_head: int) -> None:
-    """None, or angles (N, d) of any floating dtype, without gradient."""
+def rotary(rotary_emb: Any, x: Tensor, dim_head: int) -> Tensor | None:
+    """The first N rows of angles (at least N, d) of any floating dtype, without gradient; None if there are none."""
     if rotary_emb is None:
-        return
-    tensor("rotary_emb", rotary_emb, x.shape[1], dim_head, beside=x)
+        return None
+    n = x.shape[1]
+    tensor("rotary_emb", rotary_emb, "N", dim_head, beside=x)
+    if rotary_emb.shape[0] < n:
+        reject("rotary_emb", f"shape ({n}, {dim_head}), or more rows", rotary_emb)
     if rotary_emb.requires_grad:
         reject("rotary_emb", "angles that need no gradient", "requires_grad=True")
     if dim_head % 2:
         reject("dim_head", "an even number with rotary embeddings", dim_head)
+    return rotary_emb[:n]
 
 
-# The stages as functions
+# The stages as functions: what is returned replaces the argument.
 
 
-def route_input(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator: Any) -> None:
+def route_input(x: Any, tokens: Any, k: Any, mask: Any, random_route: Any, generator: Any) -> Tensor | None:
+    """The mask."""
     tensor("x", x, "B", "N", "D")
     routing_tokens("tokens", tokens, x, "E", x.shape[2])
     positive_int("k", k)
-    token_mask("mask", mask, x)
+    mask = token_mask("mask", mask, x)
     randomness(x, random_route, generator)
+    return mask
 
 
 def randomness(x: Tensor, random_route: Any, generator: Any) -> None:
@@ -250,18 +348,21 @@ def randomness(x: Tensor, random_route: Any, generator: Any) -> None:
         reject("generator", f"a generator on {x.device}", f"one on {generator.device}")
 
 
-def select_input(logits: Any, k: Any, mask: Any) -> None:
+def select_input(logits: Any, k: Any, mask: Any) -> Tensor | None:
+    """The mask."""
     tensor("logits", logits, "B", "E", "N")
     positive_int("k", k)
-    token_mask("mask", mask, logits, dim=2)
+    mask = token_mask("mask", mask, logits, logits.shape[2])
     if k > logits.shape[-1]:
         reject("k", f"at most N = {logits.shape[-1]}", k)
+    return mask
 
 
-def solver_input(logits: Any, k: Any, mask: Any) -> None:
+def solver_input(logits: Any, k: Any, mask: Any) -> Tensor | None:
+    """The mask."""
     tensor("logits", logits, "B", "E", "N")
     number("k", k, "a finite number > 0", lambda v: v > 0)
-    token_mask("mask", mask, logits, dim=2)
+    return token_mask("mask", mask, logits, logits.shape[2])
 
 
 def attention_input(
@@ -273,8 +374,8 @@ def attention_input(
     weights: dict[str, Any],
     rotary_emb: Any,
     dropout: Any,
-) -> None:
-    """Of `routed_attention`; weights: w_q, w_kv, w_out, gamma, context_gamma."""
+) -> Tensor | None:
+    """Of `routed_attention`: the angles. weights: w_q, w_kv, w_out, gamma, context_gamma."""
     tensor("x", x, "B", "N", "D")
     tensor("context", context, x.shape[0], "M", "Dc", beside=x, dtype_of=("x", x))
     tensor("null_kv", null_kv, 2, "E", "H", "d", beside=x)
@@ -289,17 +390,18 @@ def attention_input(
             tensor(name, weights[name], experts, size, beside=x)
     routes("q_routes", q_routes, x.shape[0], experts, x.shape[1], x)
     routes("kv_routes", kv_routes, x.shape[0], experts, context.shape[1], x)
-    rotary(rotary_emb, x, dim_head)
+    angles = rotary(rotary_emb, x, dim_head)
     if rotary_emb is not None and context.shape[1] != x.shape[1]:
         reject("rotary_emb", "self-attention (a context as long as x)", rotary_emb)
     probability("dropout", dropout)
+    return angles
 
 
-def local_input(x: Any, window_size: Any, mask: Any, causal: Any, heads: Any, weights: dict[str, Any]) -> None:
-    """Of `local_attention`; weights: w_qkv, w_out, norm_weight, norm_bias."""
+def local_input(x: Any, window_size: Any, mask: Any, causal: Any, heads: Any, weights: dict[str, Any]) -> Tensor | None:
+    """Of `local_attention`: the mask. weights: w_qkv, w_out, norm_weight, norm_bias."""
     tensor("x", x, "B", "N", "D")
     positive_int("window_size", window_size)
-    token_mask("mask", mask, x)
+    mask = token_mask("mask", mask, x)
     flag("causal", causal)
     positive_int("heads", heads)
     dim = x.shape[2]
@@ -313,11 +415,13 @@ def local_input(x: Any, window_size: Any, mask: Any, causal: Any, heads: Any, we
             tensor(name, weights[name], dim, beside=x)
     if weights["norm_bias"] is not None and weights["norm_weight"] is None:
         reject("norm_bias", "None, since norm_weight is None", weights["norm_bias"])
+    return mask
 
 
 def combine_input(
     y: Any, q_routes: Any, n: Any, local: Any, average_routed: Any, null_routed_token: Any, mask: Any
-) -> None:
+) -> Tensor | None:
+    """The mask."""
     tensor("y", y, "B", "E", "Kq", "D")
     n = integer("n", n, least=0)
     batch, experts, _, dim = y.shape
@@ -328,8 +432,7 @@ def combine_input(
         tensor("local", local, batch, n, dim, beside=y)
     if null_routed_token is not None:
         tensor("null_routed_token", null_routed_token, dim, beside=y)
-    if mask is not None:
-        tensor("mask", mask, batch, n, dtypes=(torch.bool,), beside=y)
+    return token_mask("mask", mask, y, n)
 
 
 # What a layer is told when it is made
@@ -458,14 +561,114 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
+# Attributes of a layer
+
+
+def of_config(name: str) -> Any:
+    """A property: what the constructor was given, which a layer can't be told anew."""
+    return property(lambda layer: getattr(layer.config, name), doc=f"As the constructor was given {name}.")
+
+
+def checked_dropout() -> Any:
+    """A property of the module that drops: a probability, checked when it is assigned."""
+
+    def assign(module: nn.Module, value: Any) -> None:
+        module.__dict__["_dropout"] = probability("dropout", value)
+
+    return property(
+        lambda module: module.__dict__["_dropout"], assign, doc="A number in [0, 1), from the next call on."
+    )
+
+
+def dropout_within(cls: type[nn.Module]) -> Any:
+    """A property of the layer: `dropout` of the modules of `cls` that its `attn` is, or wraps."""
+
+    def found(layer: Any) -> list[Any]:
+        attn = layer.attn
+        return [attn] if isinstance(attn, cls) else [m for m in attn.modules() if isinstance(m, cls)]
+
+    def read(layer: Any) -> float:
+        modules = found(layer)
+        return modules[0].dropout if modules else layer.config.dropout
+
+    def assign(layer: Any, value: Any) -> None:
+        probability("dropout", value)
+        modules = found(layer)
+        if not modules:
+            reject("attn", f"a {cls.__name__}, to set its dropout", type(layer.attn).__name__, TypeError)
+        for module in modules:
+            module.dropout = value
+
+    return property(read, assign, doc="Probability of dropping a weight of the routed attention, in training.")
+
+
 # What a layer is told when it is called
+
+
+@runtime_checkable
+class Forward(Protocol):
+    """A layer's `forward` and call, to a type checker: routes are returned where return_routes is True."""
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        num_routed_queries: int | None = None,
+        num_routed_key_values: int | None = None,
+        rotary_emb: Tensor | None = None,
+        query_routing_tokens: Tensor | None = None,
+        key_value_routing_tokens: Tensor | None = None,
+        routes: tuple[Routes, Routes] | None = None,
+        return_routes: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        num_routed_queries: int | None = None,
+        num_routed_key_values: int | None = None,
+        rotary_emb: Tensor | None = None,
+        query_routing_tokens: Tensor | None = None,
+        key_value_routing_tokens: Tensor | None = None,
+        routes: tuple[Routes, Routes] | None = None,
+        *,
+        return_routes: Literal[True],
+    ) -> tuple[Tensor, tuple[Routes, Routes]]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        num_routed_queries: int | None = None,
+        num_routed_key_values: int | None = None,
+        rotary_emb: Tensor | None = None,
+        query_routing_tokens: Tensor | None = None,
+        key_value_routing_tokens: Tensor | None = None,
+        routes: tuple[Routes, Routes] | None = None,
+        return_routes: bool = False,
+    ) -> Tensor | tuple[Tensor, tuple[Routes, Routes]]: ...
+
+
+def as_forward(function: Callable[..., Tensor | tuple[Tensor, tuple[Routes, Routes]]]) -> Forward:
+    """The function itself, with the type of `Forward`."""
+    return cast(Forward, function)
 
 
 class Side(NamedTuple):
     """One side of a call, queries or keys/values."""
 
     x: Tensor  # (B, N, D), or the context (B, M, Dc)
-    mask: Tensor | None  # (B, N) bool
+    mask: Tensor | None  # (B, N) bool, whatever was given
     k: int  # tokens that every expert picks
     tokens: Tensor | None  # routing tokens that the caller passed: (E, D) or (B, E, D)
 
@@ -475,9 +678,16 @@ class Call(NamedTuple):
 
     queries: Side
     keys_values: Side
-    rotary_emb: Tensor | None
+    rotary_emb: Tensor | None  # (N, d)
     routes: tuple[Routes, Routes] | None
     return_routes: bool
+
+
+def _like_a_mask(context: Any, x: Tensor) -> bool:
+    """Passed by position, where the context has its place."""
+    if not isinstance(context, Tensor) or context.is_nested or context.dtype not in MASKS or context.ndim != 2:
+        return False
+    return context.shape[1] == x.shape[1] and (context.shape[0] == x.shape[0] or context.shape[0] == 1)
 
 
 def check_call(config: Config, given: dict[str, Any]) -> Call:
@@ -487,22 +697,25 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
     """
     x, context, decided = given["x"], given["context"], given["routes"]
     tensor("x", x, "B", "N", config.dim)
-    token_mask("mask", given["mask"], x)
+    mask = token_mask("mask", given["mask"], x)
     if context is None:
         if config.dim_context != config.dim:
             reject("context", f"a tensor (B, M, {config.dim_context}), since dim_context != dim", None)
         if given["context_mask"] is not None:
             reject("context_mask", "None without context", given["context_mask"])
-        context, context_mask = x, given["mask"]
+        context, context_mask = x, mask
     else:
+        if _like_a_mask(context, x):
+            reject(
+                "context", f"shape ({x.shape[0]}, M, {config.dim_context}) (did you mean mask=?)", context, TypeError
+            )
         if config.local_attn_window_size is not None:
             reject("context", "None with local_attn=True (self-attention only)", context)
         tensor("context", context, x.shape[0], "M", config.dim_context, beside=x, dtype_of=("x", x))
-        context_mask = given["context_mask"]
-        token_mask("context_mask", context_mask, context)
+        context_mask = token_mask("context_mask", given["context_mask"], context)
         if given["rotary_emb"] is not None:
             reject("rotary_emb", "None with a context (self-attention only)", given["rotary_emb"])
-    rotary(given["rotary_emb"], x, config.dim_head)
+    angles = rotary(given["rotary_emb"], x, config.dim_head)
     flag("return_routes", given["return_routes"])
     if decided is not None:
         if not (isinstance(decided, (tuple, list)) and len(decided) == 2):
@@ -521,9 +734,9 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
         return Side(t, mask, getattr(config, name) if k is None else positive_int(name, k), tokens)
 
     return Call(
-        side(x, given["mask"], "num_routed_queries", "query_routing_tokens", config.dim),
+        side(x, mask, "num_routed_queries", "query_routing_tokens", config.dim),
         side(context, context_mask, "num_routed_key_values", "key_value_routing_tokens", config.dim_context),
-        given["rotary_emb"],
+        angles,
         decided,
         given["return_routes"],
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reference import contract
+from reference.contract import TokenMask
 from reference.routed_attention import rotate
 from reference.routing import widen
 
@@ -24,7 +26,7 @@ ROWS = 512  # queries at a time: bounds memory, and has no influence on the resu
 def local_attention(
     x: Float[Tensor, "B N D"],
     window_size: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     causal: bool = False,
     *,
     w_qkv: Float[Tensor, "qkv D"],
@@ -40,7 +42,7 @@ def local_attention(
     tokens are attended by none and get 0. Returns (B, N, D) in x's dtype. Raises TypeError or ValueError.
     """
     weights = {"w_qkv": w_qkv, "w_out": w_out, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    contract.local_input(x, window_size, mask, causal, heads, weights)
+    mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     norm = nn.Identity() if norm_weight is None else partial(layer_norm, weight=norm_weight, bias=norm_bias)
     to_qkv, to_out = partial(F.linear, weight=w_qkv), partial(F.linear, weight=w_out)
     return attend_locally(x, window_size, mask, causal, int(heads), norm, to_qkv, to_out)
@@ -64,7 +66,7 @@ def attend_locally(
     angles = rotary_angles(n, q.shape[-1], x.device)
     q, k = rotate(q, angles), rotate(k, angles)
 
-    out = []
+    parts: list[Tensor] = []
     position = torch.arange(n, device=x.device)
     for start in range(0, n, ROWS):
         rows = slice(start, min(start + ROWS, n))
@@ -76,8 +78,8 @@ def attend_locally(
         visible = visible | (distance == 0)
         logits = widen(q[:, :, rows] @ k[:, :, near].mT)
         probs = (logits * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        out.append(probs.to(v.dtype) @ v[:, :, near])
-    heads_out = torch.cat(out, dim=2) if out else q
+        parts.append(probs.to(v.dtype) @ v[:, :, near])
+    heads_out = torch.cat(parts, dim=2) if parts else q
     out = to_out(rearrange(heads_out, "b h n d -> b n (h d)").to(x.dtype))
     return out.masked_fill(~valid[..., None], 0).to(x.dtype)
 
@@ -124,7 +126,7 @@ class LocalAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.window_size, self.heads = window_size, heads
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(dim, **where) if prenorm else None
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False, **where)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False, **where)
@@ -136,12 +138,16 @@ class LocalAttention(nn.Module):
                 layer.reset_parameters()
 
     def forward(self, x: Float[Tensor, "B N D"], mask: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
-        """Arguments are checked by the layer."""
+        """Arguments are checked by the layer, but for what depends on parameters."""
+        contract.parameters(self, x, CLASSES)
         norm = nn.Identity() if self.norm is None else self.norm
         return attend_locally(x, self.window_size, mask, False, self.heads, norm, self.to_qkv, self.to_out)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, heads={self.heads}"
+
+
+CLASSES: contract.Classes = {LocalAttention: (), LayerNorm: (), nn.Linear: ("weight", "bias")}
 
 
 def _drop_inv_freq(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

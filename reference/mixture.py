@@ -6,18 +6,22 @@ token that nothing reached becomes a learned null token; masked tokens become 0.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reference import contract
-from reference.contract import Config, Routes, Side, check_call
+from reference.contract import Config, ContextMask, Forward, Routes, Side, TokenMask, check_call
+from reference.local_attention import CLASSES as LOCAL
 from reference.local_attention import LocalAttention
+from reference.routed_attention import CLASSES as ROUTED
 from reference.routed_attention import RoutedAttention
 from reference.routing import Router
+
+CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
 
 class MixtureOfAttention(nn.Module):
@@ -33,15 +37,33 @@ class MixtureOfAttention(nn.Module):
         num_experts: E.
         dim_context: dimension Dc of context (default dim). If it differs from dim, context is mandatory.
         local_attn, local_attn_window_size: add local attention |i - j| <= window (self-attention only).
-        dim_head, heads: d and H of both attentions. dropout: on the probabilities of the routed attention.
+        dim_head, heads: d and H of both attentions. dropout: on the probabilities of the routed attention, in training;
+            `layer.dropout = p` changes it.
         use_triton, flash_attn: accepted so that either implementation can be built from the same arguments; this one
             is the same PyTorch code whatever they say.
         prenorm: RMSNorm per expert before routed attention, LayerNorm before local attention.
         average_routed: divide by the number of terms.
         router_options: see `RouterOptions`; they go to both routers.
 
-    Raises TypeError or ValueError naming the argument, its value and what was expected.
+    Parameters are on x's device. Matrices and routing tokens have x's dtype, or autocast reconciles the two (it leaves
+    float64 alone); scales of norms, null keys and values, the null token may have any floating dtype. Submodules with
+    a forward pre-hook, or of another class, may cast what they are given, and are not looked at.
+
+    Raises TypeError or ValueError naming the argument, or the parameter, its value and what was expected.
     """
+
+    dim: int = contract.of_config("dim")
+    dim_context: int = contract.of_config("dim_context")
+    num_experts: int = contract.of_config("num_experts")
+    num_routed_queries: int = contract.of_config("num_routed_queries")
+    num_routed_key_values: int = contract.of_config("num_routed_key_values")
+    heads: int = contract.of_config("heads")
+    dim_head: int = contract.of_config("dim_head")
+    average_routed: bool = contract.of_config("average_routed")
+    dropout: float = contract.dropout_within(RoutedAttention)
+    null_routed_token: nn.Parameter | None
+    if TYPE_CHECKING:
+        __call__: Forward
 
     def __init__(
         self,
@@ -83,7 +105,6 @@ class MixtureOfAttention(nn.Module):
             average_routed=average_routed,
             **router_options,
         )
-        self.dim, self.dim_context = config.dim, config.dim_context
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         inner: dict[str, Any] = {"dim_head": config.dim_head, "heads": config.heads, "prenorm": prenorm, **where}
         null = None if local_attn else nn.Parameter(torch.empty(1, 1, config.dim, **where))
@@ -104,15 +125,16 @@ class MixtureOfAttention(nn.Module):
         if self.null_routed_token is not None:
             nn.init.normal_(self.null_routed_token)
 
+    @contract.as_forward
     def forward(
         self,
         x: Float[Tensor, "B N D"],
         context: Float[Tensor, "B M Dc"] | None = None,
-        mask: Bool[Tensor, "B N"] | None = None,
-        context_mask: Bool[Tensor, "B M"] | None = None,
+        mask: TokenMask | None = None,
+        context_mask: ContextMask | None = None,
         num_routed_queries: int | None = None,
         num_routed_key_values: int | None = None,
-        rotary_emb: Float[Tensor, "N d"] | None = None,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
         query_routing_tokens: Float[Tensor, "*Bq E D"] | None = None,
         key_value_routing_tokens: Float[Tensor, "*Bkv E Dc"] | None = None,
         routes: tuple[Routes, Routes] | None = None,
@@ -122,10 +144,11 @@ class MixtureOfAttention(nn.Module):
 
         Args:
             x: (B, N, D) float64, float32, float16 or bfloat16. context: (B, M, Dc).
-            mask, context_mask: (B, N) and (B, M) bool, False for padding. Padding counts in N <= K and in the target
-                mass of the solver, never as a token.
+            mask, context_mask: (B, N) and (B, M), or (1, N) and (1, M) for all batch items; bool, or integers 1 and 0
+                (others are refused on the CPU, and count as 1 elsewhere). False for padding. Padding counts in N <= K
+                and in the target mass of the solver, never as a token.
             num_routed_queries, num_routed_key_values: K for this call.
-            rotary_emb: (N, d) angles, without gradient (self-attention only).
+            rotary_emb: (N, d) angles, without gradient (self-attention only). Of a longer table the first N rows.
             query_routing_tokens, key_value_routing_tokens: (E, D) or (B, E, D); with learned_routing_tokens=True.
             routes: (query, key/value) decisions to use instead of the routers'.
             return_routes: return (out, (query routes, key/value routes)); `.load` of each is the load per expert.
@@ -146,11 +169,13 @@ class MixtureOfAttention(nn.Module):
             "return_routes": return_routes,
         }
         call = check_call(self.config, given)
+        mask = call.queries.mask
+        contract.parameters(self, x, CLASSES)
         injected = (None, None) if call.routes is None else call.routes
         q_routes = decide(self.query_router, call.queries, injected[0])
         kv_routes = decide(self.key_value_router, call.keys_values, injected[1])
         null = self.null_routed_token
-        y = self.attn(x, call.keys_values.x, q_routes, kv_routes, rotary_emb)
+        y = self.attn(x, call.keys_values.x, q_routes, kv_routes, call.rotary_emb)
         out = combine(
             y.to(x.dtype),
             q_routes,
@@ -163,8 +188,8 @@ class MixtureOfAttention(nn.Module):
         return (out, (q_routes, kv_routes)) if return_routes else out
 
     def extra_repr(self) -> str:
-        names = "dim num_routed_queries num_routed_key_values num_experts heads dim_head average_routed"
-        return ", ".join(f"{name}={getattr(self.config, name)}" for name in names.split())
+        names = "dim num_routed_queries num_routed_key_values num_experts heads dim_head dropout average_routed"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
 
 
 def decide(router: nn.Module, side: Side, injected: Routes | None) -> Routes:
@@ -182,14 +207,14 @@ def combine(
     local: Float[Tensor, "B N D"] | None = None,
     average_routed: bool = False,
     null_routed_token: Float[Tensor, " D"] | None = None,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
 ) -> Float[Tensor, "B N D"]:
     """Sum what the experts (and local attention) have for each token, in at least float32; returned in y's dtype.
 
     count[n] is the number of terms. average_routed divides by max(count, 1); null_routed_token replaces tokens of count
     0; masked tokens become 0.
     """
-    contract.combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
+    mask = contract.combine_input(y, q_routes, n, local, average_routed, null_routed_token, mask)
     n, dtype = contract.integer("n", n, least=0), torch.promote_types(y.dtype, torch.float32)
     terms = torch.where(q_routes.mask[..., None], y.to(dtype), 0)
     place = rearrange(q_routes.indices, "b e k -> b (e k) 1")

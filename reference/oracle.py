@@ -245,7 +245,7 @@ def local_attention(
             q[i], k[i], v[i] = (w_qkv @ token).reshape(3, heads, d)
             angles = i * np.concatenate([frequencies, frequencies])
             q[i], k[i] = _rotate(q[i], angles), _rotate(k[i], angles)
-        for i in np.flatnonzero(valid[b]):
+        for i in map(int, np.flatnonzero(valid[b])):
             seen = [j for j in range(n) if valid[b, j] and -window_size <= j - i <= ahead]
             attended = [_softmax(k[seen, h] @ q[i, h] / np.sqrt(d)) @ v[seen, h] for h in range(heads)]
             out[b, i] = w_out @ np.concatenate(attended)

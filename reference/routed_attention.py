@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,20 +33,21 @@ def routed_attention(
     null_kv: Float[Tensor, "2 E H d"],
     gamma: Float[Tensor, "E D"] | None = None,
     context_gamma: Float[Tensor, "E Dc"] | None = None,
-    rotary_emb: Float[Tensor, "N d"] | None = None,
+    rotary_emb: Float[Tensor, "P d"] | None = None,
     dropout: float = 0.0,
     dropout_mask: Bool[Tensor, "B E H Kq S"] | None = None,
 ) -> Float[Tensor, "B E Kq D"]:
     """Attention of every expert over its own routed tokens, already times the query scores.
 
     Tokens are RMS-normalised per expert (skipped where gamma is None), projected (rows of w_kv: k then v, each (head,
-    channel)), rotated at their original positions, values scaled by the key/value scores. Slot 0 of the softmax is the
-    null key, visible always, so that no row is empty; masked slots are invisible. `dropout` acts on the probabilities,
-    the null slot's too; `dropout_mask` (True = kept, slot 0 the null slot) takes the place of the random draw.
+    channel)), rotated at their original positions (by the first N rows of rotary_emb), values scaled by the key/value
+    scores. Slot 0 of the softmax is the null key, visible always, so that no row is empty; masked slots are invisible.
+    `dropout` acts on the probabilities, the null slot's too; `dropout_mask` (True = kept, slot 0 the null slot) takes
+    the place of the random draw.
     Masked query slots give 0. Returns (B, E, Kq, D) in x's dtype. Raises TypeError or ValueError.
     """
     weights = {"w_q": w_q, "w_kv": w_kv, "w_out": w_out, "gamma": gamma, "context_gamma": context_gamma}
-    contract.attention_input(x, context, q_routes, kv_routes, null_kv, weights, rotary_emb, dropout)
+    rotary_emb = contract.attention_input(x, context, q_routes, kv_routes, null_kv, weights, rotary_emb, dropout)
     if dropout_mask is not None:
         sizes = (*null_kv.shape[1:3], q_routes.indices.shape[2], 1 + kv_routes.indices.shape[2])
         contract.tensor("dropout_mask", dropout_mask, x.shape[0], *sizes, dtypes=(torch.bool,), beside=x)
@@ -187,6 +188,8 @@ class RoutedAttention(nn.Module):
     to_kv.weight (E 2 H d, Dc, 1) with rows (expert, k then v, head, channel), to_out.weight (E D, H d, 1).
     """
 
+    dropout: float = contract.checked_dropout()
+
     def __init__(
         self,
         dim: int,
@@ -203,7 +206,7 @@ class RoutedAttention(nn.Module):
         super().__init__()
         self.dropout = dropout
         inner = heads * dim_head
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.norm = RMSNorm(num_experts, dim, **where) if prenorm else None
         self.context_norm = RMSNorm(num_experts, dim_context, **where) if prenorm else None
@@ -233,9 +236,9 @@ class RoutedAttention(nn.Module):
         rotary_emb: Float[Tensor, "N d"] | None = None,
     ) -> Float[Tensor, "B E Kq D"]:
         """Arguments are checked by the layer, but for what depends on parameters."""
+        contract.parameters(self, x, CLASSES)
         null_kv = self.null_kv
-        for name, tokens in (("x", x), ("context", context)):
-            contract.beside_parameters(name, tokens, null_kv, "the layer's parameters")
+        contract.ordinary("null_kv", null_kv)
         maps = Maps(
             norm=nn.Identity() if self.norm is None else self.norm,
             context_norm=nn.Identity() if self.context_norm is None else self.context_norm,
@@ -250,3 +253,7 @@ class RoutedAttention(nn.Module):
     def _project(projection: nn.Module, rows: Float[Tensor, "B E K I"]) -> Float[Tensor, "B E K O"]:
         experts = rows.shape[1]
         return rearrange(projection(rearrange(rows, "b e k i -> b (e i) k")), "b (e o) k -> b e k o", e=experts)
+
+
+_MATRIX = ("weight", "bias")
+CLASSES: contract.Classes = {RoutedAttention: (), RMSNorm: (), ExpertProjection: _MATRIX, nn.Conv1d: _MATRIX}

@@ -19,14 +19,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from reference import contract
-from reference.contract import RouterOptions, Routes
+from reference.contract import RouterOptions, Routes, TokenMask
 
 
 def route(
     x: Float[Tensor, "B N D"],
     tokens: Float[Tensor, "*B E D"],
     k: int,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     random_route: bool = False,
     generator: torch.Generator | None = None,
@@ -43,7 +43,7 @@ def route(
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
-    contract.route_input(x, tokens, k, mask, random_route, generator)
+    mask = contract.route_input(x, tokens, k, mask, random_route, generator)
     return _route(x, tokens, contract.positive_int("k", k), mask, options, random_route, generator)
 
 
@@ -72,17 +72,18 @@ def _route(
     width = options.route_block_size
     starts = [0] if width is None else range(0, n, width)
     k_block = -(-k // len(starts))
-    indices, soft = [], []
+    taken: list[Tensor] = []
+    soft: list[Tensor] = []
     for start in starts:
         block = slice(start, n if width is None else min(start + width, n))
         length = block.stop - start
-        indices.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
+        taken.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
         if length <= k_block or random_route:
             soft.append(valid[..., block].to(logits.dtype))
         else:
             mass = min(k_block * options.fetch_k_ratio, length)
             soft.append(solve(logits[..., block], mass, mask[:, block], options))
-    chosen = torch.cat(indices, dim=-1)
+    chosen = torch.cat(taken, dim=-1)
     # Valid slots first in the whole row, not only within each block.
     order = (~valid.gather(-1, chosen)).long().argsort(dim=-1, stable=True)
     chosen = chosen.gather(-1, order)
@@ -124,7 +125,7 @@ def solve(logits: Tensor, k: float, mask: Tensor, options: RouterOptions) -> Ten
 def coordinate_descent(
     logits: Float[Tensor, "B E N"],
     k: float,
-    mask: Bool[Tensor, "B N"] | None = None,
+    mask: TokenMask | None = None,
     *,
     n_iters: int = 20,
     eps: float = 0.03,
@@ -143,7 +144,7 @@ def coordinate_descent(
 
     `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
     """
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)  # raises where one is impossible
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
@@ -162,7 +163,7 @@ def coordinate_descent(
 
 
 def capped_simplex(
-    logits: Float[Tensor, "B E N"], k: float, mask: Bool[Tensor, "B N"] | None = None, *, eps: float = 0.03
+    logits: Float[Tensor, "B E N"], k: float, mask: TokenMask | None = None, *, eps: float = 0.03
 ) -> Float[Tensor, "B E N"]:
     """The limit of coordinate descent: min(1, exp((s + a) / eps)) with the smallest a of mass min(k, valid tokens).
 
@@ -172,7 +173,7 @@ def capped_simplex(
     Martins & Kreutzer 2017, "Learning What's Easy: Fully Differentiable Neural Easy-First Taggers").
     Differentiating the last step with the set held fixed is the implicit gradient.
     """
-    contract.solver_input(logits, k, mask)
+    mask = contract.solver_input(logits, k, mask)
     RouterOptions(eps=eps)  # raises where it is impossible
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
@@ -199,13 +200,13 @@ def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Te
 
 
 def select(
-    logits: Float[Tensor, "B E N"], k: int, mask: Bool[Tensor, "B N"] | None = None
+    logits: Float[Tensor, "B E N"], k: int, mask: TokenMask | None = None
 ) -> tuple[Int64[Tensor, "B E K"], Bool[Tensor, "B E K"]]:
     """The k best tokens of each row, ranked by (valid before masked, larger logit, smaller index).
 
     NaN ranks below every number; -0.0 and 0.0 tie. Returned ascending by index, valid tokens first.
     """
-    contract.select_input(logits, k, mask)
+    mask = contract.select_input(logits, k, mask)
     s = logits.detach()
     valid = torch.ones_like(s, dtype=torch.bool) if mask is None else mask[:, None].expand_as(s)
     tier = torch.where(valid, s.isnan().long(), 2)
@@ -222,6 +223,8 @@ class Router(nn.Module):
 
     State: routing_token (E, D), absent with learned_routing_tokens=True, when forward must be given them.
     """
+
+    routing_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -251,7 +254,7 @@ class Router(nn.Module):
         self,
         x: Float[Tensor, "B N D"],
         k: int,
-        mask: Bool[Tensor, "B N"] | None = None,
+        mask: TokenMask | None = None,
         routing_tokens: Float[Tensor, "*B E D"] | None = None,
         random_route: bool = False,
         generator: torch.Generator | None = None,
@@ -262,11 +265,11 @@ class Router(nn.Module):
         routes: a decision made elsewhere, returned less the slots that hold masked tokens; k and the routing token have
         no say in it. A routing token of the module's own that decides nothing gets a gradient of zeros.
         """
-        own = self.routing_token  # read once: a parametrization computes it
+        own: Tensor | None = self.routing_token  # read once: a parametrization computes it
         contract.tensor("x", x, "B", "N", self.dim)
         contract.beside_parameters("x", x, own, "the routing token")
         k = contract.positive_int("k", k)
-        contract.token_mask("mask", mask, x)
+        mask = contract.token_mask("mask", mask, x)
         contract.randomness(x, random_route, generator)
         if routes is not None:
             if routing_tokens is not None:
@@ -276,7 +279,9 @@ class Router(nn.Module):
         else:
             given = self.options.learned_routing_tokens
             contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
-            made = _route(x, routing_tokens if given else own, k, mask, self.options, random_route, generator)
+            tokens = routing_tokens if own is None else own
+            assert tokens is not None
+            made = _route(x, tokens, k, mask, self.options, random_route, generator)
         return made if own is None else made._replace(scores=with_zero_gradient(made.scores, own))
 
     def extra_repr(self) -> str:

@@ -5,18 +5,22 @@ Each table spoils one argument of a legal call. That the unspoilt calls are lega
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from harness import check_identical
+from harness import check, check_identical
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optimized
@@ -25,6 +29,7 @@ import reference
 BOTH = pytest.mark.parametrize("implementation", [reference, optimized], ids=["reference", "optimized"])
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 B, N, M, D, E, H, d, KQ, KKV = 2, 8, 6, 16, 3, 2, 4, 4, 5
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SOLVERS = ("coordinate_descent", "capped_simplex")
 STAGES = ("route", "select", *SOLVERS, "routed_attention", "local_attention", "combine")
 LONGEST_MESSAGE = 500  # characters: it is read in a terminal, and holds no tensor's or list's contents
@@ -39,11 +44,12 @@ class Bad(NamedTuple):
     argument: str
     value: str
     layer: Mapping[str, Any] = NOTHING
+    on_cpu: bool = False  # refused there alone
 
 
 def spoil(cases: Iterable[Bad]) -> Any:
-    cases = list(cases)
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+    marks = {True: pytest.mark.cpu, False: ()}
+    return pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=marks[c.on_cpu]) for c in cases])
 
 
 class Watch(TorchDispatchMode):
@@ -57,6 +63,7 @@ class Watch(TorchDispatchMode):
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         reads = any(isinstance(t, Tensor) and t.is_floating_point() for t in leaves)
         harmless = func.is_view or "empty" in str(func) or func is torch.ops.aten.detach.default
+        harmless |= func.namespace == "prim"  # which asks for a layout
         # The test itself moves tensors to the device under test.
         harmless |= func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") not in (
             None,
@@ -81,7 +88,7 @@ def refused(argument: str, value: str) -> Iterator[None]:
 def place(value: Any, device: torch.device, implementation: ModuleType) -> Any:
     """Tensors on the device under test (a meta tensor stays, as the wrong device), routes as its own type."""
     if isinstance(value, Tensor):
-        return value if value.is_meta else value.to(device)
+        return value if value.is_meta or value.is_mkldnn else value.to(device)
     if isinstance(value, reference.Routes):
         return implementation.Routes(*(place(v, device, implementation) for v in value))
     if isinstance(value, dict):
@@ -137,7 +144,7 @@ def tensors(
     other_dtype: bool = True,
     elsewhere: bool = True,
 ) -> Iterator[Bad]:
-    """Wrong type, dtype, rank and device; sizes are each argument's own.
+    """Wrong type, dtype, rank, layout and device; sizes are each argument's own.
 
     other_dtype: floating-point dtypes but float32 are wrong too. elsewhere: False for the argument that
     sets the device of the others.
@@ -150,8 +157,25 @@ def tensors(
         yield Bad(f"{name} {dtype}", {name: like.to(dtype)}, name, str(dtype))
     for shape in (like.shape[:-1], (1, *like.shape)):
         yield Bad(f"{name} of rank {len(shape)}", {name: like.new_ones(shape)}, name, str(tuple(shape)))
+    for layout, value in layouts(like):
+        yield Bad(f"{name} {layout}", {name: value}, name, layout)
     if elsewhere:
         yield Bad(f"{name} elsewhere", {name: like.to("meta")}, name, "meta")
+
+
+def layouts(like: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same numbers, not dense: what an error shows of each."""
+    yield "torch.sparse_coo", like.to_sparse()
+    if like.dtype == torch.float32:
+        yield "torch._mkldnn", like.to_mkldnn()
+    if like.ndim > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these are prototypes
+            rows = list(like)
+            csr = like.flatten(1).to_sparse_csr()
+            nested = [torch.nested.nested_tensor(rows, layout=kind) for kind in (torch.strided, torch.jagged)]
+        yield "torch.sparse_csr", csr
+        yield from (("nested", t) for t in nested)
 
 
 def sizes(name: str, like: Tensor, *dims: int) -> Iterator[Bad]:
@@ -164,9 +188,17 @@ def sizes(name: str, like: Tensor, *dims: int) -> Iterator[Bad]:
 
 def masks(name: str, batch: int, n: int) -> Iterator[Bad]:
     mask = torch.ones(batch, n, dtype=torch.bool)
-    yield from tensors(name, mask, dtypes=(torch.float32, torch.int64, torch.uint8))
-    yield from sizes(name, mask, 0, 1)
+    yield from tensors(name, mask, dtypes=(torch.float32, torch.float64, torch.complex64))
+    yield from sizes(name, mask, 1)
+    yield Bad(f"{name} of {batch + 1}", {name: torch.ones(batch + 1, n, dtype=torch.bool)}, name, str((batch + 1, n)))
+    yield Bad(f"{name} of no item", {name: mask[:0]}, name, str((0, n)))
     yield Bad(f"{name} of ({batch}, 1, {n})", {name: mask[:, None]}, name, f"({batch}, 1, {n})")
+    for dtype in INTEGERS:
+        for value in (2, 100, *(() if dtype == torch.uint8 else (-1, -100))):
+            counts = mask.to(dtype)
+            counts[-1, -1] = value
+            shown = f"values from {min(value, 1)} to {max(value, 1)}"
+            yield Bad(f"{name} of {dtype} with {value}", {name: counts}, name, shown, on_cpu=True)
 
 
 def make_routes(n: int, k: int, experts: int = E, batch: int = B) -> reference.Routes:
@@ -304,6 +336,10 @@ def forward_cases() -> Iterator[Bad]:
     yield from sizes("context", CONTEXT, 0, 2)
     yield Bad("context missing", {}, "context", "None", {"dim_context": D + 2})
     yield Bad("context of dim", {"context": CONTEXT}, "context", str((B, M, D)), {"dim_context": D + 2})
+    for mask in (MASK, MASK.long(), MASK[:1], MASK[:1].byte()):
+        for options in ({}, LOCAL):
+            given, name = {"context": mask}, f"a mask of {mask.dtype} {tuple(mask.shape)} as context {options}"
+            yield Bad(name, given, "context", str(tuple(mask.shape)), options)
     yield Bad("context with local attention", {"context": CONTEXT}, "context", str((B, M, D)), LOCAL)
     yield from masks("mask", B, N)
     for case in masks("context_mask", B, M):
@@ -320,7 +356,9 @@ def forward_cases() -> Iterator[Bad]:
 
 def rotary_cases() -> Iterator[Bad]:
     yield from tensors("rotary_emb", ANGLES, other_dtype=False)
-    yield from sizes("rotary_emb", ANGLES, 0, 1)
+    yield from sizes("rotary_emb", ANGLES, 1)
+    for rows in (N - 1, 1, 0):
+        yield Bad(f"rotary_emb of {rows} rows", {"rotary_emb": random(rows, d)}, "rotary_emb", str((rows, d)))
     trained = {"rotary_emb": ANGLES.clone().requires_grad_()}
     yield Bad("rotary_emb requires grad", trained, "rotary_emb", "requires_grad=True")
     both = {"rotary_emb": ANGLES, "context": CONTEXT}
@@ -383,6 +421,155 @@ def test_refusal_leaves_no_trace(implementation: ModuleType, device: torch.devic
     assert torch.equal(torch.get_rng_state(), state)
     assert [name for name, t in layer.state_dict().items() if not torch.equal(t, held[name])] == []
     check_identical(layer(x).detach(), before.detach())
+
+
+# The parameters of a layer, for which both packages have one rule
+
+PARAMETERS = [
+    *dict.fromkeys(
+        name
+        for options in ({}, LOCAL)
+        for name, _ in reference.MixtureOfAttention(**LAYER, **options, device="meta").named_parameters()
+    )
+]
+# Those that are converted, whatever their dtype.
+CONVERTED = [name for name in PARAMETERS if re.search(r"null|norm", name)]
+BOUND = [name for name in PARAMETERS if name not in CONVERTED]
+MODULES = sorted({name.rpartition(".")[0] for name in PARAMETERS if "." in name})
+
+
+def with_parameter(
+    implementation: ModuleType, device: torch.device, name: str, changed: Callable[[Tensor], Tensor]
+) -> tuple[Any, Any]:
+    """A layer, and a copy of it one parameter of which is changed."""
+    options = {} if name == "null_routed_token" else LOCAL
+    torch.manual_seed(3)
+    layer = implementation.MixtureOfAttention(**LAYER, **options, device=device).eval()
+    for p in layer.parameters():
+        torch.nn.init.normal_(p)
+    twin = copy.deepcopy(layer)
+    owner, _, leaf = name.rpartition(".")
+    value = changed(layer.get_parameter(name).detach())
+    setattr(twin.get_submodule(owner), leaf, torch.nn.Parameter(value))
+    return layer, twin
+
+
+def test_every_parameter_is_of_one_kind() -> None:
+    """Adding one asks for a decision."""
+    tokens = ["query_router.routing_token", "key_value_router.routing_token"]
+    projections = ["attn.to_q", "attn.to_kv", "attn.to_out", "local_attn.to_qkv", "local_attn.to_out"]
+    assert sorted(BOUND) == sorted([*tokens, *(f"{name}.weight" for name in projections)])
+
+
+@BOTH
+@pytest.mark.parametrize("name", BOUND)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_parameter_of_another_dtype(
+    implementation: ModuleType, device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    _, layer = with_parameter(implementation, device, name, lambda p: p.to(dtype))
+    x = X.to(device)
+    with refused(name, str(dtype)):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.usefixtures("deterministic")
+def test_parameter_that_is_converted(implementation: ModuleType, device: torch.device, name: str) -> None:
+    """In float64 it holds the same numbers, so the result is the same."""
+    plain, layer = with_parameter(implementation, device, name, Tensor.double)
+    x = X.to(device)
+    check_identical(layer(x).detach(), plain(x).detach())
+    out = layer(x, mask=torch.zeros_like(MASK, device=device)) if "null_routed" in name else layer(x)
+    out.square().sum().backward()
+    assert layer.get_parameter(name).grad.dtype == torch.float64
+
+
+@BOTH
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_elsewhere(implementation: ModuleType, device: torch.device, name: str) -> None:
+    _, layer = with_parameter(implementation, device, name, lambda p: p.to("meta"))
+    x = X.to(device)
+    with refused(name, "meta"):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_of_another_layout(implementation: ModuleType, device: torch.device, name: str) -> None:
+    _, layer = with_parameter(implementation, device, name, Tensor.to_sparse)
+    x = X.to(device)
+    with refused(name, "torch.sparse_coo"):
+        layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("held", [torch.float64, torch.float16], ids=str)
+def test_x_is_blamed_where_the_parameters_agree(
+    implementation: ModuleType, device: torch.device, held: torch.dtype
+) -> None:
+    """Those that are converted, too, may be of x's dtype then."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device, dtype=held)
+    x = X.to(device)
+    for name in (name for name in CONVERTED if name != "null_routed_token"):
+        owner, _, leaf = name.rpartition(".")
+        with refused("x", str(torch.float32)):
+            layer(x)
+        setattr(layer.get_submodule(owner), leaf, torch.nn.Parameter(layer.get_parameter(name).detach().float()))
+
+
+@BOTH
+@pytest.mark.parametrize("path", [*MODULES, "attn", "local_attn"])
+def test_replaced_module_of_another_dtype(implementation: ModuleType, device: torch.device, path: str) -> None:
+    """Of the same class, and of the public class of a convolution or a linear layer."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device)
+    own = layer.get_submodule(path)
+    replaced = [copy.deepcopy(own)]
+    if isinstance(own, torch.nn.Conv1d):
+        replaced += [torch.nn.Conv1d(own.in_channels, own.out_channels, 1, groups=own.groups, device=device)]
+    x = X.to(device)
+    for module in replaced:
+        layer.set_submodule(path, module.double())
+        bound = [name for name in BOUND if name.startswith(f"{path}.")]
+        if not bound:
+            assert layer(x).dtype == x.dtype
+            continue
+        with refused(bound[0], "torch.float64"):
+            layer(x)
+
+
+@BOTH
+@pytest.mark.parametrize("path", MODULES)
+@pytest.mark.parametrize("how", ["pre-hook", "wrapper", "subclass", "forward"])
+def test_module_that_casts_is_left_alone(implementation: ModuleType, device: torch.device, path: str, how: str) -> None:
+    """Its parameters are float64, in a layer of float32: it converts what it is given and what it gives."""
+    layer = implementation.MixtureOfAttention(**LAYER, **LOCAL, device=device).eval()
+    x = X.to(device)
+    exact, expected = copy.deepcopy(layer).double()(x.double()), layer(x)
+    own = layer.get_submodule(path)
+    convert = partial(torch.utils._pytree.tree_map_only, Tensor)
+    wide = partial(convert, lambda t: t.double() if t.is_floating_point() else t)
+    narrow = partial(convert, lambda t: t.float() if t.is_floating_point() else t)
+    own.double()
+    called = type(own).forward
+
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        return narrow(called(self, *wide(given), **wide(named)))
+
+    if how == "pre-hook":
+        own.register_forward_pre_hook(lambda _, given: wide(given))
+        own.register_forward_hook(lambda *given: narrow(given[-1]))
+    elif how == "subclass":
+        own.__class__ = type("Casting", (type(own),), {"forward": forward})
+    elif how == "forward":
+        own.forward = forward.__get__(own)
+    else:
+        outer = torch.nn.Module()
+        outer.own = own
+        outer.forward = lambda *given, **named: narrow(own(*wide(given), **wide(named)))
+        layer.set_submodule(path, outer)
+    check(layer(x).detach(), exact.detach(), expected.detach(), stage="mixture")
 
 
 # The stages as functions
@@ -709,6 +896,185 @@ def test_backend_that_cannot_serve_is_refused(device: torch.device, stage: str, 
 
 
 # Legal input
+
+
+def test_a_mask_as_context_is_guessed(device: torch.device) -> None:
+    """Whatever looks like one; a context that is wrong otherwise is not taken for it."""
+    for implementation in (reference, optimized):
+        layer = implementation.MixtureOfAttention(**LAYER, device=device)
+        for context in (MASK, MASK.int(), MASK[:1]):
+            with pytest.raises(TypeError, match=r"did you mean mask=\?"):
+                layer(X.to(device), context.to(device))
+        for context in (MASK.float(), CONTEXT_MASK, X.bool(), X[0]):
+            with pytest.raises((TypeError, ValueError), match=r"^context: expected ((?!did you mean).)*$"):
+                layer(X.to(device), context.to(device))
+
+
+HIDDEN = torch.tensor([[1, 1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1, 1]])  # (B, N)
+MASKED: dict[str, dict[str, Any]] = (
+    {"route": ROUTE, "select": SELECT, "local_attention": LOCAL_ATTEND}
+    | dict.fromkeys(SOLVERS, SOLVE)
+    | {"combine": COMBINE}
+)
+
+
+def leaves(result: Any) -> list[Tensor]:
+    return [t.detach() for t in torch.utils._pytree.tree_leaves(result) if t is not None]
+
+
+def assert_equal_results(actual: Any, expected: Any) -> None:
+    for a, e in zip(leaves(actual), leaves(expected), strict=True):
+        check_identical(a, e)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS], ids=str)
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.usefixtures("deterministic")
+def test_masks_of_integers_and_of_one_row(
+    implementation: ModuleType, device: torch.device, dtype: torch.dtype, rows: int
+) -> None:
+    """Give what the bool mask (B, N) does: in the layer, in a router, and in every stage."""
+    given = HIDDEN[:rows].to(device, dtype)
+    full = HIDDEN[:rows].bool().expand(B, N).contiguous().to(device)
+    x = X.to(device)
+    for options in ({}, LOCAL, {"num_experts": 1, "average_routed": True}):
+        layer = implementation.MixtureOfAttention(**{**LAYER, **options}, device=device).eval()
+        results = [layer(x, mask=mask, return_routes=True) for mask in (given, full)]
+        assert_equal_results(*results)
+        assert not torch.equal(results[0][0], layer(x))
+    crossed = implementation.MixtureOfAttention(**LAYER, device=device).eval()
+    context = random(B, N, D).to(device)
+    assert_equal_results(*(crossed(x, context, context_mask=mask, return_routes=True) for mask in (given, full)))
+    assert_equal_results(*(crossed.query_router(x, 3, mask) for mask in (given, full)))
+    for stage, base in MASKED.items():
+        made = [call(implementation, device, stage, {**base, "mask": mask}) for mask in (given, full)]
+        assert_equal_results(*made)
+
+
+@BOTH
+def test_values_of_a_mask_are_not_read_in_tracing(implementation: ModuleType, device: torch.device) -> None:
+    """There whatever is not 0 is valid, as on a device for which the host would wait."""
+    layer = implementation.MixtureOfAttention(**LAYER, n_iters=2, device=device).eval()
+    x, ones = X.to(device), HIDDEN.to(device)
+    expected = layer(x, mask=ones).detach()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for mask in (ones, ones * 2, ones * -8):
+        check_identical(compiled(x, mask=mask).detach(), expected)
+    assert layer.to("meta")(x.to("meta"), mask=(ones * 3).to("meta")).is_meta
+
+
+@BOTH
+@pytest.mark.gpu
+@pytest.mark.usefixtures("deterministic")
+def test_values_of_a_mask_are_not_waited_for(implementation: ModuleType, device: torch.device) -> None:
+    layer = implementation.MixtureOfAttention(**LAYER, device=device).eval()
+    x, ones = X.to(device), HIDDEN.to(device)
+    plain = layer(x, mask=ones)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = reference.contract.token_mask("mask", ones * 3, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(made, ones.bool())
+    check_identical(layer(x, mask=ones * 3).detach(), plain.detach())
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [N + 1, 3 * N])
+@pytest.mark.usefixtures("deterministic")
+def test_longer_rotary_tables(implementation: ModuleType, device: torch.device, rows: int) -> None:
+    """The first N rows are used; the others may hold anything."""
+    layer = implementation.MixtureOfAttention(**LAYER, device=device).eval()
+    x, angles = X.to(device), ANGLES.to(device)
+    table = torch.cat((angles, torch.full((rows - N, d), torch.nan, device=device)))
+    expected = layer(x, rotary_emb=angles)
+    check_identical(layer(x, rotary_emb=table).detach(), expected.detach())
+    assert not torch.equal(expected, layer(x))
+    context = {"context": X.clone(), "kv_routes": make_routes(N, KKV)}
+    made = [
+        call(implementation, device, "routed_attention", {**ATTEND, **context, "rotary_emb": t})
+        for t in (table, angles)
+    ]
+    assert_equal_results(*made)
+
+
+@BOTH
+@pytest.mark.usefixtures("deterministic")
+def test_dropout_is_live(implementation: ModuleType, device: torch.device) -> None:
+    """On the layer and on the module that drops, which may be wrapped; what holds is what was assigned last."""
+    layer = implementation.MixtureOfAttention(**LAYER, dropout=0.7, device=device).train()
+    x, expected = X.to(device), layer.eval()(X.to(device)).detach()
+    layer.train()
+
+    def drops(module: Any = layer) -> bool:
+        return not torch.equal(module(x), expected)
+
+    assert drops()
+    assert (layer.dropout, layer.attn.dropout) == (0.7, 0.7)
+    layer.dropout = 0
+    assert not drops()
+    assert layer.attn.dropout == 0
+    assert "dropout=0" in layer.extra_repr()
+    layer.attn.dropout = 0.6
+    assert drops()
+    assert layer.dropout == 0.6
+    twin = copy.deepcopy(layer)
+    twin.dropout = 0.0
+    assert drops()
+    assert not drops(twin)
+    layer.attn = CheckpointWrapper(layer.attn)
+    assert layer.dropout == 0.6
+    layer.dropout = 0.0
+    assert not drops()
+
+
+@BOTH
+@spoil(numbers("dropout", -0.1, 1.0, 1))
+def test_dropout_is_checked_when_assigned(implementation: ModuleType, device: torch.device, case: Bad) -> None:
+    layer = implementation.MixtureOfAttention(**LAYER, dropout=0.3, device=device)
+    for module in (layer, layer.attn):
+        with refused("dropout", case.value):
+            module.dropout = case.changes["dropout"]
+    assert layer.dropout == layer.attn.dropout == 0.3
+
+
+@BOTH
+def test_dropout_of_a_foreign_attention_is_its_own(implementation: ModuleType, device: torch.device) -> None:
+    layer = implementation.MixtureOfAttention(**LAYER, device=device)
+    layer.attn = torch.nn.Identity()
+    with refused("attn", "Identity"):
+        layer.dropout = 0.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dim",
+        "dim_context",
+        "num_experts",
+        "num_routed_queries",
+        "num_routed_key_values",
+        "heads",
+        "dim_head",
+        "average_routed",
+    ],
+)
+def test_what_has_no_effect_cannot_be_assigned(device: torch.device, name: str) -> None:
+    for implementation in (reference, optimized):
+        layer = implementation.MixtureOfAttention(**LAYER, device=device)
+        assert getattr(layer, name) == getattr(layer.config, name)
+        with pytest.raises(AttributeError):
+            setattr(layer, name, 1)
+
+
+def test_explain_sees_the_dropout_of_now(device: torch.device) -> None:
+    layer = optimized.MixtureOfAttention(**LAYER, dropout=0.0, device=device).train()
+    kinds = []
+    for value in (0.0, 0.5):
+        layer.dropout = value
+        kinds.append(layer.kind_of_call(X.to(device))[0].dropout)
+    assert kinds == [0.0, 0.5]
 
 
 class Legal(NamedTuple):

@@ -24,7 +24,7 @@ def forward(adapter: Adapter, q: Tensor, k: Tensor, v: Tensor, setting: Setting)
         return q.new_zeros(q.shape), lse, state_of(adapter, q, k, setting.dropout).zero_()
     qkv = _pad((q, k, v), adapter)
     if _at_once(adapter, rows):
-        out, lse, state = adapter.forward(*qkv, setting)
+        out, lse, state = adapter.forward(*qkv, setting)  # type: ignore[call-arg, arg-type]
     else:
         parts = zip(*(t.split(MOST_ROWS) for t in qkv), _settings(setting, rows))
         outs, lses, states = zip(*(adapter.forward(*part) for part in parts))
@@ -46,12 +46,12 @@ def backward(adapter: Adapter, dout: Tensor, done: Attended, setting: Setting, i
         buffers = padded[1].new_empty(padded[1].shape), padded[2].new_empty(padded[2].shape)
     rows = q.shape[0]
     if _at_once(adapter, rows):
-        dq, *found = adapter.backward(dout, Attended(*padded, lse, state), setting, buffers)
+        dq, *found = adapter.backward(dout, Attended(*padded, lse, state), setting, buffers)  # type: ignore[call-arg]
     else:
         dqs = []
         parts = zip(*(t.split(MOST_ROWS) for t in (*padded, lse, dout, *buffers)), state, _settings(setting, rows))
         for *given, slope, dk, dv, draw, part in parts:
-            dq, *made = adapter.backward(slope, Attended(*given, draw), part, (dk, dv))
+            dq, *made = adapter.backward(slope, Attended(*given, draw), part, (dk, dv))  # type: ignore[call-arg]
             dqs.append(dq)
             _copy((dk, dv), made)
         dq, found = torch.cat(dqs), list(buffers)

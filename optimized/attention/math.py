@@ -62,7 +62,8 @@ def _logits(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(wide).transpose(1, 2), k.to(wide).permute(0, 2, 3, 1)
     s = (q @ k) * setting.scale
-    hidden = _hidden(setting.visible, *s.shape[-2:], s.device)
+    length, keys = s.shape[-2:]
+    hidden = _hidden(setting.visible, length, keys, s.device)
     return s if hidden is None else s.masked_fill(hidden, -math.inf)
 
 

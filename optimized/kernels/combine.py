@@ -10,6 +10,8 @@ the tokens, each element by one program; dnull is a sum over tokens that nobody 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -200,8 +202,8 @@ def combine_backward(
         return dy, dscores, None, None
     chunks = cdiv(batch * n, CHUNK)
     dlocal = None if local is None else torch.empty_like(local, memory_format=torch.contiguous_format)
-    make = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
-    partial = None if null is None else make(chunks, dim, dtype=wide(y.dtype), device=y.device)
+    make_rows: Callable[..., Tensor] = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
+    partial = None if null is None else make_rows(chunks, dim, dtype=wide(y.dtype), device=y.device)
     if g.numel():
         block_d = min(next_power_of_2(dim), 64 if y.dtype == torch.float64 else 256)
         launch(
@@ -210,4 +212,9 @@ def combine_backward(
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
             DTYPE=arithmetic(y.dtype), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
-    return dy, dscores, dlocal, None if partial is None else partial.sum(0).to(null.dtype).view(null.shape)
+    return (
+        dy,
+        dscores,
+        dlocal,
+        None if null is None or partial is None else partial.sum(0).to(null.dtype).view(null.shape),
+    )

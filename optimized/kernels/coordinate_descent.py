@@ -277,7 +277,8 @@ def coordinate_descent_picked_backward(
 
     solved: scores, iterates and counts of the forward; epsilons: eps, eps_init, eps_decay.
     """
-    return _backward(grads, inverses, dlogits, logits, mask, *solved, k, epsilons)
+    scores, a, counts = solved
+    return _backward(grads, inverses, dlogits, logits, mask, scores, a, counts, k, epsilons)
 
 
 def _backward(

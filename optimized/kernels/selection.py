@@ -39,8 +39,8 @@ def _keys(s_ptr, mask_ptr, offsets, n, HAS_MASK: tl.constexpr):
         ones: tl.constexpr = 0x7FFFFFFFFFFFFFFF
     else:
         bits = s.to(tl.int32, bitcast=True)
-        lowest: tl.constexpr = -0x80000000
-        ones: tl.constexpr = 0x7FFFFFFF
+        lowest: tl.constexpr = -0x80000000  # type: ignore[no-redef]
+        ones: tl.constexpr = 0x7FFFFFFF  # type: ignore[no-redef]
     bits = tl.where(s == 0, 0, bits)  # -0.0 ties with 0.0
     key = tl.where(bits < 0, bits ^ ones, bits)
     key = tl.where(s != s, lowest + 2, key)

@@ -18,7 +18,7 @@ class Part(NamedTuple):
 
     start: int
     length: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuples have a method of that name
     k: int
 
     @property

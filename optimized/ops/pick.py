@@ -89,10 +89,8 @@ def _state(a: Any, make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]
     )
 
 
-def _solve(
-    logits: Tensor, mask: Tensor | None, parts: list[Part], solver: Solver, triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = []
+def _solve(logits: Tensor, mask: Tensor | None, parts: list[Part], solver: Solver, triton: bool) -> tuple[Tensor, ...]:
+    found: list[tuple[Tensor, ...]] = []
     for part in parts:
         folded = part.fold(logits)
         if part.takes_all:  # without a solver, hence without state
@@ -103,8 +101,8 @@ def _solve(
             found.append((part.unfold(soft), *rest))
     if len(found) == 1:
         return found[0]
-    soft, a, counts = zip(*found)
-    return torch.cat(soft, -1), torch.cat(a, -2), counts[0] if solver.exact else torch.cat(counts, -2)
+    softs, a, counts = zip(*found)
+    return torch.cat(softs, -1), torch.cat(a, -2), counts[0] if solver.exact else torch.cat(counts, -2)
 
 
 def _select(
@@ -158,8 +156,8 @@ def picked_gradient(
     """
     if triton and _is_whole(parts):
         ks = (parts[0].k,)
-        solved = solver.solve(logits, mask, ks, triton) if state is None else state
-        return solver.picked_backward((grad,), (inverse,), None, logits, mask, ks, solved)
+        whole = solver.solve(logits, mask, ks, triton) if state is None else state
+        return solver.picked_backward((grad,), (inverse,), None, logits, mask, ks, whole)
     dense = grad.gather(-1, inverse.clamp_min(0).long())
     dense = dense.masked_fill_((inverse < 0) | _poisoned(logits, mask), 0)  # a NaN that was put is a constant
     gradients, row = [], 0
@@ -168,6 +166,7 @@ def picked_gradient(
         if part.takes_all:
             gradients.append(torch.zeros_like(part.unfold(folded)))
         else:
+            solved: tuple[Tensor, ...]
             if state is None:
                 solved = solver.solve(folded, folded_mask, (part.k,), triton)
             else:

@@ -31,7 +31,7 @@ class rotary:
         return torch.empty_like(a.t, memory_format=torch.contiguous_format)
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        return {"t": rotary.raw(g.out, a.cos, a.sin, a.positions, not a.transposed, a.triton)}
+        return {"t": rotary.raw(g.out, a.cos, a.sin, a.positions, not a.transposed, a.triton)}  # type: ignore[attr-defined]
 
 
 Angles = tuple[Tensor, Tensor, Tensor | None]  # tables of cos and sin (P, d), and positions in them (R, L), or 0 .. L-1

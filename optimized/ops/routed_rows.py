@@ -104,10 +104,11 @@ class _Side:
         self.name, self.first = name, name == "q"
         there, wanted = vars(a), vars(needs)
         self.tokens, self.k = there[f"{name}_tokens"], there[f"k_{name}"]
-        self.gamma: Tensor | None = there[f"{name}_gamma"]
+        # A tensor or None; those in `taken` have a gradient, and a gamma where one is asked for.
+        self.gamma: Any = there[f"{name}_gamma"]
         common = _alike(a.q_gamma, a.kv_gamma)[0 if self.first else 1]
         self.taken = Taken(there[f"{name}_indices"], there[f"{name}_slots"], there[f"{name}_inverse"], common)
-        self.gradient: Tensor | None = g.queries if self.first else g.keys_values
+        self.gradient: Any = g.queries if self.first else g.keys_values
         self.score_gradient: Tensor | None = vars(g)[f"{name}_picked"]
         self.needs_tokens, self.needs_gamma = wanted[f"{name}_tokens"], wanted[f"{name}_gamma"]
 
@@ -159,7 +160,8 @@ def _pick_at_once(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple,
 def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tuple]:
     routes, scores, states = [], [], []
     for half, k in zip(logits.chunk(2, 1), (a.k_q, a.k_kv)):
-        *route, picked, soft, iterates, counts = pick.raw(half, None, a.mask, k, a.block, *solver, a.triton)
+        given = half, None, a.mask, k, a.block, *solver, a.triton
+        *route, picked, soft, iterates, counts = pick.raw(*given)  # type: ignore[attr-defined]
         routes.append(route)
         scores.append(picked)
         states.append((soft, iterates, counts))

@@ -38,8 +38,8 @@ class Solver(NamedTuple):
         """
         k = self._mass(ks, logits)
         if self.exact:
-            return *capped_simplex.raw(logits, mask, k, self.eps, triton), logits.new_empty(0)
-        return coordinate_descent.raw(logits, mask, k, self.n_iters, *self._epsilons(), triton)
+            return *capped_simplex.raw(logits, mask, k, self.eps, triton), logits.new_empty(0)  # type: ignore[attr-defined]
+        return coordinate_descent.raw(logits, mask, k, self.n_iters, *self._epsilons(), triton)  # type: ignore[attr-defined]
 
     def backward(
         self, grad: Tensor, logits: Tensor, mask: Tensor | None, k: int, solved: tuple[Tensor, ...], triton: bool
@@ -49,9 +49,9 @@ class Solver(NamedTuple):
         assert capped_simplex.backward is not None
         assert coordinate_descent.backward is not None
         if self.exact:
-            return capped_simplex.backward.raw(grad, logits, mask, *solved[:2], mass, self.eps, triton, 1)
+            return capped_simplex.backward.raw(grad, logits, mask, *solved[:2], mass, self.eps, triton, 1)  # type: ignore[attr-defined]
         constants = mass, self.n_iters, *self._epsilons(), triton
-        return coordinate_descent.backward.raw(grad, logits, mask, *solved, *constants, 1)
+        return coordinate_descent.backward.raw(grad, logits, mask, *solved, *constants, 1)  # type: ignore[attr-defined]
 
     def picked_backward(
         self,
@@ -68,7 +68,7 @@ class Solver(NamedTuple):
 
         given = grads, inverses, dlogits, logits, mask
         if self.exact:
-            return capped_simplex.capped_simplex_picked_backward(*given, *solved[:2], self.eps)
+            return capped_simplex.capped_simplex_picked_backward(*given, *solved[:2], self.eps)  # type: ignore[call-arg, arg-type]
         return coordinate_descent.coordinate_descent_picked_backward(
             *given, solved, self._mass(ks, logits), self._epsilons()
         )

@@ -96,9 +96,9 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         local, measured = compare(Party.local_attention)
         add("local attention", "local_attention", fraction("local_attention", *({"y": t} for t in local)), measured)
         tick("combination")
-        terms = [exact.to(dtype) for exact in (y[1], local[1])]
+        terms, beside = (exact.to(dtype) for exact in (y[1], local[1]))
         del y, local
-        out, measured = compare(lambda party: party.combine(*terms, decisions[0]))
+        out, measured = compare(lambda party: party.combine(terms, beside, decisions[0]))
         add("combination", "mixture", fraction("combine", *({"out": t} for t in out)), measured)
 
         tick("layer, forward")

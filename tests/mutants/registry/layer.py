@@ -16,8 +16,8 @@ EDITS: Edits = {
     "optimized/mixture.py": {
         "slots-of-the-other-side": edit("            kv.k,\n", "            q.k,\n", "configuration"),
         "explained-with-dropout-in-eval": edit(
-            "dropout=self.config.dropout if self.attn.training else 0.0",
-            "dropout=self.config.dropout",
+            "dropout=self.dropout if self.attn.training else 0.0",
+            "dropout=self.dropout",
             "choice of backend",
         ),
         "options-of-the-query-router-for-both": edit(
@@ -50,9 +50,16 @@ EDITS: Edits = {
         ),
         "routes-one-past-the-end": edit("low < 0 or high >= n", "low < 0 or high > n", "validation"),
         "routes-negative-index": edit("low < 0 or high >= n", "high >= n", "vllm-project/vllm#48371", "validation"),
-        "mask-of-integers": edit(
-            "x.shape[dim], dtypes=(torch.bool,), beside=x",
-            "x.shape[dim], dtypes=(torch.bool, torch.uint8), beside=x",
+        "mask-of-any-integers": edit("if low < 0 or high > 1:", "if low < 0:", "validation"),
+        "mask-of-integers-by-their-lowest-bit": edit("mask = mask != 0", "mask = (mask & 1).bool()", "validation"),
+        "mask-of-another-batch": edit("if mask.shape[0] != batch and mask.shape[0] != 1:", "if False:", "validation"),
+        "rotary-last-rows": edit("return rotary_emb[:n]", "return rotary_emb[rotary_emb.shape[0] - n :]", "validation"),
+        "parameters-of-submodules-unseen": edit(
+            'yield from _read(child, classes, f"{prefix}{name}.")', "pass", "validation"
+        ),
+        "parameters-of-those-that-cast": edit(
+            "child is not None and type(child) in classes and takes_as_given(child, type(child))",
+            "child is not None and type(child) in classes",
             "validation",
         ),
         "rotary-gradient-ignored": edit(
