@@ -8,7 +8,7 @@ of integers, are looked at for their values, and only where there are any.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, cast, overload, runtime_checkable
@@ -188,10 +188,13 @@ def parameters(module: nn.Module, x: Tensor, classes: Classes) -> None:
     class (FSDP makes its own, adapters do), or has a forward pre-hook or a replaced forward, may cast it, and may have
     no parameters yet: neither that one nor what it contains is looked at.
     """
-    for name, parameter, same_dtype in _read(module, classes, ""):
-        ordinary(name, parameter)
-        if parameter.device != x.device or (same_dtype and _dtypes_clash(parameter, x)):
-            _blame(list(_read(module, classes, "")), x)
+    read = _read(module, classes)
+    for name, parameter, same_dtype in read:
+        # Asked here, since a call for each parameter takes the host longer than all else that is checked.
+        if type(parameter) is not nn.Parameter or parameter.layout != torch.strided or parameter.is_nested:
+            ordinary(name, parameter)
+        if parameter.device != x.device or (same_dtype and parameter.dtype != x.dtype and _dtypes_clash(parameter, x)):
+            _blame(read, x)
 
 
 def takes_as_given(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -202,15 +205,20 @@ def takes_as_given(module: nn.Module, cls: type[nn.Module]) -> bool:
     )
 
 
-def _read(module: nn.Module, classes: Classes, prefix: str) -> Iterator[tuple[str, Tensor, bool]]:
+def _read(module: nn.Module, classes: Classes) -> list[tuple[str, Tensor, bool]]:
     """Name, value, and whether it must have the dtype of what the module is given; computed ones are left out."""
-    names = classes.get(type(module), ())
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter, name in names
-    for name, child in module._modules.items():
-        if child is not None and type(child) in classes and takes_as_given(child, type(child)):
-            yield from _read(child, classes, f"{prefix}{name}.")
+    found: list[tuple[str, Tensor, bool]] = []
+    waiting = [("", module)]
+    while waiting:
+        prefix, module = waiting.pop(0)
+        names = classes.get(type(module), ())
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.append((prefix + name, parameter, name in names))
+        for name, child in module._modules.items():
+            if child is not None and type(child) in classes and takes_as_given(child, type(child)):
+                waiting.append((f"{prefix}{name}.", child))
+    return found
 
 
 def _blame(read: list[tuple[str, Tensor, bool]], x: Tensor) -> None:
