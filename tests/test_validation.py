@@ -687,11 +687,12 @@ def test_unknown_backends_are_refused() -> None:
         "local_attention": ({"local_attention": 3}, "3"),
         "stage": ({"rooting": "torch"}, "'rooting'"),
     }
-    for argument, (stages, value) in choices.items():
-        with refused(argument, value):
-            optimized.use_backends(**stages)
-    with refused("mixture", "'foo'"):  # and the legal half of it is not kept
-        optimized.use_backends(routed_attention="math", mixture="foo")
+    for choose in (optimized.use_backends, optimized.set_default_backends):
+        for argument, (stages, value) in choices.items():
+            with refused(argument, value):
+                choose(**stages)
+        with refused("mixture", "'foo'"):  # and the legal half of it is not kept
+            choose(routed_attention="math", mixture="foo")
     report = optimized.explain(optimized.MixtureOfAttention(**LAYER).eval(), X)
     assert report.stages["routed_attention"].backend != "math"
 
