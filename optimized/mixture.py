@@ -205,6 +205,7 @@ class MixtureOfAttention(nn.Module):
         q_tokens, kv_tokens = router.routing_token, self.key_value_router.routing_token
         contract.beside_parameters("x", q.x, q_tokens, "the routing token")
         contract.beside_parameters("x", q.x, kv_tokens, "the routing token")
+        contract.solvable(router.options, q.x.dtype)
         q_tokens = q.tokens if q_tokens is None else q_tokens
         kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
         norm, context_norm, options = attn.norm, attn.context_norm, router.options
