@@ -56,6 +56,8 @@ FILE_BUDGET_SECONDS = {
     "test_boundaries.py": 10,
     "test_cases.py": 20,
     "test_launch.py": 5,
+    "test_imports.py": 40,
+    "test_choice.py": 15,
     "test_gpu_lane.py": 5,
     "test_large.py": 5,
     "test_memory.py": 5,

@@ -1,13 +1,14 @@
 """Mixture of Attention, fast: `from optimized import MixtureOfAttention`.
 
 The stages are functions too, one file each: routing, routed_attention, local_attention, mixture. `explain` tells which
-backend a call takes, `use_backends` fixes it. What the layer computes is written to be read in the package `reference`.
+backend a call takes, `use_backends` and `set_default_backends` fix it. What the layer computes is written to be
+read in the package `reference`.
 """
 
 from optimized.explain import Explanation, StageReport, explain
 from optimized.local_attention import local_attention
 from optimized.mixture import MixtureOfAttention, combine
-from optimized.plan import backends, use_backends
+from optimized.plan import backends, set_default_backends, use_backends
 from optimized.routed_attention import routed_attention
 from optimized.routing import Router, capped_simplex, coordinate_descent, route, select
 from reference.contract import RouterOptions, Routes
@@ -28,5 +29,6 @@ __all__ = [
     "route",
     "routed_attention",
     "select",
+    "set_default_backends",
     "use_backends",
 ]

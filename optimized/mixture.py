@@ -219,6 +219,7 @@ class MixtureOfAttention(nn.Module):
         q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
         q_tokens: Tensor | None = router.routing_token
         kv_tokens: Tensor | None = self.key_value_router.routing_token
+        contract.solvable(router.options, q.x.dtype)
         q_tokens = q.tokens if q_tokens is None else q_tokens
         kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
         norm, context_norm, options = attn.norm, attn.context_norm, router.options

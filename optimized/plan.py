@@ -1,4 +1,4 @@
-"""Which code computes each stage: the registry of backends, the user's choice, and the plan of a call.
+"""Which code computes each stage: the registry of backends, how the user chooses, and the plan of a call.
 
 A backend states why it can't serve a request (`obstacle`), or None if it can. Without a choice the first capable one is
 taken, in the order listed; a chosen one that can't serve raises and never gives way to another. A `Plan` is what came
@@ -7,6 +7,7 @@ out of it for one kind of call: it is looked up once a call, and all stages work
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -16,6 +17,7 @@ import torch
 
 from optimized.attention import ADAPTERS, Request
 from optimized.attention.request import HALF, constant, too_old
+from optimized.choice import Choices, choices, choose_for_process, close_block, open_block
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,6 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     **{stage: tuple(Backend(a.name, a.obstacle) for a in adapters) for stage, adapters in ADAPTERS.items()},
     "mixture": TRITON,
 }
-_chosen: dict[str, str | None] = dict.fromkeys(REGISTRY)
 
 
 def backends() -> dict[str, tuple[str, ...]]:
@@ -98,9 +99,12 @@ def backends() -> dict[str, tuple[str, ...]]:
     return {stage: tuple(b.name for b in options) for stage, options in REGISTRY.items()}
 
 
-def choose(stage: str, request: Request) -> Backend:
-    """The backend that serves the request. Raises ValueError if the user's choice can't."""
-    name = _chosen[stage]
+def choose(stage: str, request: Request, chosen: Choices | None = None) -> Backend:
+    """The backend that serves the request. Raises ValueError if the user's choice can't.
+
+    chosen: what `choices` told; by default it is asked now.
+    """
+    name = (choices() if chosen is None else chosen).of(stage)
     if name is None:
         return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)
     backend = _by_name(stage, name)
@@ -123,42 +127,70 @@ def _by_name(stage: str, name: str) -> Backend:
 
 
 class use_backends:
-    """Fix the backend of stages: `use_backends(routed_attention="math")`, for good or in a `with` block.
+    """Fix the backend of stages in a `with` block: `with use_backends(routed_attention="math"):`.
 
-    Keywords are stages (`optimized.backends()` lists them and their backends); None returns to the automatic choice.
-    The choice holds for the whole process. Raises TypeError for an unknown stage, ValueError for an unknown backend or
-    one that no device of this machine can run; a call that the chosen backend can't serve raises ValueError too.
+    Keywords are stages (`optimized.backends()` lists them and their backends); None is the automatic choice. Inner
+    blocks count before outer ones, these before `set_default_backends`. A block holds for the thread or asyncio task
+    that opened it (for its context, as `contextvars` has it), and for tasks started there; other threads don't see it,
+    nor do those in which autograd recomputes a checkpoint on a GPU: pass it to `checkpoint` as `context_fn`, or set
+    the default. An object may be entered again, inside itself too, and blocks may end in any order.
+
+    Raises TypeError for an unknown stage, ValueError for an unknown backend or one that no device of this machine can
+    run, RuntimeError where a block is left in another context than it was entered in; a call that the chosen backend
+    can't serve raises ValueError too. Warns where an object was never entered: it chose nothing.
     """
 
+    _idle = False
+
     def __init__(self, **stages: str | None) -> None:
-        devices = [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available()
-        for stage, name in stages.items():
-            if stage not in REGISTRY:
-                raise TypeError(f"stage: expected one of {', '.join(REGISTRY)}, got {stage!r}")
-            if name is None:
-                continue
-            backend = _by_name(stage, name)
-            requests = [Request(device, dtype, 64) for device in devices for dtype in (torch.float32, *HALF)]
-            obstacles = [backend.obstacle(request) for request in requests]
-            if None not in obstacles:
-                raise ValueError(
-                    f"{stage}: expected a backend that can run on this machine, got {name!r}: {obstacles[0]}"
-                )
-        self._previous = {stage: _chosen[stage] for stage in stages}
-        _choose_now(stages)
+        _check(stages)
+        self.stages = stages
+        self._idle = True
 
     def __enter__(self) -> use_backends:
+        self._idle = False
+        open_block(self, self.stages)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _choose_now(self._previous)
+        if not close_block(self):
+            raise RuntimeError("use_backends: expected to be left in the thread or task that entered it, got another")
+
+    def __del__(self) -> None:
+        if self._idle:
+            warnings.warn(
+                f"use_backends: expected in a `with` block, got {self.stages} outside of one, where it chooses nothing;"
+                " optimized.set_default_backends chooses for the process",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
-def _choose_now(stages: dict[str, str | None]) -> None:
-    _chosen.update(stages)
-    _plans.clear()
+def set_default_backends(**stages: str | None) -> None:
+    """Fix the backend of stages for the whole process, all its threads; None returns to the automatic choice.
+
+    Keywords are stages, as in `use_backends`, whose blocks count before; stages that are not named stay as they were.
+    Raises TypeError for an unknown stage, ValueError for an unknown backend or one that no device of this machine can
+    run.
+    """
+    _check(stages)
+    choose_for_process(stages)
+
+
+def _check(stages: dict[str, str | None]) -> None:
+    devices = [torch.device("cpu")] + [torch.device("cuda", 0)] * torch.cuda.is_available()
+    for stage, name in stages.items():
+        if stage not in REGISTRY:
+            raise TypeError(f"stage: expected one of {', '.join(REGISTRY)}, got {stage!r}")
+        if name is None:
+            continue
+        backend = _by_name(stage, name)
+        requests = [Request(device, dtype, 64) for device in devices for dtype in (torch.float32, *HALF)]
+        obstacles = [backend.obstacle(request) for request in requests]
+        if None not in obstacles:
+            raise ValueError(f"{stage}: expected a backend that can run on this machine, got {name!r}: {obstacles[0]}")
 
 
 # --- plan of a call --------------------------------------------------------------------------------------------------
@@ -215,24 +247,28 @@ class Kind(NamedTuple):
         return Request(self.device, self.computed_in, self.dim_head, self.masked, self.dropout, **allowed)
 
 
-_plans: dict[tuple[Kind, torch.dtype, bool], Plan] = {}
+_plans: dict[tuple[Kind, torch.dtype, bool, Choices], Plan] = {}
+MOST_PLANS = 1024  # that `_plans` holds: a probability of dropout that changes with every step makes a new kind
 
 
 def bind(kind: Kind) -> Plan:
     """The plan of a kind of call. Raises ValueError where a chosen backend can't serve it."""
+    chosen = choices()  # once: another thread may set the default meanwhile
     if torch.compiler.is_compiling():
-        return _bind(kind)
-    key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled()
+        return _bind(kind, chosen)
+    key = kind, kind.computed_in, torch.are_deterministic_algorithms_enabled(), chosen
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans[key] = _bind(kind)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _bind(kind, chosen)
     return plan
 
 
-def _bind(kind: Kind) -> Plan:
+def _bind(kind: Kind, chosen: Choices) -> Plan:
     plan = Plan(kind.computed_in, kind.masked)
     for stage in kind.stages:
-        backend = choose(stage, kind.request(stage))
-        chosen: dict[str, Any] = {stage: backend.triton if stage in BY_TRITON else backend.name}
-        plan = replace(plan, **chosen)
+        backend = choose(stage, kind.request(stage), chosen)
+        taken: dict[str, Any] = {stage: backend.triton if stage in BY_TRITON else backend.name}
+        plan = replace(plan, **taken)
     return plan

@@ -43,6 +43,7 @@ def route(
     """
     options = RouterOptions.of_stage(router_options)
     mask = contract.route_input(x, tokens, k, mask, random_route, generator)
+    contract.solvable(options, x.dtype)
     keys = _random_keys(x, tokens, generator) if random_route else None
     triton = bind(Kind(x.device, x.dtype, ("routing",))).routing
     k = contract.positive_int("k", k)
@@ -148,6 +149,7 @@ def coordinate_descent(
     """Soft top-k scores in [0, 1] of mass about k, 0 where masked; see `ops.coordinate_descent`."""
     mask = contract.solver_input(logits, k, mask)
     o = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
+    contract.solvable(o, logits.dtype)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     triton = _by_triton(wide)
     return ops.coordinate_descent(wide, mask, float(k), o.n_iters, o.eps, o.eps_init, o.eps_decay, triton)[0]
@@ -159,6 +161,7 @@ def capped_simplex(
     """The limit of `coordinate_descent` at temperature eps, of mass min(k, valid tokens); see `ops.capped_simplex`."""
     mask = contract.solver_input(logits, k, mask)
     options = RouterOptions(eps=eps)
+    contract.solvable(options, logits.dtype)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return ops.capped_simplex(wide, mask, float(k), options.eps, _by_triton(wide))[0]
 
@@ -234,6 +237,7 @@ class Router(nn.Module):
         if routes is not None:
             made = restrict(routes, mask)
         else:
+            contract.solvable(self.options, x.dtype)
             tokens = routing_tokens if own is None else own
             assert tokens is not None
             keys = _random_keys(x, tokens, generator) if random_route else None

@@ -8,11 +8,12 @@ of integers, are looked at for their values, and only where there are any.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, cast, overload, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, cast, overload, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor, nn
@@ -55,7 +56,10 @@ def describe(value: object) -> str:
             return f"{value.dtype}, nested, on {value.device}"
         layout = "" if value.layout is torch.strided else f" in layout {value.layout}"
         return f"{value.dtype} of shape {tuple(value.shape)}{layout} on {value.device}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"{type(value).__name__} too long to be written"
     return text if len(text) <= 100 else f"{type(value).__name__} {text[:80]}..."
 
 
@@ -65,11 +69,18 @@ def integer(argument: str, value: Any, least: int) -> int:
     if symbolic:
         torch._check(value >= least, lambda: f"{argument}: expected an integer >= {least}, got {value}")
         return value
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _of_type(value, int, np.integer):
         reject(argument, f"an integer >= {least}", describe(value), TypeError)
     if value < least:
         reject(argument, f"an integer >= {least}", value)
+    if value >= 2**63:
+        reject(argument, f"an integer >= {least} and < 2**63", value)
     return int(value)
+
+
+def _of_type(value: Any, *types: type) -> bool:
+    """Python's or NumPy's own: other numbers, fractions say, may do as they like. To NumPy a duration is an integer."""
+    return isinstance(value, types) and not isinstance(value, (bool, np.timedelta64))
 
 
 def positive_int(argument: str, value: Any) -> int:
@@ -77,15 +88,33 @@ def positive_int(argument: str, value: Any) -> int:
 
 
 def number(argument: str, value: Any, expected: str, holds: Callable[[float], bool]) -> float:
-    symbolic, real = isinstance(value, (torch.SymInt, torch.SymFloat)), isinstance(value, Real)
+    symbolic = isinstance(value, (torch.SymInt, torch.SymFloat))  # apart, as in `integer`
     if symbolic:
         torch._check(holds(value), lambda: f"{argument}: expected {expected}, got {value}")
         return value
-    if isinstance(value, bool) or not real:
+    if not _of_type(value, int, float, np.integer, np.floating):
         reject(argument, expected, describe(value), TypeError)
-    if not -math.inf < value < math.inf or not holds(value):  # comparisons, which torch.compile takes of symbols too
+    # Comparisons, which torch.compile takes of symbols too.
+    if isinstance(value, int) and not -sys.float_info.max <= value <= sys.float_info.max:
         reject(argument, expected, value)
-    return float(value)
+    double = float(value)  # what it holds of a long double counts
+    if not -math.inf < double < math.inf or not holds(double):
+        reject(argument, expected, value)
+    return double
+
+
+def span(dtype: torch.dtype) -> tuple[float, float]:
+    """Where a temperature, a scale or a mass may lie: beyond, a solver would round it to 0 or get inf, and NaN.
+
+    The least is a normal number; the most stays finite times the logarithm of any number of tokens.
+    """
+    info = torch.finfo(dtype)  # asked for, not kept: to torch.compile a constant, where a global may be a symbol
+    return info.tiny, info.max / 64
+
+
+def positive(argument: str, value: Any) -> float:
+    low, high = span(torch.float64)
+    return number(argument, value, f"a finite number > 0, in [{low:.2g}, {high:.2g}]", lambda v: low <= v <= high)
 
 
 def probability(argument: str, value: Any) -> float:
@@ -369,8 +398,17 @@ def select_input(logits: Any, k: Any, mask: Any) -> Tensor | None:
 def solver_input(logits: Any, k: Any, mask: Any) -> Tensor | None:
     """The mask."""
     tensor("logits", logits, "B", "E", "N")
-    number("k", k, "a finite number > 0", lambda v: v > 0)
+    low, _ = span(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    number("k", k, f"a finite number > 0, in [{low:.2g}, 2**63)", lambda v: low <= v < 2**63)
     return token_mask("mask", mask, logits, logits.shape[2])
+
+
+def solvable(options: RouterOptions, dtype: torch.dtype) -> None:
+    """Numbers that only float64 holds, for logits of another dtype: these are computed in float32."""
+    if options.beyond_float32 is not None and dtype != torch.float64:
+        (low, high), name = span(torch.float32), options.beyond_float32
+        expected = f"a number in [{low:.2g}, {high:.2g}], since scores are computed in float32"
+        reject(name, expected, getattr(options, name))
 
 
 def attention_input(
@@ -457,8 +495,13 @@ class RouterOptions:
     learned_routing_tokens: the module holds no routing tokens, the caller passes them at forward.
     route_block_size: pick evenly from blocks of so many tokens.
 
+    eps, eps_init and cosine_sim_scale are normal numbers of the dtype of the scores, and no more than 1/64 of the
+    largest: a call in float32 refuses others.
+
     Raises TypeError or ValueError naming the option.
     """
+
+    beyond_float32: ClassVar[str | None] = None  # of an object: name of an option that is
 
     straight_through: bool = True
     n_iters: int = 20
@@ -480,12 +523,10 @@ class RouterOptions:
         numbers = {
             "n_iters": positive_int("n_iters", self.n_iters),
             "fetch_k_ratio": number("fetch_k_ratio", self.fetch_k_ratio, "a finite number >= 1", lambda v: v >= 1),
-            "eps": number("eps", self.eps, "a finite number > 0", lambda v: v > 0),
-            "eps_init": number("eps_init", self.eps_init, "a finite number > 0", lambda v: v > 0),
+            "eps": positive("eps", self.eps),
+            "eps_init": positive("eps_init", self.eps_init),
             "eps_decay": number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1),
-            "cosine_sim_scale": number(
-                "cosine_sim_scale", self.cosine_sim_scale, "a finite number > 0", lambda v: v > 0
-            ),
+            "cosine_sim_scale": positive("cosine_sim_scale", self.cosine_sim_scale),
         }
         if self.solver not in ("iterative", "exact"):
             reject("solver", "'iterative' or 'exact'", describe(self.solver))
@@ -493,6 +534,10 @@ class RouterOptions:
             numbers["route_block_size"] = positive_int("route_block_size", self.route_block_size)
         for name, value in numbers.items():
             object.__setattr__(self, name, value)
+        low, high = span(torch.float32)
+        for name in ("eps", "eps_init", "cosine_sim_scale"):
+            if not low <= numbers[name] <= high:
+                object.__setattr__(self, "beyond_float32", name)
 
     @staticmethod
     def of_module(options: dict[str, Any]) -> RouterOptions:
@@ -737,6 +782,7 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
         if decided is None:
             by_caller = config.options.learned_routing_tokens
             held_or_given_tokens(tokens_name, tokens, x, config.num_experts, dim, given=by_caller)
+            solvable(config.options, x.dtype)
         elif tokens is not None:
             reject(tokens_name, "None with injected routes", tokens)
         return Side(t, mask, getattr(config, name) if k is None else positive_int(name, k), tokens)

@@ -44,6 +44,7 @@ def route(
     """
     options = RouterOptions.of_stage(router_options)
     mask = contract.route_input(x, tokens, k, mask, random_route, generator)
+    contract.solvable(options, x.dtype)
     return _route(x, tokens, contract.positive_int("k", k), mask, options, random_route, generator)
 
 
@@ -145,7 +146,8 @@ def coordinate_descent(
     `saturated[t]` replaces the comparison s >= -a_t. Tests inject it where a logit lies within rounding of such a kink.
     """
     mask = contract.solver_input(logits, k, mask)
-    RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)  # raises where one is impossible
+    options = RouterOptions(n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay)
+    contract.solvable(options, logits.dtype)
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid, logits, 0)
@@ -174,7 +176,7 @@ def capped_simplex(
     Differentiating the last step with the set held fixed is the implicit gradient.
     """
     mask = contract.solver_input(logits, k, mask)
-    RouterOptions(eps=eps)  # raises where it is impossible
+    contract.solvable(RouterOptions(eps=eps), logits.dtype)
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid & ~logits.isnan(), logits, 0)
@@ -281,6 +283,7 @@ class Router(nn.Module):
             contract.held_or_given_tokens("routing_tokens", routing_tokens, x, self.num_experts, self.dim, given=given)
             tokens = routing_tokens if own is None else own
             assert tokens is not None
+            contract.solvable(self.options, x.dtype)
             made = _route(x, tokens, k, mask, self.options, random_route, generator)
         return made if own is None else made._replace(scores=with_zero_gradient(made.scores, own))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +116,36 @@ def test_lengths_that_never_repeat_do_not_pile_up(monkeypatch: pytest.MonkeyPatc
         assert len(launch._exactly) <= 8
     assert len(kernel.compiled) == 1
     assert [n for _, _, n, _, _ in kernel.launched] == list(range(1, 100))
+
+
+def test_threads_that_race_do_not_make_them_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four find room for one more at once, and put one each."""
+    most, threads = 8, 4
+    barrier = threading.Barrier(threads)
+
+    class Raced(dict):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            found = super().__len__()
+            if threading.current_thread() in racing:
+                barrier.wait(60)
+            return found
+
+    exactly, kernel, lengths = Raced(), Kernel(), itertools.count()
+    racing = [threading.Thread(target=lambda: start(kernel, n=next(lengths))) for _ in range(threads)]
+    monkeypatch.setattr(launch, "MOST_LAUNCHES", most)
+    monkeypatch.setattr(launch, "_exactly", exactly)
+    for _ in range(most):  # the first compiles
+        start(kernel, n=next(lengths))
+    assert len(exactly) == most - 1
+    for thread in racing:
+        thread.start()
+    for thread in racing:
+        thread.join()
+    assert len(exactly) == most - 1 + threads
+    for _ in range(100):
+        start(kernel, n=next(lengths))
+        assert len(exactly) <= most
+    assert len(kernel.launched) == most - 1 + threads + 100
 
 
 def test_who_hooks_in_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

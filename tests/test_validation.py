@@ -11,6 +11,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
@@ -103,13 +105,25 @@ def place(value: Any, device: torch.device, implementation: ModuleType) -> Any:
 
 def integers(name: str, extra: dict[str, Any] | None = None, optional: bool = False) -> Iterator[Bad]:
     """Not an integer >= 1. A boolean is no integer; neither is a whole float."""
-    for value in (0, -1, 2.0, 2.5, True, "2", *(() if optional else (None,))):
-        yield Bad(f"{name}={value!r}", {name: value, **(extra or {})}, name, repr(value))
+    strange = Fraction(2), np.timedelta64(2), np.float64(2), 2**63, -(10**400), 10**400
+    for value in (0, -1, 2.0, 2.5, True, "2", *strange, *(() if optional else (None,))):
+        yield Bad(f"{name}={shown(value)}", {name: value, **(extra or {})}, name, shown(value))
 
 
 def numbers(name: str, *outside: float) -> Iterator[Bad]:
-    for value in (*outside, float("nan"), float("inf"), True, "0.5", None):
-        yield Bad(f"{name}={value!r}", {name: value}, name, repr(value))
+    strange = Fraction(1, 2), Decimal("0.5"), np.timedelta64(1), np.True_, 1j, 10**400, np.longdouble("1e400")
+    for value in (*outside, float("nan"), float("inf"), True, "0.5", None, *strange):
+        yield Bad(f"{name}={shown(value)}", {name: value}, name, shown(value))
+
+
+def shown(value: object) -> str:
+    """The beginning, of what fills lines."""
+    return repr(value)[:60]
+
+
+# Of a temperature or a scale: no double, or none that a solver can divide by or multiply.
+BEYOND_DOUBLES = (np.longdouble("1e-400"), 5e-324, 1e-310, 1e307, 1.7e308)
+BEYOND_FLOATS = (1e-100, 1e-39, 1e37, 1e39, 1e300)  # but float64 takes them
 
 
 def flags(name: str) -> Iterator[Bad]:
@@ -125,7 +139,7 @@ def router_options() -> Iterator[Bad]:
     yield from integers("route_block_size", optional=True)
     yield from numbers("fetch_k_ratio", 0.99, 0, -1)
     for name in ("eps", "eps_init", "cosine_sim_scale"):
-        yield from numbers(name, 0, -0.03)
+        yield from numbers(name, 0, -0.03, *BEYOND_DOUBLES)
     yield from numbers("eps_decay", 0, -0.5, 1.01, 2)
     for value in ("foo", "Exact", None, True, ["exact"]):
         yield Bad(f"solver={value!r}", {"solver": value}, "solver", repr(value))
@@ -681,14 +695,14 @@ def test_select(implementation: ModuleType, device: torch.device, case: Bad) -> 
 
 def solver_cases() -> Iterator[Bad]:
     yield from tensors("logits", SOLVE["logits"], other_dtype=False, elsewhere=False)
-    yield from numbers("k", 0, -1)
+    yield from numbers("k", 0, -1, 1e-39, 1e-200, 2**63, 1e19, 1e30)
     yield from masks("mask", B, N)
-    yield from numbers("eps", 0, -0.03)
+    yield from numbers("eps", 0, -0.03, *BEYOND_DOUBLES, *BEYOND_FLOATS)
 
 
 def descent_cases() -> Iterator[Bad]:
     yield from integers("n_iters")
-    yield from numbers("eps_init", 0, -4.0)
+    yield from numbers("eps_init", 0, -4.0, *BEYOND_DOUBLES, *BEYOND_FLOATS)
     yield from numbers("eps_decay", 0, -0.5, 1.01)
 
 
@@ -874,11 +888,12 @@ def test_unknown_backends_are_refused() -> None:
         "local_attention": ({"local_attention": 3}, "3"),
         "stage": ({"rooting": "torch"}, "'rooting'"),
     }
-    for argument, (stages, value) in choices.items():
-        with refused(argument, value):
-            optimized.use_backends(**stages)
-    with refused("mixture", "'foo'"):  # and the legal half of it is not kept
-        optimized.use_backends(routed_attention="math", mixture="foo")
+    for choose in (optimized.use_backends, optimized.set_default_backends):
+        for argument, (stages, value) in choices.items():
+            with refused(argument, value):
+                choose(**stages)
+        with refused("mixture", "'foo'"):  # and the legal half of it is not kept
+            choose(routed_attention="math", mixture="foo")
     report = optimized.explain(optimized.MixtureOfAttention(**LAYER).eval(), X)
     assert report.stages["routed_attention"].backend != "math"
 
@@ -1281,6 +1296,48 @@ def test_any_real_number_is_legal(implementation: ModuleType, device: torch.devi
     given = {**SOLVE, "k": real(3), "eps": real(1)}
     assert call(implementation, device, "coordinate_descent", given).shape == (B, E, N)
     assert call(implementation, device, "capped_simplex", given).shape == (B, E, N)
+
+
+@BOTH
+@pytest.mark.parametrize("value", BEYOND_FLOATS)
+@pytest.mark.parametrize("name", ["eps", "eps_init", "cosine_sim_scale"])
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+def test_numbers_that_only_float64_holds(
+    implementation: ModuleType, device: torch.device, solver: str, name: str, value: float
+) -> None:
+    """Refused at the call, wherever scores are made in float32; taken in float64, without a NaN."""
+    options = {name: value, "solver": solver, "cosine_sim_routing": True}
+    layer = implementation.MixtureOfAttention(**LAYER, **options, device=device).eval()
+    x = X.to(device)
+    _, routes = implementation.MixtureOfAttention(**LAYER, device=device).eval()(x, return_routes=True)
+    with refused(name, repr(value)):
+        layer(x)
+    with refused(name, repr(value)):
+        layer.query_router(x, 3)
+    with refused(name, repr(value)):
+        call(implementation, device, "route", {**ROUTE, **options})
+    assert layer(x, routes=routes).isfinite().all()  # nothing is solved
+    _, made = layer.double()(x.double(), return_routes=True)
+    assert all(r.scores.isfinite().all() for r in made)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_numbers_at_the_edges_of_a_dtype(
+    implementation: ModuleType, device: torch.device, solver: str, dtype: torch.dtype
+) -> None:
+    """The smallest and largest that are taken give scores and gradients that are finite, and scores in [0, 1]."""
+    info = torch.finfo(dtype)
+    edges = ("eps", info.tiny), ("eps", info.max / 64), ("k", info.tiny), ("k", 2.0**62)
+    edges += (("eps_init", info.tiny), ("eps_init", info.max / 64)) if solver == "coordinate_descent" else ()
+    for name, value in edges:
+        logits = SOLVE["logits"].to(device, dtype).detach().requires_grad_()
+        scores = call(implementation, device, solver, {**SOLVE, "logits": logits, name: value})
+        scores.square().sum().backward()
+        assert scores.isfinite().all(), (name, value)
+        assert ((scores >= 0) & (scores <= 1)).all(), (name, value)
+        assert not logits.grad.isnan().any(), (name, value)
 
 
 @BOTH

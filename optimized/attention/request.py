@@ -29,11 +29,12 @@ def constant(probe: Callable[..., str | None]) -> Callable[..., str | None]:
     """Probed once in a process, and not traced by torch.compile."""
     cached = functools.cache(probe)
 
-    @torch.compiler.assume_constant_result
     @functools.wraps(probe)
     def probed(*arguments: object) -> str | None:
         return cached(*arguments)
 
+    # All that torch.compiler.assume_constant_result does, but that imports the compiler, which takes two seconds.
+    probed._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return probed
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optimized.attention import torch_flash
 from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple
-from optimized.attention.request import Request, flash
+from optimized.attention.request import Request, constant, flash
 
 aten = torch.ops.aten
 # Its backward takes keys in tiles of so many. Where the last one is exactly half full, its other half is not hidden
@@ -56,16 +56,16 @@ def ends_in_half_a_tile(keys: int) -> bool:
 def forward_obstacle(r: Request) -> str | None:
     if not r.allow_flash:
         return "flash_attn=False"
-    if r.device.type == "cuda" and not _available():
-        return "cuDNN is not available"
+    if r.device.type == "cuda" and _unavailable() is not None:
+        return _unavailable()
     if r.dropout or r.masked:
         return "used here without dropout and mask only"
     return flash(r, max_dim_head=128)
 
 
-@torch.compiler.assume_constant_result
-def _available() -> bool:
-    return torch.backends.cudnn.is_available()
+@constant
+def _unavailable() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "cuDNN is not available"
 
 
 ADAPTER = TorchCudnn()

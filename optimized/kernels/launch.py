@@ -110,7 +110,7 @@ def launch_compiled(
         if compiled is None:
             _compiled[key] = kernel[grid](*arguments, **constants)
             return
-        if len(_exactly) == MOST_LAUNCHES:
+        if len(_exactly) >= MOST_LAUNCHES:  # threads that both saw one fewer have put one each
             _exactly.clear()
         found = _exactly[exact] = compiled, kernel.arg_names[len(arguments) :]
     compiled, names = found

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import custom_op
-from torch.utils.flop_counter import register_flop_formula
+
+from optimized.ops import flops
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _ERROR, _SAME = "error", "same"
@@ -279,7 +280,7 @@ class Operator:
                 return 0
             return int(count(self._bind(self._positional(args, named)), out_val))
 
-        register_flop_formula(getattr(torch.ops.moa, self.name), get_raw=True)(formula)
+        flops.count(getattr(torch.ops.moa, self.name), formula)
 
 
 class _Backward:

@@ -154,7 +154,10 @@ LAYER = Profile(
     "or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
-PLAN = Profile(("test_backends.py", "test_validation.py"), "test_backends or unknown_backends or cannot_serve")
+PLAN = Profile(
+    ("test_choice.py", "test_backends.py", "test_validation.py"),
+    "test_choice or test_backends or unknown_backends or cannot_serve",
+)
 CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
 
 PROFILES = {

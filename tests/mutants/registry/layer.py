@@ -90,7 +90,7 @@ EDITS: Edits = {
             "choice of backend",
         ),
         "backend-not-restored": edit(
-            "        _choose_now(self._previous)\n", "        self._previous.clear()\n", "choice of backend"
+            "        if not close_block(self):\n", "        if self.stages is None:\n", "choice of backend"
         ),
         "plan-of-another-autocast": edit(
             "key = kind, kind.computed_in, torch", "key = kind, kind.dtype, torch", "choice of backend"
@@ -100,7 +100,7 @@ EDITS: Edits = {
             "key = kind, kind.computed_in, False",
             "Dao-AILab/flash-attention#2033",
         ),
-        "plans-outlive-a-choice": edit("    _plans.clear()\n", "", "choice of backend"),
+        "plans-outlive-a-choice": edit("algorithms_enabled(), chosen\n", "algorithms_enabled()\n", "choice of backend"),
     },
     "optimized/plain.py": {
         "plain-forward-hooks-overlooked": edit('    "_forward_hooks": "a forward hook",\n', "", "choice of backend"),
