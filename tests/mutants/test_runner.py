@@ -13,7 +13,7 @@ from mutants.child import is_assertion
 from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
 from mutants.profiles import Profile
-from mutants.runner import ControlError, Result, Runner
+from mutants.runner import SECONDS, ControlError, Result, Runner
 
 OLD = "return 2 * x"
 KILLED = Mutant("killed", "toy/__init__.py", OLD, "return 3 * x", "mass")
@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def runner(tree: Path, seconds: int = 20) -> Runner:
+def runner(tree: Path, seconds: int = SECONDS) -> Runner:
     return Runner(tree, ("toy",), lambda file: PROFILE, tree.parent / "state.json", jobs=2, seconds=seconds)
 
 
@@ -68,7 +68,7 @@ def test_outcomes_are_told_apart(tree: Path) -> None:
 
 
 def test_endless_loops_end(tree: Path) -> None:
-    assert runner(tree, seconds=10).run([ENDLESS])["endless"].outcome == "timeout"
+    assert runner(tree, seconds=20).run([ENDLESS])["endless"].outcome == "timeout"
 
 
 def test_a_red_control_stops_the_run(tree: Path) -> None:
