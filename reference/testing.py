@@ -160,17 +160,19 @@ def _assert_comparable(title: str, actual: Tensor, oracle: Tensor, baseline: Ten
 
 def _assert_expectation(title: str, oracle: Tensor, expect: str | None) -> None:
     """The oracle is what the caller announced: an ordinary result, unless said otherwise."""
-    if oracle.numel() == 0:
-        kind = "empty"
-    elif oracle.isnan().any():
-        kind = "nan"
-    elif not oracle.any():
-        kind = "zeros"
-    elif oracle.numel() > 1 and bool((oracle == oracle.flatten()[0]).all()):
-        kind = "constant"
-    else:
-        kind = None
+    kind = kind_of(oracle)
     assert kind == expect, f"{title}: the oracle is {kind or 'ordinary'}, announced as {expect or 'ordinary'}"
+
+
+def kind_of(oracle: Tensor) -> str | None:
+    """Which of `EXPECTATIONS` fits, so that a caller who has looked at it can announce it; None: an ordinary result."""
+    if oracle.numel() == 0:
+        return "empty"
+    if oracle.isnan().any():
+        return "nan"
+    if not oracle.any():
+        return "zeros"
+    return "constant" if oracle.numel() > 1 and bool((oracle == oracle.flatten()[0]).all()) else None
 
 
 def assert_identical(actual: Tensor, expected: Tensor, name: str = "") -> None:

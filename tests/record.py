@@ -78,8 +78,8 @@ def tree_hash(folder: str) -> str:
 
 def _command(*words: str) -> str | None:
     try:
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 

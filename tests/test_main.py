@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 import torch
 import triton
+from rich.console import Console
 
 import optimized
 import reference
-from optimized.prove import arguments, decisions, interpreter, job, setup
+from optimized.prove import arguments, decisions, interpreter, job, report, setup
 from optimized.prove import text as texts
+from optimized.prove.kernels import STAGES as KERNEL_STAGES
+from optimized.prove.kernels import Compared
+from optimized.prove.stages import Proof, prove
 from tests.faults.operators import OPERATORS
 
 SMALL = ("--dim", "16", "--heads", "1", "--experts", "2", "--window", "9", "--device", "cpu")
@@ -222,22 +227,12 @@ def test_a_wrong_kernel_fails_the_job(book: str, device: torch.device) -> None:
         assert re.search(r"^FAIL  1 of 15 rows", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("child", "message"),
-    [
-        ("raise SystemExit('no such luck')", "kernels: their process ended with 1\nno such luck"),
-        ("import time; time.sleep(60)", "kernels: not done within 1 s"),
-    ],
-)
-def test_kernels_that_do_not_run_fail_the_job(
-    child: str, message: str, book: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(interpreter, "CHILD", child)
-    monkeypatch.setattr(interpreter, "CHILD_SECONDS", 1)
+def test_kernels_that_do_not_run_fail_the_job(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "CHILD", "raise SystemExit('no such luck')")
     monkeypatch.setattr(job, "run_kernels", lambda setup: ("child", *interpreter._run_in_child(setup)))
     status, printed = run(book, *SMALL, "--tokens", "256")
     assert status == 1
-    assert message in printed
+    assert "kernels: their process ended with 1\nno such luck" in printed
     assert re.search(r"^FAIL  1 of 11 rows", printed, re.MULTILINE)
 
 
@@ -297,8 +292,17 @@ def test_selection_may_differ_only_within_rounding() -> None:
     ("argv", "message"),
     [
         (["/nowhere/book.txt"], "FILE: expected a readable UTF-8 file, got /nowhere/book.txt"),
-        (["--tokens", "0"], "argument --tokens: expected an integer >= 1, got '0'"),
-        (["--tokens", "many"], "argument --tokens: expected an integer >= 1, got 'many'"),
+        (["--tokens", "0"], "argument --tokens: expected an integer from 1 to 2147483647, got '0'"),
+        (["--slots", "many"], "argument --slots: expected an integer from 1 to 2147483647, got 'many'"),
+        (["--window", "12345678901234567890"], "argument --window: expected an integer from 1 to 2147483647, got"),
+        (["--heads", "9" * 5000], "argument --heads: expected an integer from 1 to 2147483647, got"),
+        (
+            ["--seed", str(2**64)],
+            "argument --seed: expected an integer from -9223372036854775808 to 184467440737095516",
+        ),
+        (["--seed", "0.5"], "got '0.5'"),
+        (["--tokens", "256", "--dim", "2000000"], "--tokens, --dim, --experts: expected what fits into"),
+        (["--tokens", "256", "--experts", "2000000000"], "GiB of memory, got 256 tokens, D 256 and 2000000000 experts"),
         (["--tokens", "255"], "--tokens: expected at least 256, got 255"),
         (["--dim", "60", "--heads", "4"], "--dim: expected a multiple of 2 H = 8, got 60"),
         (["--tokens", "600", "--slots", "301"], "--slots: expected at most half of the 600 tokens, got 301"),
@@ -307,6 +311,7 @@ def test_selection_may_differ_only_within_rounding() -> None:
         (["--plot", "map.gif"], "--plot: expected a name that ends in .png, .pdf, .svg, got map.gif"),
         (["--plot", "/nowhere/map.png"], "--plot: expected a file in an existing folder, got /nowhere/map.png"),
         (["--colour"], "unrecognized arguments: --colour"),
+        (["/nowhere/\x1b[31mbook\r"], "FILE: expected a readable UTF-8 file, got /nowhere/\\x1b[31mbook\\r"),
     ],
 )
 def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,6 +333,33 @@ def test_unusable_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             job.main([str(path)])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A FIFO, read or drawn to, would wait for ever; a folder in the picture's place would be found after all work."""
+    pipe, folder = tmp_path / "pipe.png", tmp_path / "map.png"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for argv, message in (
+        ([pipe], f"FILE: expected a readable UTF-8 file, got {pipe}: not a regular file"),
+        ([folder], f"FILE: expected a readable UTF-8 file, got {folder}: not a regular file"),
+        (["--plot", pipe], f"--plot: expected a file, got {pipe}, which is something else"),
+        (["--plot", folder], f"--plot: expected a file, got {folder}, which is something else"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            job.main(list(map(str, argv)))
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_plot_that_may_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK))
+    with pytest.raises(SystemExit) as stop:
+        job.main(["--plot", str(tmp_path / "map.png")])
+    assert stop.value.code == 2
+    assert "--plot: expected a file that may be written" in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,15 +400,91 @@ def test_help_states_every_default(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_default_text_is_long_enough() -> None:
     text = texts.read(None, 8192)
-    assert len(text.tokens) == len(text.spaced) == 8192 < text.total
+    assert len(text.tokens) == len(text.spaced) == 8192
+    assert text.more
     assert len(set(text.tokens)) > 1000
 
 
+def tokenized(text: str, limit: int) -> texts.Text:
+    return texts.tokenize("", io.StringIO(text), limit)
+
+
 def test_tokens() -> None:
-    text = texts.tokenize("", "Don't  stop -- ever (he\nsaid)!!", 8)
+    text = tokenized("Don't  stop -- ever (he\nsaid)!!", 8)
     assert text.tokens == ["Don't", "stop", "--", "ever", "(", "he", "said", ")"]
     assert text.spaced == [False, True, True, True, True, False, True, False]
-    assert text.total == 9
+    assert text.more
+    assert not tokenized("one two ", 2).more
+    assert tokenized("", 2).tokens == []
+
+
+def test_tokens_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An apostrophe, a run of marks, white space and a token that is cut, across every place where a block may end."""
+    text = "it's 'twas'  o'er'' ...!!!! \n\n\u2003 a'b'c'd' rock'n'roll " + "x" * 9 + "." * 9
+    monkeypatch.setattr(texts, "MAX_TOKEN", 5)
+    whole = tokenized(text, 99)
+    assert whole.tokens[-4:] == ["xxxxx", "xxxx", ".....", "...."]
+    for size in range(1, len(text)):
+        monkeypatch.setattr(texts, "BLOCK", size)
+        assert tokenized(text, 99) == whole
+        assert tokenized(text, 7).tokens == whole.tokens[:7]
+
+
+@pytest.mark.parametrize("unit", ["many words ", "a!", "?", "x", "o'", "\u2003\n"])
+def test_memory_is_by_the_tokens_asked_for(unit: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("first " + unit * (2**22 // len(unit)), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        text = texts.read(path, 256)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert text.tokens[0] == "first"
+    assert len(text.tokens) == (1 if unit.isspace() else 256)
+    assert taken < 2**21, "half of a byte for each character"
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_control_characters_are_shown(tmp_path: Path) -> None:
+    """Of the text and its name: none reaches the terminal."""
+    path = tmp_path / "\x1b[2Jname.txt"
+    path.write_text("\x1b]0;title\x07 \x9b31m red\u202e dogs\u200b bark\x7f " * 40, encoding="utf-8")
+    status, printed = run(str(path), *SMALL, "--tokens", "256", "--no-color")
+    assert status == 0, printed
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    printed = re.sub("[ \n\u2070-\u209f\u00b2\u00b3\u00b9]", "", printed)
+    for shown in ("\\x1b[2Jname.txt", "\\x1b", "\\x07", "\\x9b", "\\u202e", "\\u200b", "\\x7f"):
+        assert shown in printed
+
+
+@pytest.fixture(scope="module")
+def proof(book: str) -> Proof:
+    args, text = arguments.parse([book, *SMALL, "--tokens", "256"])
+    return prove(setup.prepare(args, text), "float32", lambda what: None)
+
+
+@pytest.mark.parametrize("width", [120, 100, 80, 72, 60, 40, 24])
+def test_no_cell_is_cut(width: int, proof: Proof, book: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name and figure stands in one piece at every width: as a table where there is room, else one to a line."""
+    compared = [Compared(stage, what, 1.5e-15, 2.5e-15) for stage, what in KERNEL_STAGES]
+    monkeypatch.setattr(job, "run_kernels", lambda setup: ("where", compared, None))
+    monkeypatch.setattr(job, "prove", lambda *given: proof)
+    monkeypatch.setattr(
+        report, "make_console", lambda color: Console(width=width, no_color=True, highlight=False, file=sys.stdout)
+    )
+    status, printed = run(book, *SMALL, "--tokens", "256")
+    assert status == 0, printed
+    assert "\u2026" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+    joined = re.sub(r"[\u2500-\u257f\s]+", " ", printed)
+    cells = ["1.5e-15", "2.5e-15", "pass"]
+    cells += [cell for row in proof.rows for cell in (row.stage, row.backend, row.dtype, row.verdict)]
+    cells += [f"{m.milliseconds:.1f}" for row in proof.rows if row.measured for m in row.measured]
+    cells += [cell for pair in KERNEL_STAGES for cell in pair]
+    assert [cell for cell in cells if cell not in joined] == []
+    tables = sum(line.startswith("\u2521") for line in printed.splitlines())
+    assert tables == 3 if width >= 80 else tables < 3 if width >= 60 else tables == 0
 
 
 def test_embedding_tells_all_tokens_apart() -> None:

@@ -15,6 +15,7 @@ from optimized.prove.arguments import parse
 from optimized.prove.interpreter import run_kernels
 from optimized.prove.setup import prepare
 from optimized.prove.stages import STEPS, prove
+from optimized.prove.text import visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,18 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         tick("kernels", "float64")
         where, kernels, broken = run_kernels(setup)
     rows = [row for proof in proofs for row in proof.rows]
-    console.print(report.results(rows, args.device))
+    console.print(report.results(rows, args.device, console.width))
     for own in dict.fromkeys(proof.backends for proof in proofs):
         names = ", ".join(name for name, proof in zip(args.dtype, proofs) if proof.backends == own)
         console.print(f"Backends of the layer's own call, {names}: {own}")
+    for row in rows:
+        if row.note:
+            console.print(f"Announced to the comparison, {row.stage}, {row.dtype}: {row.note}", markup=False)
     console.print()
-    console.print(report.kernels(kernels, where))
+    console.print(report.kernels(kernels, where, console.width))
     console.print()
     report.show_routing(console, text, proofs[0].routes)
     if args.plot is not None:
         queries, keys_values = proofs[0].routes
         plot.draw(args.plot, text, queries, keys_values, proofs[0].soft[0], proofs[0].mass)
-        console.print(f"Routing map: {args.plot}", markup=False)
+        console.print(f"Routing map: {visible(str(args.plot))}", markup=False)
     failures = [row.failure for row in rows if row.failure]
     failures += [f"kernels of {row.stage}: unlike PyTorch's" for row in kernels if not row.equal]
     failures += [broken] if broken else []

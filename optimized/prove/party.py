@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import reference
+from optimized.prove.nudged import nudge
 from optimized.prove.setup import Setup
 from optimized.prove.text import MIN_TOKENS
 from reference.routing import routing_logits
@@ -23,12 +24,24 @@ class Decision(NamedTuple):
 
 
 class Party:
-    """An implementation in a dtype, on data rounded to the dtype under test."""
+    """An implementation in a dtype, on data rounded to the dtype under test.
 
-    def __init__(self, package: ModuleType, dtype: torch.dtype, under_test: torch.dtype, setup: Setup) -> None:
+    generator: of nudges; then every number that is given is nudged. `Nudged` does so to what is computed from them.
+    """
+
+    def __init__(
+        self,
+        package: ModuleType,
+        dtype: torch.dtype,
+        under_test: torch.dtype,
+        setup: Setup,
+        generator: torch.Generator | None = None,
+    ) -> None:
         def cast(t: Tensor) -> Tensor:
-            return t.to(under_test).to(setup.device, dtype)
+            t = t.to(under_test).to(setup.device, dtype)
+            return t if generator is None else nudge(t, generator)
 
+        self.cast = cast
         self.package = package
         self.layer = package.MixtureOfAttention(**setup.arguments, device=setup.device, dtype=dtype)
         self.layer.load_state_dict({name: cast(t) for name, t in setup.state.items()})
@@ -90,8 +103,7 @@ class Party:
         )
 
     def combine(self, y: Tensor, local: Tensor, decision: Decision) -> Tensor:
-        dtype, n = self.x.dtype, self.x.shape[1]
-        return self.package.combine(y.to(dtype), self.fixed(decision), n, local=local.to(dtype))
+        return self.package.combine(self.cast(y), self.fixed(decision), self.x.shape[1], local=self.cast(local))
 
     def forward(self, decisions: list[Decision] | None = None) -> Tensor:
         """With its own routers, or with decisions handed over."""

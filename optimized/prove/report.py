@@ -7,7 +7,7 @@ import sys
 
 import torch
 from jaxtyping import Bool, Float
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text as Styled
@@ -17,6 +17,7 @@ from optimized.prove.decisions import picked
 from optimized.prove.environment import hardware, versions
 from optimized.prove.kernels import BOUND, Compared
 from optimized.prove.stages import Row
+from optimized.prove.tables import Column, Form, fitted
 from optimized.prove.text import Text, typical
 from optimized.routing import Routes
 
@@ -40,10 +41,12 @@ def make_console(color: bool) -> Console:
 
 def header(args: argparse.Namespace, text: Text) -> Table:
     n = len(text.tokens)
-    of = f"{n} tokens, the first of {text.total}" if n < text.total else f"all {n} tokens"
+    of = f"the first {n} tokens" if text.more else f"all {n} tokens"
     if n < args.tokens:
         of += f" (fewer than the {args.tokens} asked for)"
     grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     for label, value in (
         ("text", f"{text.name}: {of}, {len(set(text.tokens))} distinct"),
         (
@@ -58,45 +61,49 @@ def header(args: argparse.Namespace, text: Text) -> Table:
     return grid
 
 
-def results(rows: list[Row], device: torch.device) -> Table:
+def results(rows: list[Row], device: torch.device, width: int) -> RenderableType:
     memory = "torch.cuda's allocator" if device.type == "cuda" else "resident memory of the process"
     caption = (
         "worst / budget: the largest error over what reference.testing allows; 1 is the limit. ref.: the reference in "
         "the same dtype, with this package's decisions handed to it; opt.: this package. Time, and peak memory above "
         f"the start ({memory}), stand in the last row of what was measured together; gradients: forward and backward."
     )
-    title = "Against the reference in float64"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for name in ("stage", "backend", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("worst / budget", "ref. ms", "opt. ms", "ref. MiB", "opt. MiB"):
-        table.add_column(name, justify="right")
-    for i, row in enumerate(rows):
-        cells = [""] * 4
-        if row.measured is not None:
-            figures = [f"{m.milliseconds:.1f}" for m in row.measured]
-            cells = figures + ["n/a" if m.mebibytes is None else f"{m.mebibytes:.0f}" for m in row.measured]
+    wide, narrow = [], []
+    for row in rows:
         verdict = Styled(row.verdict, style="bold red" if row.failure else "green")
-        last = i + 1 == len(rows) or rows[i + 1].dtype != row.dtype
-        table.add_row(row.stage, row.backend, row.dtype, verdict, *cells, end_section=last)
-    return table
+        times, memories = [Styled("")] * 2, [Styled("")] * 2
+        if row.measured is not None:
+            times = [Styled(f"{m.milliseconds:.1f}") for m in row.measured]
+            memories = [Styled("n/a" if m.mebibytes is None else f"{m.mebibytes:.0f}") for m in row.measured]
+        wide.append([Styled(row.stage), Styled(row.backend), Styled(row.dtype), verdict, *times, *memories])
+        both = [Styled("\n").join(pair) for pair in (times, memories)]
+        narrow.append([Styled(f"{row.stage}\n  {row.backend}, {row.dtype}"), verdict, *both])
+    ends = {i for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1].dtype != row.dtype}
+    names = [Column("stage"), Column("backend"), Column("dtype")]
+    names += [Column(name, right=True) for name in ("worst / budget", "ref. ms", "opt. ms", "ref. MiB", "opt. MiB")]
+    few = [Column("stage\n  backend, dtype")]
+    few += [Column(name, right=True) for name in ("worst /\nbudget", "ref. ms\nopt. ms", "ref. MiB\nopt. MiB")]
+    forms = Form(names, wide, ends), Form(few, narrow, ends)
+    return fitted(width, "Against the reference in float64", caption, *forms)
 
 
-def kernels(rows: list[Compared], where: str) -> Table:
+def kernels(rows: list[Compared], where: str, width: int) -> RenderableType:
     caption = (
         f"Largest difference over the largest element, forward and backward, in float64; the bound is {BOUND:g}. "
         "Their registers and shared memory: docs/generated/compilation.md."
     )
-    title = f"Our Triton kernels against PyTorch's ({where})"
-    table = Table(title=title, title_justify="left", caption=caption if rows else None, caption_justify="left")
-    for name in ("stage", "kernels"):
-        table.add_column(name, no_wrap=True)
-    for name in ("values", "gradients", "verdict"):
-        table.add_column(name, justify="right")
+    wide, narrow = [], []
     for row in rows:
         verdict = Styled("pass", style="green") if row.equal else Styled("FAIL", style="bold red")
-        table.add_row(row.stage, row.kernels, f"{row.values:.1e}", f"{row.gradients:.1e}", verdict)
-    return table
+        found = [Styled(f"{row.values:.1e}"), Styled(f"{row.gradients:.1e}"), verdict]
+        wide.append([Styled(row.stage), Styled(row.kernels), *found])
+        narrow.append([Styled(f"{row.stage}\n  {row.kernels}"), *found])
+    figures = [Column(name, right=True) for name in ("values", "gradients", "verdict")]
+    forms = (
+        Form([Column("stage"), Column("kernels"), *figures], wide),
+        Form([Column("stage\n  kernels"), *figures], narrow),
+    )
+    return fitted(width, f"Our Triton kernels against PyTorch's ({where})", caption if rows else None, *forms)
 
 
 def show_routing(console: Console, text: Text, routes: tuple[Routes, Routes]) -> None:
@@ -114,7 +121,7 @@ def show_routing(console: Console, text: Text, routes: tuple[Routes, Routes]) ->
         console.print(Styled("  ").join(legend))
     console.print(shown)
     console.print()
-    console.print(experts_table(text, queries, keys_values, logits))
+    console.print(experts_table(text, queries, keys_values, logits, console.width))
     counts = enumerate(queries.sum(0).bincount().tolist())
     console.print("tokens by number of experts that picked them: " + ", ".join(f"{n}: {count}" for n, count in counts))
 
@@ -138,21 +145,37 @@ def excerpt(text: Text, chosen: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"
 
 
 def experts_table(
-    text: Text, queries: Bool[Tensor, "E N"], keys_values: Bool[Tensor, "E N"], logits: Float[Tensor, "E N"]
-) -> Table:
+    text: Text,
+    queries: Bool[Tensor, "E N"],
+    keys_values: Bool[Tensor, "E N"],
+    logits: Float[Tensor, "E N"],
+    width: int,
+) -> RenderableType:
     """Load of each expert, the share of the text's distinct words that it queries with, and its most typical words."""
-    table = Table(title="Experts (their routers are seeded, not trained)", title_justify="left")
-    table.add_column("expert")
-    for name in ("queries", "keys/values", "both", "distinct words"):
-        table.add_column(name, justify="right")
-    table.add_column("most typical words (highest logits)")
+    rows = []
     distinct = len(set(text.tokens))
     for e, (q, kv) in enumerate(zip(queries, keys_values)):
         words = {text.tokens[i] for i in q.nonzero().flatten().tolist()}
-        table.add_row(
-            Styled(f"expert {e + 1}", style=colour(e)),
-            *(str(int(count)) for count in (q.sum(), kv.sum(), (q & kv).sum())),
-            f"{100 * len(words) / distinct:.0f} %",
-            Styled(", ".join(typical(text.tokens, logits[e], 6))),
+        rows.append(
+            [
+                Styled(f"expert {e + 1}", style=colour(e)),
+                *(Styled(str(int(count))) for count in (q.sum(), kv.sum(), (q & kv).sum())),
+                Styled(f"{100 * len(words) / distinct:.0f} %"),
+                Styled(", ".join(typical(text.tokens, logits[e], 6))),
+            ]
         )
-    return table
+    forms = [
+        Form(
+            [
+                Column("expert"),
+                *(Column(name, right=True) for name in names),
+                Column("most typical words (highest logits)", room=24),
+            ],
+            rows,
+        )
+        for names in (
+            ("queries", "keys/values", "both", "distinct words"),
+            ("queries", "keys/\nvalues", "both", "distinct\nwords"),
+        )
+    ]
+    return fitted(width, "Experts (their routers are seeded, not trained)", None, *forms)

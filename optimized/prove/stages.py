@@ -3,6 +3,11 @@
 Three parties compute the same: the reference in float64 (oracle), the reference in the dtype under test (baseline), and
 this package. `reference.testing` says how far the last may be from the first. Decisions are compared apart from values,
 and then the oracle and the baseline are handed those of the package.
+
+Where terms cancel (a softmax over keys that are nearly alike, the norm of a token whose channels are) or a cold
+exponential multiplies (the solver's), rounding costs many units in the last place of the result, and in few numbers the
+baseline may be spared by chance. So the oracle computes everything again with each number a relative `NUDGE` off
+(`nudged`). By how much a result changes, over `NUDGE`, is the budget's `scale`.
 """
 
 from __future__ import annotations
@@ -20,23 +25,28 @@ import reference
 from optimized.prove.arguments import DTYPES
 from optimized.prove.decisions import SIDES, check_selection, decide
 from optimized.prove.measure import Measured, measure
+from optimized.prove.nudged import DRAWS, NUDGE, Nudged
 from optimized.prove.party import Decision, Party
 from optimized.prove.setup import Setup
 from optimized.routing import Routes
-from reference.testing import assert_matches
+from reference.testing import assert_matches, kind_of
 
 STEPS = 7  # that `tick` is told of
 
 
 @dataclass
 class Row:
-    """A stage compared. verdict: largest fraction of the budget that an error took, or what else was found."""
+    """A stage compared. verdict: largest fraction of the budget that an error took, or what else was found.
+
+    note: which results the oracle says are all zero, or all the same, if any.
+    """
 
     stage: str
     backend: str
     dtype: str
     verdict: str
     failure: str | None = None
+    note: str | None = None
     measured: tuple[Measured, Measured] | None = None  # reference, optimized
 
 
@@ -57,18 +67,25 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     dtype = DTYPES[name]
     oracle, baseline = (Party(reference, d, dtype, setup) for d in (torch.float64, dtype))
     actual = Party(optimized, dtype, dtype, setup)
+    generators = [torch.Generator().manual_seed(draw) for draw in range(DRAWS)]
+    nudged = [Party(reference, torch.float64, dtype, setup, generator) for generator in generators]
+    parties = (actual, oracle, baseline, *nudged)
     rows: list[Row] = []
 
     def compare(call: Callable[[Party], Any]) -> tuple[list[Any], tuple[Measured, Measured]]:
-        """Results of the three parties, actual first, and the figures of (reference, optimized)."""
+        """Results of all parties, actual first, and the figures of (reference, optimized)."""
         base, mine = (measure(partial(call, party), setup.device) for party in (baseline, actual))
-        return [mine.value, call(oracle), base.value], (base, mine)
+        values = [mine.value, call(oracle), base.value]
+        for generator, party in zip(generators, nudged):
+            with Nudged(generator):
+                values.append(call(party))
+        return values, (base, mine)
 
     def handed(party: Party) -> list[Decision] | None:
         return None if party is actual else decisions
 
-    def add(stage: str, part: str, result: tuple[str, str | None], measured: Any = None) -> None:
-        rows.append(Row(stage, backends[part].backend, name, *result, measured))
+    def add(stage: str, part: str, result: tuple[str | None, ...], measured: Any = None) -> None:
+        rows.append(Row(stage, backends[part].backend, name, *result, measured=measured))
 
     tick("warming up")
     for party in (baseline, actual):
@@ -80,7 +97,7 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         routes, measured = compare(Party.route)
         logits = [by_side(r.logits for r in pair) for pair in routes]
         add("routing logits", "routing", fraction("logits", *logits))
-        soft = [by_side(party.soft_scores(pair)) for party, pair in zip((actual, oracle, baseline), routes)]
+        soft = [by_side(party.soft_scores(pair)) for party, pair in zip(parties, routes)]
         decisions, failure = decide(actual, *routes[:2])
         result = fraction("scores", *soft)
         add("routing scores", "routing", ("FAIL", failure) if failure and not result[1] else result)
@@ -117,18 +134,34 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     return Proof(rows, tuple(routes[0]), soft[0]["query"], actual.mass, own_call)
 
 
-def fraction(stage: str, *groups: dict[str, Tensor]) -> tuple[str, str | None]:
-    """Verdict and failure for tensors by name: actual, oracle, baseline."""
-    used = {}
-    failures = []
-    for name in groups[0]:
+def fraction(
+    stage: str,
+    actual: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    baseline: dict[str, Tensor],
+    *nudged: dict[str, Tensor],
+) -> tuple[str, str | None, str | None]:
+    """Verdict, failure and note for tensors by name."""
+    used: dict[str, float] = {}
+    failures, degenerate = [], {}
+    for name, exact in oracle.items():
+        kind = kind_of(exact)
+        if kind in ("zeros", "constant"):
+            degenerate[name] = kind
+        scale = max(((other[name] - exact).abs().max().item() / NUDGE for other in nudged), default=0.0)
         try:
-            used[name] = assert_matches(*(group[name] for group in groups), stage=stage, name=name).fraction
+            match = assert_matches(
+                actual[name], exact, baseline[name], stage=stage, name=name, expect=degenerate.get(name), scale=scale
+            )
+            used[name] = match.fraction
         except AssertionError as error:
             failures.append(str(error))
+    note = "; ".join(f"{name}: expected {kind}" for name, kind in degenerate.items()) or None
     if failures:
-        return "FAIL", "\n".join(failures)
-    return f"{max(used.values()):.2f}", None
+        return "FAIL", "\n".join(failures), note
+    if set(degenerate.values()) == {"zeros"} and len(degenerate) == len(oracle):
+        return "zeros", None, note
+    return f"{max(used.values()):.2f}", None, note
 
 
 def by_side(values: Iterable[Tensor]) -> dict[str, Tensor]:

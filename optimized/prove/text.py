@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn.functional as F
@@ -17,39 +20,67 @@ MIN_TOKENS = 256  # of a text; fewer show little
 MAX_GRAM = 4
 BUCKETS = 2**14  # few n-grams share one; those that do make two words a little more alike
 POSITION = 0.5  # size of the position signal; that of a word is 1, so that what a word says outweighs where it stands
+BLOCK = 2**13  # characters read at a time
+MAX_TOKEN = 2**10  # characters of a token: longer ones, which no word is, go on as the next
 
 
 @dataclass(frozen=True)
 class Text:
-    """tokens: words, and runs of one punctuation mark. spaced[i]: white space stood before token i. total: tokens of
-    the whole text, of which these are the first.
+    """tokens: words, and runs of one punctuation mark, of visible characters. spaced[i]: white space stood before
+    token i. more: the text goes on after these.
     """
 
     name: str
     tokens: list[str]
     spaced: list[bool]
-    total: int
+    more: bool
 
 
 def read(path: Path | None, limit: int) -> Text:
     """The first `limit` tokens of a UTF-8 file, by default of the reference manual that comes with Python.
 
-    Raises OSError or UnicodeDecodeError for the file, ImportError if this Python comes without the manual.
+    Of a file no more is read than they take. Raises OSError or UnicodeDecodeError for the file, ImportError if this
+    Python comes without the manual.
     """
     if path is not None:
-        return tokenize(str(path), path.read_text(encoding="utf-8"), limit)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")  # a pipe may never end, nor begin
+        with path.open(encoding="utf-8") as file:
+            return tokenize(visible(str(path)), file, limit)
     from pydoc_data.topics import topics
 
-    return tokenize(
-        "Python language reference (pydoc_data.topics)", "\n".join(topics[t] for t in sorted(topics)), limit
-    )
+    text = io.StringIO("\n".join(topics[t] for t in sorted(topics)))
+    return tokenize("Python language reference (pydoc_data.topics)", text, limit)
 
 
-def tokenize(name: str, text: str, limit: int) -> Text:
-    found = list(TOKEN.finditer(text))
-    ends = [0, *(match.end() for match in found)]
-    kept = found[:limit]
-    return Text(name, [m[0] for m in kept], [m.start() > end for m, end in zip(kept, ends)], len(found))
+def tokenize(name: str, file: TextIO, limit: int) -> Text:
+    """The first `limit` tokens of what `file` holds. Keeps no more of it than a block and a token."""
+    tokens: list[str] = []
+    spaced: list[bool] = []
+    rest, space, ended = "", False, False
+    while not ended:
+        block = file.read(BLOCK)
+        ended = not block
+        rest += block
+        at = 0
+        while match := TOKEN.search(rest, at):
+            # Two characters tell whether a word goes on: an apostrophe, and what follows it.
+            if len(match[0]) < MAX_TOKEN and match.end() + 2 > len(rest) and not ended:
+                break
+            if len(tokens) == limit:
+                return Text(name, tokens, spaced, more=True)
+            tokens.append(visible(match[0][:MAX_TOKEN]))
+            spaced.append(space or match.start() > at)
+            at, space = min(match.end(), match.start() + MAX_TOKEN), False
+        left = rest[at:].lstrip()
+        space = space or len(left) < len(rest) - at
+        rest = left
+    return Text(name, tokens, spaced, more=False)
+
+
+def visible(text: str) -> str:
+    """Characters that would steer a terminal, or turn the reading direction, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def grams(word: str) -> list[str]:

@@ -32,7 +32,7 @@ from .profiles import Profile
 # killed: a test failed by an assertion. raised: by another error, where it expected none or another. broken: no test
 # ran: import, syntax, collection, fixtures. crashed: the process died. timeout: more CPU seconds than it may.
 OUTCOMES = ("killed", "survived", "raised", "broken", "crashed", "timeout")
-SECONDS = 60  # of one core for a mutant
+SECONDS = 600  # of one core for a mutant: it loops. A profile takes a tenth of that
 IGNORED = shutil.ignore_patterns(
     ".git", ".*cache", ".hypothesis", ".mutants", ".campaign", "__pycache__", "*.png", "*.egg-info", ".venv"
 )

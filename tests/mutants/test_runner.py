@@ -15,7 +15,7 @@ from mutants.child import is_assertion
 from mutants.matrix import draw, joined, report, unexpected, verdict
 from mutants.mutant import Mutant
 from mutants.profiles import Profile
-from mutants.runner import ControlError, Result, Runner
+from mutants.runner import SECONDS, ControlError, Result, Runner
 from tests.record import ROOT
 from tests.statefile import StateError
 
@@ -46,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def runner(tree: Path, seconds: int = 20) -> Runner:
+def runner(tree: Path, seconds: int = SECONDS) -> Runner:
     return Runner(tree, ("toy",), lambda file: PROFILE, tree.parent / "state.json", jobs=2, seconds=seconds)
 
 
@@ -72,7 +72,7 @@ def test_outcomes_are_told_apart(tree: Path) -> None:
 
 
 def test_endless_loops_end(tree: Path) -> None:
-    assert runner(tree, seconds=10).run([ENDLESS])["endless"].outcome == "timeout"
+    assert runner(tree, seconds=20).run([ENDLESS])["endless"].outcome == "timeout"
 
 
 def test_a_red_control_stops_the_run(tree: Path) -> None:

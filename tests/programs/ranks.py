@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 WORLD = 2
 # Seconds, and of failures only: for ranks that wait for ever, and for one whose neighbour has failed.
-PATIENCE, GRACE = 600, 5
+PATIENCE, GRACE = 1500, 5
 
 
 class Ranks:
