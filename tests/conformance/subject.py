@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +21,50 @@ LOGIT_SIZE = 8.0
 DEFAULTS = {"dim_context": None, "average_routed": False, "prenorm": True}
 
 
+EXPECTED = "--impl: expected module:callable, a MixtureOfAttention or a function that makes one"
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
 class NotOffered(Exception):  # noqa: N818 (a verdict, not an error)
-    """The layer does not have what the property is about, and does not claim to."""
+    """The layer does not have what the property is about, and does not claim to. An adapter may raise it too."""
+
+
+def factory_of(spec: str) -> Callable[..., nn.Module]:
+    """The callable that module:callable names. Raises ValueError, whatever the import raises."""
+    module, name = split(spec)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit and pytest.importorskip are no Exceptions
+        raise ValueError(f"{EXPECTED}, got {spec!r} ({describe(error)})") from error
+    if not callable(found):
+        raise ValueError(f"{EXPECTED}, got {spec!r}, which is {found!r}")
+    return found
+
+
+def split(spec: str) -> tuple[str, str]:
+    """Module and callable. Raises ValueError."""
+    module, _, name = spec.partition(":")
+    if not (module and name.isidentifier()):
+        raise ValueError(f"{EXPECTED}, got {spec!r}")
+    return module, name
+
+
+def describe(error: BaseException) -> str:
+    """What it says, and its type unless it is an AssertionError."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"(its text raises {type(another).__name__})"
+    if not isinstance(error, AssertionError):
+        text = f"{type(error).__name__}: {text}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Of control characters and halves of surrogate pairs, their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -44,13 +88,10 @@ class Subject:
         return layer
 
     def construct(self, case: LayerCase, **arguments: Any) -> nn.Module:
-        """What the constructor makes. An argument that it does not know: NotOffered."""
+        """What the constructor makes. An argument that it does not take: NotOffered."""
         given = case.arguments() | arguments
         given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
-        try:
-            return self.factory(given.pop("dim"), **given)
-        except TypeError as error:
-            raise NotOffered(f"constructor: {error}") from error
+        return ask("constructor", self.factory, self.factory, given.pop("dim"), **given)
 
     def move(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Arguments of forward on the device, in the dtype; angles stay float32, masks bool."""
@@ -67,18 +108,39 @@ def load(layer: nn.Module, state: dict[str, Tensor]) -> None:
     try:
         unexpected = layer.load_state_dict(state, strict=False).unexpected_keys
     except RuntimeError as error:
+        if "size mismatch for" not in str(error):
+            raise
         raise NotOffered(f"state dict: {error}") from error
     if unexpected:
         raise NotOffered(f"state dict: it has no {', '.join(unexpected)}")
 
 
 def call(layer: nn.Module, x: Tensor, **inputs: Any) -> Any:
-    """An argument that forward does not have: NotOffered. What it raises by itself goes through."""
+    """An argument that forward does not take: NotOffered."""
+    return ask("forward", layer, layer.forward, x, **inputs)
+
+
+def ask(what: str, function: Callable[..., Any], declared: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """What the function returns. NotOffered: the signature of `declared` has no such argument, or takes it by ** only
+    and hands it on to what has none. All else that the function raises goes through, another TypeError too.
+    """
     try:
-        inspect.signature(layer.forward).bind(x, **inputs)
+        signature = inspect.signature(declared)
+    except (TypeError, ValueError):  # written in C, it shows none
+        named: Iterable[str] = ()
+    else:
+        named = signature.parameters
+        try:
+            signature.bind(*args, **given)
+        except TypeError as error:
+            raise NotOffered(f"{what}: {error}") from error
+    try:
+        return function(*args, **given)
     except TypeError as error:
-        raise NotOffered(f"forward: {error}") from error
-    return layer(x, **inputs)
+        unexpected = UNEXPECTED.search(str(error))
+        if unexpected is None or unexpected[1] not in given or unexpected[1] in named:
+            raise
+        raise NotOffered(f"{what}: {error}") from error
 
 
 def gradients(layer: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Tensor | None]]:
