@@ -10,10 +10,10 @@ from unittest import SkipTest
 import hypothesis
 import torch
 from hypothesis import HealthCheck, Phase
-from hypothesis.errors import HypothesisException
+from hypothesis.errors import HypothesisException, Unsatisfiable
 
 from tests.conformance.registry import Property
-from tests.conformance.subject import NotOffered, Subject, describe
+from tests.conformance.subject import NotOffered, Subject, describe, features_of
 from tests.strategies import LayerCase
 
 HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
@@ -48,6 +48,9 @@ def examine(
     last: list[LayerCase] = []
     lacking: list[str] = []
     checked = 0
+    declared, undeclared = subject.features, set()
+    if declared is not None and (missing := prop.needs - declared):
+        return verdict(prop, NOT_OFFERED, f"features: no {', '.join(sorted(missing))}")
 
     @hypothesis.settings(
         max_examples=examples,
@@ -61,11 +64,16 @@ def examine(
     @hypothesis.given(prop.cases)
     def run(case: LayerCase) -> None:
         nonlocal checked
+        if declared is not None and (missing := features_of(case) - declared):
+            undeclared.update(missing)
+            hypothesis.reject()
         last[:] = [case]
         begin(case)
         try:
             prop.check(subject, case)
         except NotOffered as error:
+            if declared is not None and error.lacks in declared:
+                raise AssertionError(f"features has {error.lacks}, but {error}") from error
             lacking.append(describe(error).removeprefix("NotOffered: ").partition("\n")[0])
         except KeyboardInterrupt:
             raise
@@ -81,6 +89,8 @@ def examine(
     try:
         run()
     except Exception as error:
+        if isinstance(error, Unsatisfiable) and undeclared and not last:
+            return verdict(prop, NOT_OFFERED, f"features: no {', '.join(sorted(undeclared))}")
         # Hypothesis has run the smallest example last.
         return failure(prop, describe(error), spec, subject.device, last[0] if last else None)
     if not checked:

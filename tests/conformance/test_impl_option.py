@@ -305,7 +305,7 @@ def test_texts_of_errors_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_documentation_runs() -> None:
-    kernel, adapter = blocks(ROOT / "docs" / "check-your-own.md")
+    kernel, _, adapter = blocks(ROOT / "docs" / "check-your-own.md")
     exec(kernel, {"__name__": "documentation"})
     made: dict[str, object] = {"__name__": "documentation"}
     exec(adapter, made)
@@ -316,10 +316,121 @@ def test_documentation_runs() -> None:
     assert verdicts["context_is_attended_to"] == NOT_OFFERED
 
 
+NEEDS_NO_STATE_DICT = {
+    "documented_examples_run",
+    "inputs_are_left_alone",
+    "no_items_and_no_tokens_are_legal",
+    "batch_items_are_isolated",
+    "batch_size_changes_nothing",
+    "content_of_masked_tokens_does_not_matter",
+    "masked_padding_changes_nothing",
+    "the_output_has_the_dtype_of_x",
+    "forward_is_deterministic",
+    "a_deep_copy_computes_the_same",
+    "strides_do_not_matter",
+}
+
+
+def test_any_attention_layer_can_be_checked() -> None:
+    """That of the documentation, with its features and without; and it is found out where it is wrong."""
+    _, dense, _ = blocks(ROOT / "docs" / "check-your-own.md")
+    made: dict[str, Any] = {"__name__": "documentation"}
+    exec(dense, made)
+    layer = made["Dense"]
+
+    def held(factory: Any) -> dict[str, str]:
+        found = {name: examine(p, Subject(factory), "a:b", 5, shrink=False) for name, p in PROPERTIES.items()}
+        assert all(v.reason.startswith("features: no ") for v in found.values() if v.verdict == NOT_OFFERED)
+        return {name: v.verdict for name, v in found.items() if v.verdict != NOT_OFFERED}
+
+    assert held(layer) == dict.fromkeys(NEEDS_NO_STATE_DICT, HOLDS)
+
+    class Mixed(layer):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x, mask) + x.mean()
+
+    wrong = {name for name, v in held(Mixed).items() if v == FAILS}
+    assert {"batch_items_are_isolated", "content_of_masked_tokens_does_not_matter"} <= wrong
+
+    class Silent(layer):
+        features = None
+
+    for name in NEEDS_NO_STATE_DICT - {"documented_examples_run"}:
+        assert examine(PROPERTIES[name], Subject(Silent), "a:b", 5, shrink=False).verdict == HOLDS
+
+
+def test_features_restrict_what_is_drawn() -> None:
+    drawn = []
+
+    class Layer(reference.MixtureOfAttention):
+        features = ("state_dict", "mask", "prenorm", "context")
+
+        def __init__(self, dim: int, **given: Any) -> None:
+            super().__init__(dim, **given)
+            drawn.append(given)
+
+    for name, expected in {
+        "batch_items_are_isolated": (HOLDS, ""),
+        "masked_tokens_take_no_part": (HOLDS, ""),
+        "context_is_attended_to": (HOLDS, ""),
+        "average_routed_divides_by_the_number_of_terms": (NOT_OFFERED, "features: no average_routed, local_attn"),
+        "local_attention_sees_no_padding": (NOT_OFFERED, "features: no local_attn"),
+        "slots_can_be_overridden_at_forward": (
+            NOT_OFFERED,
+            "features: no num_routed_key_values, num_routed_queries",
+        ),
+        "device_and_dtype_at_construction": (NOT_OFFERED, "features: no device, dtype"),
+    }.items():
+        found = examine(PROPERTIES[name], Subject(Layer), "a:b", 10)
+        assert (found.verdict, found.reason) == expected
+    sizes = {"num_routed_queries", "num_routed_key_values", "num_experts", "dim_head", "heads"}
+    assert frozenset().union(*drawn) == sizes | {"prenorm"}
+    assert {True, False} == {given.get("prenorm", True) for given in drawn}
+
+    class Claims(Layer):
+        features = (*Layer.features, "rotary_emb")
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x, mask=mask)
+
+    rotary = examine(PROPERTIES["rotary_positions_are_those_of_the_tokens"], Subject(Claims), "a:b", 5)
+    assert rotary.verdict == FAILS
+    assert rotary.reason.startswith("features has rotary_emb, but forward: got an unexpected keyword argument")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("'mask'", "expected a set of names, got 'mask'"),
+        ("3", "expected a set of names, got 3"),
+        ("{'mask', 'window'}", "expected names among state_dict, mask, .*, got 'window'"),
+        ("[None]", "expected names among state_dict, mask, .*, got None"),
+    ],
+)
+def test_features_are_names_that_are_known(
+    features: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"featured_{abs(hash(features))}"
+    (tmp_path / f"{module}.py").write_text(f"class Layer:\n    features = {features}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"^features of {module}:Layer: {message}$"):
+        factory_of(f"{module}:Layer")
+
+
+# Properties that the published report is older than.
+SINCE = {
+    "no items and no tokens are legal",
+    "content of masked tokens does not matter",
+    "the output has the dtype of x",
+}
+
+
 def test_the_published_report_is_of_these_properties() -> None:
     page = ROOT / "docs" / "generated" / "conformance" / "mixture-of-attention-0.0.25.md"
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", page.read_text(), re.MULTILINE)[1:]
-    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [p.title for p in PROPERTIES.values()]
+    titles = [p.title for p in PROPERTIES.values()]
+    assert set(titles) >= SINCE
+    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [t for t in titles if t not in SINCE]
     assert f"checks {len(PROPERTIES)} properties" in (ROOT / "docs" / "check-your-own.md").read_text()
     snippets = blocks(page)
     assert len(snippets) == sum("FAILS" in verdict for _, verdict in rows) > 0
