@@ -118,10 +118,10 @@ def test_a_run_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     done = run("--impl", "theirs:Layer", "-k", "dtype", "--max-examples", "1")
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
-    assert "conformance of theirs:Layer: 0 hold, 0 fail, 4 not offered" in done.stdout
+    assert "conformance of theirs:Layer: 0 hold, 0 fail, 5 not offered" in done.stdout
     assert "nothing was checked" in done.stdout
     assert re.search(r"SKIPPED .* not offered: constructor: got an unexpected keyword argument", done.stdout)
-    assert re.search(r"=+ 4 skipped, \d+ deselected", done.stdout)
+    assert re.search(r"=+ 5 skipped, \d+ deselected", done.stdout)
     done = run("--impl", "theirs:NoLayer")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
     assert "ERROR: --impl: expected module:callable" in done.stderr
