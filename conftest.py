@@ -71,6 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
     config.addinivalue_line("markers", "mutants: half an hour; selected by --mutants only")
     config.addinivalue_line("markers", "speed: compares times, on a machine left alone; selected by -m speed only")
+    if not __debug__:
+        raise pytest.UsageError("python: expected without -O and PYTHONOPTIMIZE, which strip what the tests assert")
     for package in (reference, optimized):
         if Path(package.__file__).parent.parent != ROOT:
             raise pytest.UsageError(f"{package.__name__} comes from {package.__file__}, not from {ROOT}")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from reference.contract import FLOATING, describe, number, reject
+
 
 class Budget(NamedTuple):
     """An error may reach c * (the baseline's error) + floor * eps(dtype) * scale.
@@ -71,28 +73,34 @@ def assert_matches(
     """Assert that `actual` is within the budget of `stage`; returns the fraction of the budget that was used.
 
     Args:
-        actual: any shape. oracle: the same shape in float64. baseline: the same shape, in actual's dtype; for a
-            float64 actual it may be float32, and its error then counts scaled by eps(float64) / eps(float32).
+        actual: any shape, float64, float32, float16 or bfloat16. oracle: the same shape in float64. baseline: the same
+            shape, in actual's dtype; for a float64 actual it may be float32, and its error then counts scaled by
+            eps(float64) / eps(float32).
         stage: a key of `STAGES`. name: for the message.
         expect: an oracle that is empty, constant, zero or holds NaN proves little and is refused, unless it is
             announced as "empty", "constant", "zeros" (actual must be exactly zero) or "nan". The announcement must be
             true.
-        scale: magnitude of the terms that a result sums up, where they cancel; the largest element of the oracle
-            counts anyway.
+        scale: magnitude of the terms that a result sums up, where they cancel, finite and >= 0; the largest element of
+            the oracle counts anyway. Of terms some of which are infinite: that of the finite ones.
         precision: dtype of the computation, where it is lower than that of the result (a float32 gradient of a
             bfloat16 chain).
     NaN and infinities must stand where the oracle has them. Tensors that share memory are refused.
-    Raises AssertionError for a mismatch, TypeError or ValueError for arguments of the wrong kind.
+    Raises AssertionError for a mismatch (under `python -O` too), TypeError or ValueError for arguments of the wrong
+    kind.
     """
     if stage not in STAGES:
-        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+        reject("stage", f"one of {', '.join(STAGES)}", repr(stage))
     if expect is not None and expect not in EXPECTATIONS:
-        raise ValueError(f"expect: expected one of {', '.join(EXPECTATIONS)} or None, got {expect!r}")
+        reject("expect", f"one of {', '.join(EXPECTATIONS)} or None", repr(expect))
     for label, t in (("actual", actual), ("oracle", oracle), ("baseline", baseline)):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            raise TypeError(f"{label}: expected a floating point tensor, got {t!r}")
+        # Not float8: a few of its units in the last place are the number itself, and any result would do.
+        if not isinstance(t, Tensor) or t.dtype not in FLOATING:
+            reject(label, f"a tensor of one of {', '.join(map(str, FLOATING))}", describe(t), TypeError)
     if oracle.dtype != torch.float64:
-        raise TypeError(f"oracle: expected float64, got {oracle.dtype}")
+        reject("oracle", "float64", str(oracle.dtype), TypeError)
+    scale = number("scale", scale, "a finite number >= 0", lambda v: v >= 0)
+    if precision is not None and precision not in FLOATING:
+        reject("precision", f"one of {', '.join(map(str, FLOATING))} or None", precision, TypeError)
     title = f"{stage} {name}".strip() + f": {actual.dtype} {tuple(actual.shape)}"
     actual, oracle, baseline = actual.detach(), oracle.detach(), baseline.detach()
     _assert_comparable(title, actual, oracle, baseline)
@@ -100,15 +108,18 @@ def assert_matches(
     if oracle.numel() == 0:
         return Match(0.0, 0.0, 0.0, 0.0)
     if expect == "zeros":
-        # NaN counts as non-zero.
-        assert not actual.any(), f"{title}: expected exact zeros, got {actual}"
+        if actual.any():  # NaN counts as non-zero
+            raise AssertionError(f"{title}: expected exact zeros, got {actual}")
         return Match(0.0, 0.0, 0.0, 0.0)
 
     a, o, b = actual.double(), oracle, baseline.double()
-    assert torch.equal(a.isnan(), o.isnan()), f"{title}: {int((a.isnan() != o.isnan()).sum())} NaN out of place"
+    if not torch.equal(a.isnan(), o.isnan()):
+        raise AssertionError(f"{title}: {int((a.isnan() != o.isnan()).sum())} NaN out of place")
     infinite = o.isinf()
-    assert torch.equal(a.isinf(), infinite), f"{title}: {int((a.isinf() != infinite).sum())} infinities out of place"
-    assert torch.equal(a[infinite], o[infinite]), f"{title}: an infinity of the wrong sign"
+    if not torch.equal(a.isinf(), infinite):
+        raise AssertionError(f"{title}: {int((a.isinf() != infinite).sum())} infinities out of place")
+    if not torch.equal(a[infinite], o[infinite]):
+        raise AssertionError(f"{title}: an infinity of the wrong sign")
     o = o.masked_fill(~o.isfinite(), 0)
     eps = torch.finfo(precision or actual.dtype).eps
     error = (a - o).abs().masked_fill(~oracle.isfinite(), 0)
@@ -146,22 +157,26 @@ def assert_matches(
 
 
 def _assert_comparable(title: str, actual: Tensor, oracle: Tensor, baseline: Tensor) -> None:
-    assert actual.shape == oracle.shape, f"{title}: oracle has shape {tuple(oracle.shape)}"
-    assert actual.shape == baseline.shape, f"{title}: baseline has shape {tuple(baseline.shape)}"
-    assert actual.device == oracle.device == baseline.device, (
-        f"{title}: devices {actual.device}, {oracle.device}, {baseline.device}"
-    )
+    if actual.shape != oracle.shape:
+        raise AssertionError(f"{title}: oracle has shape {tuple(oracle.shape)}")
+    if actual.shape != baseline.shape:
+        raise AssertionError(f"{title}: baseline has shape {tuple(baseline.shape)}")
+    if not (actual.device == oracle.device == baseline.device):
+        raise AssertionError(f"{title}: devices {actual.device}, {oracle.device}, {baseline.device}")
     scaled = (actual.dtype, baseline.dtype) == (torch.float64, torch.float32)
-    assert actual.dtype == baseline.dtype or scaled, f"{title}: baseline has dtype {baseline.dtype}"
+    if not (actual.dtype == baseline.dtype or scaled):
+        raise AssertionError(f"{title}: baseline has dtype {baseline.dtype}")
     for label, other in (("oracle", oracle), ("baseline", baseline)):
         shared = actual.numel() and actual.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-        assert not shared, f"{title}: actual shares memory with the {label}"
+        if shared:
+            raise AssertionError(f"{title}: actual shares memory with the {label}")
 
 
 def _assert_expectation(title: str, oracle: Tensor, expect: str | None) -> None:
     """The oracle is what the caller announced: an ordinary result, unless said otherwise."""
     kind = kind_of(oracle)
-    assert kind == expect, f"{title}: the oracle is {kind or 'ordinary'}, announced as {expect or 'ordinary'}"
+    if kind != expect:
+        raise AssertionError(f"{title}: the oracle is {kind or 'ordinary'}, announced as {expect or 'ordinary'}")
 
 
 def kind_of(oracle: Tensor) -> str | None:
@@ -180,11 +195,15 @@ def assert_identical(actual: Tensor, expected: Tensor, name: str = "") -> None:
     for label, t in (("actual", actual), ("expected", expected)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{label}: expected a tensor, got {t!r}")
-    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    assert actual.device == expected.device, f"{name}: on {actual.device}, expected on {expected.device}"
+    if actual.dtype != expected.dtype:
+        raise AssertionError(f"{name}: dtype {actual.dtype}, expected {expected.dtype}")
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    if actual.device != expected.device:
+        raise AssertionError(f"{name}: on {actual.device}, expected on {expected.device}")
     shared = actual.numel() and actual.data_ptr() == expected.data_ptr()
-    assert not shared, f"{name}: actual and expected are the same memory"
+    if shared:
+        raise AssertionError(f"{name}: actual and expected are the same memory")
     same = (actual == expected) | ((actual != actual) & (expected != expected))
     if not same.all():
         at = tuple(int(i) for i in (~same).nonzero()[0])

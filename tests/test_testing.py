@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import harness
 import hypothesis
@@ -16,6 +19,7 @@ from torch import Tensor
 from reference.testing import STAGES, assert_identical, assert_matches
 from tests.faults.results import RESULTS, ResultFault
 
+ROOT = Path(__file__).parents[1]
 # The router computes in float32 or float64 only, and its budgets hold for these.
 ROUTER = ("logits", "scores", "solver_gradient", "router_gradient")
 STAGE_AND_DTYPE = pytest.mark.parametrize(
@@ -101,6 +105,89 @@ def test_form_of_the_arguments(device: torch.device) -> None:
         assert_matches(actual, oracle, baseline, stage="everything")
     with pytest.raises(ValueError, match="expect"):
         assert_matches(actual, oracle, baseline, stage="logits", expect="anything")
+
+
+@pytest.mark.parametrize("scale", [math.inf, math.nan, -1.0, -math.inf, True, "1", None], ids=repr)
+def test_scale_is_finite(scale: object, device: torch.device) -> None:
+    """An infinite one would accept anything: zeros, negated answers."""
+    _, actual, oracle, baseline = problem(torch.float32, device)
+    for result in (actual, torch.zeros_like(actual), -actual):
+        with pytest.raises((TypeError, ValueError), match=r"^scale: expected a finite number >= 0, got "):
+            assert_matches(result, oracle, baseline, stage="scores", scale=scale)
+    with pytest.raises(AssertionError):
+        assert_matches(-actual, oracle, baseline, stage="scores", scale=1.0)
+
+
+def test_dtypes_too_coarse_to_reject_anything(device: torch.device) -> None:
+    """Eight units in the last place of a float8 are as large as the number."""
+    _, actual, oracle, baseline = problem(torch.float32, device)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int32, "float16"):
+        with pytest.raises(TypeError, match=r"^precision: expected one of torch\.float64, .* or None, got "):
+            assert_matches(torch.zeros_like(actual), oracle, baseline, stage="logits", precision=dtype)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        coarse = torch.zeros_like(actual).to(dtype)
+        with pytest.raises(
+            TypeError, match=r"^actual: expected a tensor of one of torch\.float64, .* got torch\.float8"
+        ):
+            assert_matches(coarse, oracle, baseline.to(dtype), stage="logits")
+        with pytest.raises(TypeError, match=r"^baseline: expected a tensor of one of "):
+            assert_matches(actual, oracle, baseline.to(dtype), stage="logits")
+
+
+# Every check that can fail, each by its message, without pytest: `-O` leaves no `assert` to rely on.
+WITHOUT_ASSERTS = """
+import torch
+from reference.testing import assert_identical, assert_matches
+
+def fails(message, function, *tensors, **options):
+    try:
+        function(*tensors, **options)
+    except AssertionError as error:
+        if message not in str(error):
+            raise SystemExit(f"expected {message!r}, got {error}")
+    else:
+        raise SystemExit(f"{message!r} went through")
+
+def matches(message, actual, oracle, baseline, **options):
+    fails(message, assert_matches, actual, oracle, baseline, stage="logits", **options)
+
+if __debug__:
+    raise SystemExit("asserts are run")
+o = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+b, zeros = o.float(), torch.zeros(3)
+inf, nan = torch.tensor([1.0, -2.0, torch.inf]), torch.tensor([1.0, -2.0, torch.nan])
+assert_matches(b.clone(), o, b, stage="logits")
+assert_identical(b, b.clone())
+matches("of its budget by element", -b, o, b)
+matches("of its budget by element", zeros, o, b)
+matches("NaN out of place", nan, o, b)
+matches("NaN out of place", b.clone(), nan.double(), b, expect="nan")
+matches("infinities out of place", inf, o, b)
+matches("an infinity of the wrong sign", -inf, inf.double(), b)
+matches("expected exact zeros", b.clone(), zeros.double(), zeros, expect="zeros")
+matches("expected exact zeros", nan, zeros.double(), zeros, expect="zeros")
+matches("oracle has shape", b[:2].clone(), o, b)
+matches("baseline has shape", b.clone(), o, b[:2])
+matches("baseline has dtype", b.clone(), o, b.half())
+matches("devices", b.clone(), o, b.to("meta"))
+matches("shares memory with the baseline", b, o, b)
+matches("shares memory with the oracle", o, o, b)
+matches("the oracle is zeros, announced as ordinary", zeros, zeros.double(), zeros.clone())
+matches("the oracle is ordinary, announced as zeros", b.clone(), o, b, expect="zeros")
+for message, other in (("differ", -b), ("differ", nan), ("dtype", b.half()), ("shape", b[:2].clone()), ("same", b)):
+    fails(message, assert_identical, other, b)
+fails("on meta", assert_identical, b.to("meta"), b)
+print("all fail")
+"""
+
+
+def test_without_asserts() -> None:
+    """python -O strips them; what is compared is compared all the same."""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", WITHOUT_ASSERTS], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "all fail\n"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+from unittest import SkipTest
 
 import hypothesis
+import torch
 from hypothesis import HealthCheck, Phase
+from hypothesis.errors import HypothesisException, Unsatisfiable
 
 from tests.conformance.registry import Property
-from tests.conformance.subject import NotOffered, Subject
+from tests.conformance.subject import NotOffered, Subject, describe, features_of
 from tests.strategies import LayerCase
 
 HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
@@ -31,11 +35,22 @@ class Verdict:
         return asdict(self)
 
 
-def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrink: bool = True) -> Verdict:
-    """Draws the same configurations in every run. spec: module:callable, for the snippet."""
+def examine(
+    prop: Property,
+    subject: Subject,
+    spec: str,
+    examples: int,
+    *,
+    shrink: bool = True,
+    begin: Callable[[LayerCase], None] = lambda case: None,
+) -> Verdict:
+    """Draws the same configurations in every run. spec: module:callable, for the snippet. begin: told of each."""
     last: list[LayerCase] = []
     lacking: list[str] = []
     checked = 0
+    declared, undeclared = subject.features, set()
+    if declared is not None and (missing := prop.needs - declared):
+        return verdict(prop, NOT_OFFERED, f"features: no {', '.join(sorted(missing))}")
 
     @hypothesis.settings(
         max_examples=examples,
@@ -49,26 +64,52 @@ def examine(prop: Property, subject: Subject, spec: str, examples: int, *, shrin
     @hypothesis.given(prop.cases)
     def run(case: LayerCase) -> None:
         nonlocal checked
+        if declared is not None and (missing := features_of(case) - declared):
+            undeclared.update(missing)
+            hypothesis.reject()
         last[:] = [case]
+        begin(case)
         try:
             prop.check(subject, case)
         except NotOffered as error:
-            lacking.append(str(error).splitlines()[0])
+            if declared is not None and error.lacks in declared:
+                raise AssertionError(f"features has {error.lacks}, but {error}") from error
+            lacking.append(describe(error).removeprefix("NotOffered: ").partition("\n")[0])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, (HypothesisException, SkipTest)):
+                raise
+            # It ends the interpreter, or the test: by sys.exit, pytest.skip, hypothesis.assume. What has not been run
+            # to its end is no pass.
+            raise AssertionError(describe(error)) from error
         else:
             checked += 1
 
-    about = {"name": prop.name, "title": prop.title, "what": prop.what}
     try:
         run()
     except Exception as error:
+        if isinstance(error, Unsatisfiable) and undeclared and not last:
+            return verdict(prop, NOT_OFFERED, f"features: no {', '.join(sorted(undeclared))}")
         # Hypothesis has run the smallest example last.
-        case = last[0]
-        code = snippet(prop, subject, spec, case)
-        return Verdict(**about, verdict=FAILS, reason=describe(error), example=brief(case), snippet=code)
+        return failure(prop, describe(error), spec, subject.device, last[0] if last else None)
     if not checked:
-        return Verdict(**about, verdict=NOT_OFFERED, reason=lacking[0])
+        return verdict(prop, NOT_OFFERED, lacking[0])
     part = f"{len(lacking)} of {checked + len(lacking)} configurations are not offered: {lacking[0]}" if lacking else ""
-    return Verdict(**about, verdict=HOLDS, reason=part)
+    return verdict(prop, HOLDS, part)
+
+
+def verdict(prop: Property, kind: str, reason: str = "", example: str = "", snippet: str = "") -> Verdict:
+    return Verdict(prop.name, prop.title, prop.what, kind, reason, example, snippet)
+
+
+def failure(
+    prop: Property, reason: str, spec: str, device: torch.device | str, case: LayerCase | None = None
+) -> Verdict:
+    """case: None, if it failed before there was any."""
+    if case is None:
+        return verdict(prop, FAILS, reason)
+    return verdict(prop, FAILS, reason, brief(case), snippet(prop, spec, device, case))
 
 
 SIZES = {"batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv"}
@@ -93,7 +134,7 @@ def as_python(case: LayerCase) -> str:
     return f"LayerCase(\n{''.join(lines)})"
 
 
-def snippet(prop: Property, subject: Subject, spec: str, case: LayerCase) -> str:
+def snippet(prop: Property, spec: str, device: torch.device | str, case: LayerCase) -> str:
     module, _, name = spec.partition(":")
     return (
         f"from {module} import {name}\n"
@@ -101,9 +142,5 @@ def snippet(prop: Property, subject: Subject, spec: str, case: LayerCase) -> str
         "from tests.conformance.subject import Subject\n"
         "from tests.strategies import LayerCase\n\n"
         f"case = {as_python(case)}\n"
-        f'{prop.name}(Subject({name}, "{subject.device}"), case)\n'
+        f'{prop.name}(Subject({name}, "{device}"), case)\n'
     )
-
-
-def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)

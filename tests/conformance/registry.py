@@ -16,8 +16,11 @@ Check = Callable[[Subject, LayerCase], None]
 
 @dataclass(frozen=True)
 class Property:
+    """needs: features of a layer (`subject.FEATURES`), beside those that a case shows."""
+
     check: Check
     cases: st.SearchStrategy[LayerCase]
+    needs: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -39,11 +42,13 @@ class Property:
 REGISTERED: list[Property] = []
 
 
-def checked_on(cases: st.SearchStrategy[LayerCase]) -> Callable[[Check], Check]:
+def checked_on(
+    cases: st.SearchStrategy[LayerCase], needs: tuple[str, ...] = ("state_dict",)
+) -> Callable[[Check], Check]:
     """Registers a property under the name of its function. The docstring is what the report says that it checks."""
 
     def register(check: Check) -> Check:
-        REGISTERED.append(Property(check, cases))
+        REGISTERED.append(Property(check, cases, frozenset(needs)))
         return check
 
     return register

@@ -1,4 +1,7 @@
-"""The verdicts as a table for the terminal, and as Markdown, JSON or HTML."""
+"""The verdicts as a table for the terminal, and as Markdown, JSON or HTML.
+
+Texts of somebody else's errors are no markup anywhere: for rich they are `Text`, in Markdown code.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from optimized.prove.environment import version
 from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict
@@ -42,25 +46,36 @@ def summary(verdicts: list[Verdict]) -> str:
 
 
 def table(spec: str, verdicts: list[Verdict]) -> Table:
-    made = Table(title=f"conformance of {spec}: {summary(verdicts)}", title_justify="left")
+    made = Table(title=Text(f"conformance of {spec}: {summary(verdicts)}"), title_justify="left")
     made.add_column("property")
     made.add_column("verdict", no_wrap=True)
     made.add_column("smallest example, and reason", overflow="fold")
     for v in verdicts:
         why = "\n".join(line for line in (v.example, *v.reason.splitlines()[:1]) if line)
-        made.add_row(v.title, f"[{STYLES[v.verdict]}]{v.verdict}[/]", _plain(why))
+        made.add_row(v.title, Text(v.verdict, STYLES[v.verdict]), Text(why))
     return made
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def code(text: str) -> str:
+    """Markdown that shows the text as it is, in a cell of a table too.
+
+    Not between backticks, in which no pipe after a backslash can be written; and in code, where `:ok:` is no picture.
+    """
+    escaped = re.sub(r"[&<>|`*_~$\[\]\\]", lambda c: f"&#{ord(c[0])};", text)
+    return f"<code>{escaped}</code>" if text else ""
+
+
+def block(text: str, language: str = "") -> list[str]:
+    """Lines of a fence that is longer than any in the text."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return [f"{fence}{language}", *text.splitlines(), fence]
 
 
 def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
     lines = [
-        f"# Conformance of `{spec}`",
+        f"# Conformance of {code(spec)}",
         "",
-        f"{summary(verdicts)}. Written by `pytest --impl {spec} --impl-report FILE`, on device {device}, with "
+        f"{summary(verdicts)}. Written by {code(f'pytest --impl {spec} --impl-report FILE')}, on device {device}, with "
         + ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
         + ".",
         "",
@@ -69,16 +84,19 @@ def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
     for v in verdicts:
         name = f"[{v.title}](#{v.title.replace(' ', '-')})" if v.verdict == FAILS else v.title
         verdict = f"**{FAILS}**" if v.verdict == FAILS else v.verdict
-        rows.append((name, verdict, (v.reason.splitlines() or [""])[0]))
+        rows.append((name, verdict, code((v.reason.splitlines() or [""])[0])))
     lines.append(markdown_table(("property", "verdict", "reason"), rows))
     failures = [v for v in verdicts if v.verdict == FAILS]
     if failures:
         lines += ["", "Each snippet runs from the root of this repository and raises the error shown above it."]
     for v in failures:
         what = " ".join(v.what.split())
-        lines += ["", f"## {v.title}", "", what, "", f"Smallest example: {v.example}", ""]
-        lines += ["```", *v.reason.splitlines(), "```"]
-        lines += ["", "```python", *v.snippet.splitlines(), "```"]
+        lines += ["", f"## {v.title}", "", what, ""]
+        if v.example:
+            lines += [f"Smallest example: {v.example}", ""]
+        lines += block(v.reason)
+        if v.snippet:
+            lines += ["", *block(v.snippet, "python")]
     return "\n".join(lines) + "\n"
 
 
@@ -97,16 +115,16 @@ def html(spec: str, device: str, verdicts: list[Verdict]) -> str:
     """One file without links to others."""
     console = Console(record=True, width=150, file=io.StringIO())
     versions = ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
-    console.print(f"device {device}, {versions}", highlight=False)
+    console.print(Text(f"device {device}, {versions}"))
     console.print(table(spec, verdicts))
     for v in verdicts:
         if v.verdict == FAILS:
-            console.print(f"\n[bold]{v.title}[/]: {_plain(' '.join(v.what.split()))}", highlight=False)
-            console.print(f"{_plain(v.reason)}\n\n{_plain(v.snippet)}", highlight=False)
+            console.print(Text.assemble("\n", (v.title, "bold"), f": {' '.join(v.what.split())}"))
+            console.print(Text(f"{v.reason}\n\n{v.snippet}"))
     return console.export_html(inline_styles=True)
 
 
 def write(path: Path, spec: str, device: str, verdicts: list[Verdict]) -> None:
     render = {".md": markdown, ".json": as_json, ".html": html}[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(spec, device, verdicts))
+    path.write_text(render(spec, device, verdicts), encoding="utf-8")

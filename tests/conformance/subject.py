@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import reference
+from reference.contract import RouterOptions
 from reference.testing import assert_matches
 from tests.strategies import LayerCase, cotangent
 
@@ -19,8 +23,77 @@ LOGIT_SIZE = 8.0
 DEFAULTS = {"dim_context": None, "average_routed": False, "prenorm": True}
 
 
+EXPECTED = "--impl: expected module:callable, a MixtureOfAttention or a function that makes one"
+UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+# What a layer may do without, by the argument that asks for it; or the parameters of the reference. The sizes, and the
+# numbers of heads, experts and slots, every layer is told at construction; the slots of a call are a feature.
+SIZES = ("dim", "num_routed_queries", "num_routed_key_values", "num_experts", "dim_head", "heads")
+CALLS = ("mask", "context", "context_mask", "rotary_emb", *SIZES[1:3], "return_routes", "routes")
+BUILDS = ("dim_context", "dropout", "prenorm", "average_routed", "local_attn", "device", "dtype")
+OPTIONS = tuple(f.name for f in fields(RouterOptions))
+FEATURES = ("state_dict", *CALLS, *BUILDS, *OPTIONS)
+PART_OF = {
+    "local_attn_window_size": "local_attn",
+    "query_routing_tokens": "learned_routing_tokens",
+    "key_value_routing_tokens": "learned_routing_tokens",
+}
+
+
 class NotOffered(Exception):  # noqa: N818 (a verdict, not an error)
-    """The layer does not have what the property is about, and does not claim to."""
+    """The layer does not have what the property is about, and does not claim to. An adapter may raise it too.
+
+    lacks: one of FEATURES, if it is about one.
+    """
+
+    def __init__(self, reason: str = "", lacks: str | None = None) -> None:
+        super().__init__(reason)
+        self.lacks = PART_OF.get(lacks or "", lacks)
+
+
+def factory_of(spec: str) -> Callable[..., nn.Module]:
+    """The callable that module:callable names. Raises ValueError, whatever the import raises."""
+    module, name = split(spec)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit and pytest.importorskip are no Exceptions
+        raise ValueError(f"{EXPECTED}, got {spec!r} ({describe(error)})") from error
+    if not callable(found):
+        raise ValueError(f"{EXPECTED}, got {spec!r}, which is {found!r}")
+    features = getattr(found, "features", None)
+    if features is not None and (isinstance(features, str) or not isinstance(features, Collection)):
+        raise ValueError(f"features of {spec}: expected a set of names, got {features!r}")
+    for name in features or ():
+        if name not in FEATURES:
+            raise ValueError(f"features of {spec}: expected names among {', '.join(FEATURES)}, got {name!r}")
+    return found
+
+
+def split(spec: str) -> tuple[str, str]:
+    """Module and callable. Raises ValueError."""
+    module, _, name = spec.partition(":")
+    if not (module and name.isidentifier()):
+        raise ValueError(f"{EXPECTED}, got {spec!r}")
+    return module, name
+
+
+def describe(error: BaseException) -> str:
+    """What it says, and its type unless it is an AssertionError."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"(its text raises {type(another).__name__})"
+    if not isinstance(error, AssertionError):
+        text = f"{type(error).__name__}: {text}"
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Of control characters and halves of surrogate pairs, their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -29,6 +102,12 @@ class Subject:
 
     factory: Callable[..., nn.Module]
     device: torch.device | str = "cpu"
+
+    @property
+    def features(self) -> frozenset[str] | None:
+        """Those of FEATURES that the factory says it has: it is asked for no others. None: it says nothing."""
+        declared = getattr(self.factory, "features", None)
+        return None if declared is None else frozenset(declared)
 
     def build(
         self,
@@ -43,14 +122,25 @@ class Subject:
             load(layer, {name: t.to(self.device, dtype) for name, t in state.items()})
         return layer
 
+    def build_any(self, case: LayerCase, state: dict[str, Tensor], **arguments: Any) -> nn.Module:
+        """For what holds whatever the parameters are: a layer with `state` loaded, or with its own if it takes no such.
+
+        Its own are the same in every build.
+        """
+        torch.manual_seed(case.seed)
+        layer = self.build(case, **arguments)
+        if self.features is None or "state_dict" in self.features:
+            with contextlib.suppress(NotOffered):
+                load(layer, {name: t.to(self.device, torch.float32) for name, t in state.items()})
+        return layer
+
     def construct(self, case: LayerCase, **arguments: Any) -> nn.Module:
-        """What the constructor makes. An argument that it does not know: NotOffered."""
+        """What the constructor makes. An argument that it does not take: NotOffered."""
         given = case.arguments() | arguments
         given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
-        try:
-            return self.factory(given.pop("dim"), **given)
-        except TypeError as error:
-            raise NotOffered(f"constructor: {error}") from error
+        if self.features is not None and "dropout" not in self.features:
+            given.pop("dropout", None)  # 0 in every case, and eval mode
+        return ask("constructor", self.factory, self.factory, given.pop("dim"), **given)
 
     def move(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Arguments of forward on the device, in the dtype; angles stay float32, masks bool."""
@@ -62,23 +152,54 @@ class Subject:
         return v.to(self.device, dtype if v.is_floating_point() and name != "rotary_emb" else v.dtype, copy=True)
 
 
+def features_of(case: LayerCase) -> set[str]:
+    """Those of FEATURES that a case asks for."""
+    given = {n for n, v in case.arguments().items() if n not in DEFAULTS or v != DEFAULTS[n]}
+    given |= case.inputs().keys() - {"x"}
+    if case.arguments()["dropout"] == 0.0:
+        given.discard("dropout")
+    return {PART_OF.get(name, name) for name in given.difference(SIZES)}
+
+
 def load(layer: nn.Module, state: dict[str, Tensor]) -> None:
     """Buffers that are the layer's own may be missing; `state_dict_has_the_names_and_shapes` looks at the rest."""
     try:
         unexpected = layer.load_state_dict(state, strict=False).unexpected_keys
     except RuntimeError as error:
-        raise NotOffered(f"state dict: {error}") from error
+        if "size mismatch for" not in str(error):
+            raise
+        raise NotOffered(f"state dict: {error}", "state_dict") from error
     if unexpected:
-        raise NotOffered(f"state dict: it has no {', '.join(unexpected)}")
+        raise NotOffered(f"state dict: it has no {', '.join(unexpected)}", "state_dict")
 
 
 def call(layer: nn.Module, x: Tensor, **inputs: Any) -> Any:
-    """An argument that forward does not have: NotOffered. What it raises by itself goes through."""
+    """An argument that forward does not take: NotOffered."""
+    return ask("forward", layer, layer.forward, x, **inputs)
+
+
+def ask(what: str, function: Callable[..., Any], declared: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """What the function returns. NotOffered: the signature of `declared` has no such argument, or takes it by ** only
+    and hands it on to what has none. All else that the function raises goes through, another TypeError too.
+    """
     try:
-        inspect.signature(layer.forward).bind(x, **inputs)
+        signature = inspect.signature(declared)
+    except (TypeError, ValueError):  # written in C, it shows none
+        named: Iterable[str] = ()
+    else:
+        named = signature.parameters
+        try:
+            signature.bind(*args, **given)
+        except TypeError as error:
+            unexpected = UNEXPECTED.search(str(error))
+            raise NotOffered(f"{what}: {error}", unexpected and unexpected[1]) from error
+    try:
+        return function(*args, **given)
     except TypeError as error:
-        raise NotOffered(f"forward: {error}") from error
-    return layer(x, **inputs)
+        unexpected = UNEXPECTED.search(str(error))
+        if unexpected is None or unexpected[1] not in given or unexpected[1] in named:
+            raise
+        raise NotOffered(f"{what}: {error}", unexpected[1]) from error
 
 
 def gradients(layer: nn.Module, inputs: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -128,7 +249,7 @@ def assert_equals_reference(
     largest = max((g.abs().max().item() for g in wanted.values() if g is not None), default=0.0)
     for name in gradients_of:
         if name not in found:
-            raise NotOffered(f"named_parameters: there is no {name}")
+            raise NotOffered(f"named_parameters: there is no {name}", "state_dict")
         got, right, base = found[name], wanted[name], plain[name]
         if rows and name in rows:
             got, right, base = (None if t is None else t[rows[name]] for t in (got, right, base))

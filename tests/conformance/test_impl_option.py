@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import io
 import json
 import os
 import re
@@ -9,14 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+import reference
 from tests.conformance import plugin, report
 from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict, examine
+from tests.conformance.process import Examiner
 from tests.conformance.properties import PROPERTIES
-from tests.conformance.subject import NotOffered, Subject, call
+from tests.conformance.subject import NotOffered, Subject, call, factory_of
 from tests.faults.layers import LAYERS
 
 ROOT = Path(__file__).parents[2]
@@ -33,24 +39,58 @@ def blocks(page: Path) -> list[str]:
         ({"impl": "reference"}, "--impl: expected module:callable, .* got 'reference'"),
         ({"impl": ""}, "--impl: expected module:callable, .* got ''"),
         ({"impl": "reference:"}, "--impl: expected module:callable, .* got 'reference:'"),
-        (
-            {"impl": "no_such:Layer"},
-            r"--impl: .* got 'no_such:Layer' \(No module named 'no_such'\)",
-        ),
-        ({"impl": "reference:NoSuchLayer"}, "--impl: .* has no attribute 'NoSuchLayer'"),
-        ({"impl": "reference.testing:STAGES"}, "--impl: .* got 'reference.testing:STAGES', which is"),
+        ({"impl": ":Layer"}, "--impl: expected module:callable, .* got ':Layer'"),
         ({"impl_report": Path("a.md")}, "--impl-report: expected together with --impl, got 'a.md' alone"),
         (
             {"impl": "reference:MixtureOfAttention", "impl_report": Path("a.txt")},
             "--impl-report: expected a file in .md, .json, .html, got 'a.txt'",
         ),
         ({"impl": "reference:MixtureOfAttention", "report": Path("a.json")}, "--report: expected without --impl"),
+        ({"impl_timeout": 3.0}, "--impl-timeout: expected together with --impl, got '3.0' alone"),
+        *(
+            ({"impl": "a:B", "impl_timeout": float(bad)}, f"--impl-timeout: expected a finite number > 0, got {bad}")
+            for bad in ("0.0", "-1.0", "nan", "inf")
+        ),
     ],
 )
 def test_bad_values(options: dict[str, object], message: str) -> None:
-    given = SimpleNamespace(**({"impl": None, "impl_report": None, "report": None} | options))
+    given = SimpleNamespace(**({"impl": None, "impl_report": None, "impl_timeout": None, "report": None} | options))
     with pytest.raises(pytest.UsageError, match=message):
-        plugin.pytest_configure(SimpleNamespace(option=given))
+        plugin.check_options(given)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", r"AttributeError: module '\w+' has no attribute 'Layer'\)"),
+        ("Layer = 3", "which is 3"),
+        ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module'\)"),
+        ("raise RuntimeError('no [/x] driver\\x1b[2J')", r"RuntimeError: no \[/x\] driver\\x1b\[2J\)"),
+        ("def Layer(:", r"SyntaxError: "),
+        ("import sys; sys.exit()", r"SystemExit: \)"),
+        ("import pytest; pytest.importorskip('no_such_module')", "Skipped: could not import 'no_such_module'"),
+        ("import unittest; raise unittest.SkipTest('no')", "SkipTest: no"),
+    ],
+)
+def test_modules_without_a_layer(source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"theirs_{abs(hash(source))}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"^--impl: expected module:callable, .* got '{module}:Layer'.*{message}"):
+        factory_of(f"{module}:Layer")
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    """pytest in a process of its own."""
+    environment = {name: v for name, v in os.environ.items() if name != "PYTEST_ADDOPTS"}  # which --impl may refuse
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.cpu  # whatever the device, the child runs on the CPU; what it shrinks to is that of a Hypothesis
@@ -59,15 +99,8 @@ def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "theirs.py").write_text("from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n")
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # options of this run, which --impl may refuse
     options = ["--impl", "theirs:Layer", "--impl-report", str(written), "-k", "experts or batch", "--max-examples", "5"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n", "1", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run("-n", "1", *options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"its {len(PROPERTIES)} properties and no other tests are selected" in done.stdout
     assert "conformance of theirs:Layer: 4 hold, 1 fail, 0 not offered" in done.stdout
@@ -77,6 +110,104 @@ def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AssertionError, match="the output of other experts changed by"):
         exec(snippet, {})
+
+
+@pytest.mark.cpu
+def test_a_run_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text("def Layer(width):\n    pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    done = run("--impl", "theirs:Layer", "-k", "dtype", "--max-examples", "1")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert "conformance of theirs:Layer: 0 hold, 0 fail, 5 not offered" in done.stdout
+    assert "nothing was checked" in done.stdout
+    assert re.search(r"SKIPPED .* not offered: constructor: got an unexpected keyword argument", done.stdout)
+    assert re.search(r"=+ 5 skipped, \d+ deselected", done.stdout)
+    done = run("--impl", "theirs:NoLayer")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "ERROR: --impl: expected module:callable" in done.stderr
+
+
+# What it raises is asked of a file, so that one process sees several of them.
+DOES_NOT_RETURN = """
+import os, signal, sys, time, unittest
+from pathlib import Path
+import hypothesis, pytest, reference
+
+KIND = Path(__file__).with_suffix(".txt")
+
+class Layer(reference.MixtureOfAttention):
+    def forward(self, x, **given):
+        kind = KIND.read_text()
+        if x.shape[1] > 3 and kind:
+            exec(kind)
+        return super().forward(x, **given)
+"""
+
+
+@pytest.mark.cpu
+def test_layers_that_do_not_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fails its property with a configuration of N > 3; the next one is examined as ever."""
+    (tmp_path / "stops.py").write_text(DOES_NOT_RETURN)
+    monkeypatch.syspath_prepend(tmp_path)
+    examiner = Examiner("stops:Layer", "cpu", 300.0)
+    kinds = {
+        "sys.exit(0)": "SystemExit: 0",
+        "pytest.importorskip('no_such_module')": "Skipped: could not import 'no_such_module': No module named",
+        "raise unittest.SkipTest('a')": "SkipTest: a",
+        "hypothesis.assume(False)": "UnsatisfiedAssumption: ",
+        "raise KeyboardInterrupt": "KeyboardInterrupt: ",
+        "os._exit(0)": "the process ended, exit code 0",
+        "os.kill(os.getpid(), signal.SIGSEGV)": "the process ended, by SIGSEGV",
+        "time.sleep(3600)": "no answer within 20 seconds",
+    }
+    try:
+        for kind, reason in kinds.items():
+            (tmp_path / "stops.txt").write_text("")
+            assert examiner.examine("inputs_are_left_alone", 2).verdict == HOLDS
+            (tmp_path / "stops.txt").write_text(kind)
+            examiner.timeout = 20.0 if "sleep" in kind else 300.0
+            found = examiner.examine("inputs_are_left_alone", 10)
+            assert (found.verdict, found.reason[: len(reason)]) == (FAILS, reason)
+            assert int(re.search(r"n=(\d+),", found.snippet)[1]) > 3
+            assert f"N={re.search(r'n=([0-9]+),', found.snippet)[1]} " in found.example
+    finally:
+        examiner.close()
+
+
+@pytest.mark.cpu
+def test_a_module_that_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quits.py").write_text("import os; os._exit(7)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"got 'quits:Layer' \(the process ended, exit code 7\)"):
+        Examiner("quits:Layer", "cpu", 300.0).start()
+
+
+def test_tests_without_a_verdict_fail() -> None:
+    """Those of a worker that crashed, or that another plugin skipped. What was not offered is no check."""
+
+    def said(outcome: str, name: str, *verdicts: Verdict, text: str = "") -> tuple[str, Any]:
+        properties = [("conformance", v.as_dict()) for v in verdicts]
+        nodeid = f"tests/conformance/test_conformance.py::test_conformance[a:B-{name}]"
+        return outcome, SimpleNamespace(nodeid=nodeid, user_properties=properties, longreprtext=text)
+
+    first, second, third, *_ = PROPERTIES
+    held, lacking = Verdict(first, "", "", HOLDS), Verdict(second, "", "", NOT_OFFERED, "no argument")
+    for entries, expected in (
+        ([said("passed", first, held), said("skipped", second, lacking)], {first: HOLDS, second: NOT_OFFERED}),
+        ([said("failed", first, text="worker \x1b crashed")], {first: FAILS}),
+        ([said("passed", first, held), said("error", first, text="teardown")], {first: FAILS}),
+        ([said("error", first, text="teardown"), said("passed", first, held)], {first: FAILS}),
+        ([said("skipped", third), said("skipped", second, lacking)], {second: NOT_OFFERED, third: FAILS}),
+    ):
+        stats: dict[str, list[Any]] = {}
+        for outcome, entry in entries:
+            stats.setdefault(outcome, []).append(entry)
+        verdicts = plugin.verdicts_of(SimpleNamespace(stats=stats))
+        assert {v.name: v.verdict for v in verdicts} == expected
+        assert "\x1b" not in "".join(v.reason for v in verdicts)
+    assert plugin.nothing_was_checked([])
+    assert plugin.nothing_was_checked([lacking])
+    assert not plugin.nothing_was_checked([lacking, held])
 
 
 def test_verdicts() -> None:
@@ -99,12 +230,12 @@ def test_verdicts() -> None:
 
     def only_one_head(dim: int, **arguments: object) -> torch.nn.Module:
         if arguments["heads"] != 1:
-            raise TypeError("one head only")
+            raise NotOffered("one head only")
         return LAYERS["half precision raises"](dim, **arguments)
 
     partly = examine(PROPERTIES["one_expert_equals_the_reference"], Subject(only_one_head), "a:b", 20)
     assert partly.verdict == HOLDS
-    assert re.fullmatch(r"\d+ of 20 configurations are not offered: constructor: one head only", partly.reason)
+    assert re.fullmatch(r"\d+ of 20 configurations are not offered: one head only", partly.reason)
 
 
 def test_other_parameter_names_are_not_offered() -> None:
@@ -134,7 +265,7 @@ def test_reports(tmp_path: Path) -> None:
         report.write(tmp_path / "sub" / f"report{suffix}", spec, "cpu", verdicts)
     text = (tmp_path / "sub/report.md").read_text()
     assert "1 hold, 1 fail, 1 not offered" in text
-    assert "| [c d](#c-d) | **FAILS** | [x] is \\| wrong |" in text
+    assert "| [c d](#c-d) | **FAILS** | <code>&#91;x&#93; is &#124; wrong</code> |" in text
     assert "```python\ncode[0]()\n```" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     found = json.loads((tmp_path / "sub/report.json").read_text())
@@ -144,8 +275,37 @@ def test_reports(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=", page)
 
 
+HOSTILE = "<img src=x onerror=alert(1)> [/x] [red]y[/] :ok: `a|b` \\| ```` *c* _d_ ~~e~~ &amp; $f$ [g](http://h)"
+
+
+def test_texts_of_errors_are_no_markup(tmp_path: Path) -> None:
+    verdicts = [Verdict("a_b", "a b", "What.", FAILS, f"{HOSTILE}\n```\n# h", "B=1", "code()\n```\n")]
+    verdicts.append(Verdict("c_d", "c d", "What.", NOT_OFFERED, HOSTILE))
+    spec = "reference:MixtureOfAttention"
+    terminal = Console(file=io.StringIO(), width=400)
+    terminal.print(report.table(spec, verdicts))
+    assert terminal.file.getvalue().count(HOSTILE) == 2
+    cell, fence = report.code(HOSTILE), "\n".join(report.block("a ```` b"))
+    assert not re.search(r"[<>|`*_~$\[\]\\]", cell.removeprefix("<code>").removesuffix("</code>"))
+    assert html.unescape(cell) == f"<code>{HOSTILE}</code>"
+    assert fence == "`````\na ```` b\n`````"
+    for suffix in report.SUFFIXES:
+        report.write(tmp_path / f"report{suffix}", spec, "cpu", verdicts)
+    text = (tmp_path / "report.md").read_text()
+    assert text.count(f"| {cell} |") == 2
+    outside = re.sub(r"^(`{3,})[^\n]*\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<img" not in outside
+    assert "# h" not in outside.replace("## ", "")
+    page = (tmp_path / "report.html").read_text()
+    assert "<img" not in page
+    # The table is narrow and breaks lines; the text below it is whole up to its width.
+    shown = html.unescape(re.sub(r"<[^>]*>", "", page))
+    assert re.sub(r"\s", "", HOSTILE) in re.sub(r"\s", "", shown)
+    assert json.loads((tmp_path / "report.json").read_text())["properties"] == [v.as_dict() for v in verdicts]
+
+
 def test_documentation_runs() -> None:
-    kernel, adapter = blocks(ROOT / "docs" / "check-your-own.md")
+    kernel, _, adapter = blocks(ROOT / "docs" / "check-your-own.md")
     exec(kernel, {"__name__": "documentation"})
     made: dict[str, object] = {"__name__": "documentation"}
     exec(adapter, made)
@@ -156,10 +316,121 @@ def test_documentation_runs() -> None:
     assert verdicts["context_is_attended_to"] == NOT_OFFERED
 
 
+NEEDS_NO_STATE_DICT = {
+    "documented_examples_run",
+    "inputs_are_left_alone",
+    "no_items_and_no_tokens_are_legal",
+    "batch_items_are_isolated",
+    "batch_size_changes_nothing",
+    "content_of_masked_tokens_does_not_matter",
+    "masked_padding_changes_nothing",
+    "the_output_has_the_dtype_of_x",
+    "forward_is_deterministic",
+    "a_deep_copy_computes_the_same",
+    "strides_do_not_matter",
+}
+
+
+def test_any_attention_layer_can_be_checked() -> None:
+    """That of the documentation, with its features and without; and it is found out where it is wrong."""
+    _, dense, _ = blocks(ROOT / "docs" / "check-your-own.md")
+    made: dict[str, Any] = {"__name__": "documentation"}
+    exec(dense, made)
+    layer = made["Dense"]
+
+    def held(factory: Any) -> dict[str, str]:
+        found = {name: examine(p, Subject(factory), "a:b", 5, shrink=False) for name, p in PROPERTIES.items()}
+        assert all(v.reason.startswith("features: no ") for v in found.values() if v.verdict == NOT_OFFERED)
+        return {name: v.verdict for name, v in found.items() if v.verdict != NOT_OFFERED}
+
+    assert held(layer) == dict.fromkeys(NEEDS_NO_STATE_DICT, HOLDS)
+
+    class Mixed(layer):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x, mask) + x.mean()
+
+    wrong = {name for name, v in held(Mixed).items() if v == FAILS}
+    assert {"batch_items_are_isolated", "content_of_masked_tokens_does_not_matter"} <= wrong
+
+    class Silent(layer):
+        features = None
+
+    for name in NEEDS_NO_STATE_DICT - {"documented_examples_run"}:
+        assert examine(PROPERTIES[name], Subject(Silent), "a:b", 5, shrink=False).verdict == HOLDS
+
+
+def test_features_restrict_what_is_drawn() -> None:
+    drawn = []
+
+    class Layer(reference.MixtureOfAttention):
+        features = ("state_dict", "mask", "prenorm", "context")
+
+        def __init__(self, dim: int, **given: Any) -> None:
+            super().__init__(dim, **given)
+            drawn.append(given)
+
+    for name, expected in {
+        "batch_items_are_isolated": (HOLDS, ""),
+        "masked_tokens_take_no_part": (HOLDS, ""),
+        "context_is_attended_to": (HOLDS, ""),
+        "average_routed_divides_by_the_number_of_terms": (NOT_OFFERED, "features: no average_routed, local_attn"),
+        "local_attention_sees_no_padding": (NOT_OFFERED, "features: no local_attn"),
+        "slots_can_be_overridden_at_forward": (
+            NOT_OFFERED,
+            "features: no num_routed_key_values, num_routed_queries",
+        ),
+        "device_and_dtype_at_construction": (NOT_OFFERED, "features: no device, dtype"),
+    }.items():
+        found = examine(PROPERTIES[name], Subject(Layer), "a:b", 10)
+        assert (found.verdict, found.reason) == expected
+    sizes = {"num_routed_queries", "num_routed_key_values", "num_experts", "dim_head", "heads"}
+    assert frozenset().union(*drawn) == sizes | {"prenorm"}
+    assert {True, False} == {given.get("prenorm", True) for given in drawn}
+
+    class Claims(Layer):
+        features = (*Layer.features, "rotary_emb")
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            return super().forward(x, mask=mask)
+
+    rotary = examine(PROPERTIES["rotary_positions_are_those_of_the_tokens"], Subject(Claims), "a:b", 5)
+    assert rotary.verdict == FAILS
+    assert rotary.reason.startswith("features has rotary_emb, but forward: got an unexpected keyword argument")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("'mask'", "expected a set of names, got 'mask'"),
+        ("3", "expected a set of names, got 3"),
+        ("{'mask', 'window'}", "expected names among state_dict, mask, .*, got 'window'"),
+        ("[None]", "expected names among state_dict, mask, .*, got None"),
+    ],
+)
+def test_features_are_names_that_are_known(
+    features: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"featured_{abs(hash(features))}"
+    (tmp_path / f"{module}.py").write_text(f"class Layer:\n    features = {features}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"^features of {module}:Layer: {message}$"):
+        factory_of(f"{module}:Layer")
+
+
+# Properties that the published report is older than.
+SINCE = {
+    "no items and no tokens are legal",
+    "content of masked tokens does not matter",
+    "the output has the dtype of x",
+}
+
+
 def test_the_published_report_is_of_these_properties() -> None:
     page = ROOT / "docs" / "generated" / "conformance" / "mixture-of-attention-0.0.25.md"
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", page.read_text(), re.MULTILINE)[1:]
-    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [p.title for p in PROPERTIES.values()]
+    titles = [p.title for p in PROPERTIES.values()]
+    assert set(titles) >= SINCE
+    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [t for t in titles if t not in SINCE]
     assert f"checks {len(PROPERTIES)} properties" in (ROOT / "docs" / "check-your-own.md").read_text()
     snippets = blocks(page)
     assert len(snippets) == sum("FAILS" in verdict for _, verdict in rows) > 0
@@ -167,7 +438,7 @@ def test_the_published_report_is_of_these_properties() -> None:
         compile(snippet, str(page), "exec")
 
 
-def test_what_the_forward_lacks_is_told_from_what_it_raises() -> None:
+def test_what_is_lacking_is_told_from_what_is_raised() -> None:
     class Layer(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise TypeError("of its own")
@@ -177,3 +448,33 @@ def test_what_the_forward_lacks_is_told_from_what_it_raises() -> None:
         call(Layer(), x, mask=None)
     with pytest.raises(TypeError, match="of its own"):
         call(Layer(), x)
+
+    class HandsOn(torch.nn.Module):
+        def forward(self, x: torch.Tensor, context: object = None, **rest: object) -> torch.Tensor:
+            return len(x, context=context) if context else reference.combine(x, **rest)
+
+    with pytest.raises(NotOffered, match=r"forward: .* got an unexpected keyword argument 'return_routes'"):
+        call(HandsOn(), x, return_routes=True)
+    with pytest.raises(TypeError, match="keyword"):  # it says that it takes a context
+        call(HandsOn(), x, context=x[:1, :1, :1] + 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("of its own"), TypeError("f() got an unexpected keyword argument 'depth'"), TypeError(), KeyError("a")],
+    ids=repr,
+)
+def test_errors_of_a_constructor_fail(error: Exception) -> None:
+    def make(dim: int, **arguments: object) -> torch.nn.Module:
+        raise error
+
+    found = examine(PROPERTIES["one_expert_equals_the_reference"], Subject(make), "a:b", 2)
+    assert found.verdict == FAILS
+    assert found.reason == f"{type(error).__name__}: {error}"
+
+
+def test_a_refusal_without_a_text_is_one() -> None:
+    def make(dim: int, **arguments: object) -> torch.nn.Module:
+        raise NotOffered
+
+    assert examine(PROPERTIES["every_dtype"], Subject(make), "a:b", 2).verdict == NOT_OFFERED

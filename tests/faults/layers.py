@@ -268,6 +268,12 @@ def scores_of_the_iterative_solver_have_no_gradient(layer: MixtureOfAttention, a
 # Batch
 
 
+@breaks("no_items_and_no_tokens_are_legal", why="empty input").arguments
+def empty_inputs_raise(given: Given, layer: Any) -> None:
+    if not given["x"].numel():
+        raise RuntimeError("cannot reshape tensor of 0 elements")
+
+
 @breaks("batch_items_are_isolated", why="colt5-attention 0.11.2 (15)").attention
 def batch_items_are_mixed(x: Tensor, context: Tensor, q_routes: Routes, *others: Any) -> Attended:
     item = torch.arange(x.shape[0], device=x.device) // q_routes.indices.shape[1]
@@ -356,6 +362,7 @@ def the_bias_of_the_local_norm_has_no_gradient(layer: MixtureOfAttention, argume
 
 @breaks(
     "masked_tokens_take_no_part",
+    "content_of_masked_tokens_does_not_matter",
     "masked_padding_changes_nothing",
     "an_item_without_valid_tokens_is_zero",
     why="masked tokens leak",
@@ -470,7 +477,7 @@ def refuse_half(given: Given) -> None:
         raise RuntimeError("expected scalar type Float")
 
 
-@breaks("every_dtype", why="precision").arguments
+@breaks("every_dtype", "the_output_has_the_dtype_of_x", why="precision").arguments
 def half_precision_raises(given: Given, layer: Any) -> None:
     if layer.local_attn is None and not layer.config.average_routed:
         refuse_half(given)

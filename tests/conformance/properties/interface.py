@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 import reference
-from tests.conformance.data import EITHER, cases, windows
+from tests.conformance.data import EITHER, cases, tensors, windows
 from tests.conformance.registry import checked_on
 from tests.conformance.subject import Subject, call
 from tests.strategies import LayerCase, draw
@@ -19,7 +19,7 @@ EXAMPLES = (
 )
 
 
-@checked_on(st.sampled_from(EXAMPLES))
+@checked_on(st.sampled_from(EXAMPLES), needs=())
 def documented_examples_run(subject: Subject, case: LayerCase) -> None:
     """The three documented examples run: basic, local attention, pre-normalization and dropout."""
     layer = subject.factory(
@@ -48,7 +48,7 @@ def state_dict_has_the_names_and_shapes(subject: Subject, case: LayerCase) -> No
         assert torch.equal(saved[name].cpu(), t), f"{name} was saved otherwise than loaded"
 
 
-@checked_on(cases())
+@checked_on(cases(prenorm=EITHER), needs=("device", "dtype"))
 def device_and_dtype_at_construction(subject: Subject, case: LayerCase) -> None:
     """Parameters stand on the device and in the dtype that the constructor was told."""
     layer = subject.construct(case, device=subject.device, dtype=torch.bfloat16)
@@ -57,7 +57,7 @@ def device_and_dtype_at_construction(subject: Subject, case: LayerCase) -> None:
         assert p.device.type == torch.device(subject.device).type, f"{name} is on {p.device}"
 
 
-@checked_on(windows(None, "multiple", experts=(1, 2)))
+@checked_on(windows(None, "multiple", experts=(1, 2), prenorm=EITHER), needs=("mask",))
 def inputs_are_left_alone(subject: Subject, case: LayerCase) -> None:
     """A call writes neither to x nor to the mask."""
     inputs = subject.move(case.inputs())
@@ -67,3 +67,14 @@ def inputs_are_left_alone(subject: Subject, case: LayerCase) -> None:
     call(subject.build(case), **inputs)
     for name, t in before.items():
         assert torch.equal(inputs[name], t), f"{name} was overwritten"
+
+
+@checked_on(
+    st.one_of(windows(None, "multiple", batch=(0,), prenorm=EITHER), cases(n=0, batch=(1, 2), prenorm=EITHER)),
+    needs=(),
+)
+def no_items_and_no_tokens_are_legal(subject: Subject, case: LayerCase) -> None:
+    """A batch of no items, and items of no tokens, give an output of the same shape."""
+    state, inputs = tensors(case)
+    out = call(subject.build_any(case, state), **subject.move(inputs))
+    assert out.shape == inputs["x"].shape, f"the output has shape {tuple(out.shape)}"

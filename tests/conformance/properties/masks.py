@@ -34,14 +34,26 @@ def masked_tokens_take_no_part(subject: Subject, case: LayerCase) -> None:
             assert_unchanged(after, before, f"other content of masked tokens: the gradient of {name}")
 
 
-@checked_on(windows(None, "multiple", **CHOICE))
+@checked_on(windows(None, "multiple", batch=(1, 2), mask="random", **CHOICE), needs=("mask",))
+def content_of_masked_tokens_does_not_matter(subject: Subject, case: LayerCase) -> None:
+    """Other content (finite) of masked tokens leaves the outputs of the valid ones as they were."""
+    state, inputs, _ = planted(case)
+    layer = subject.build_any(case, state)
+    valid, x = inputs["mask"], inputs["x"]
+    changed = x + ~valid[..., None] * draw(tuple(x.shape), "normal", case.seed + 1)
+    before, after = (call(layer, **subject.move({**inputs, "x": t})) for t in (x, changed))
+    valid = valid.to(before.device)
+    assert_unchanged(after[valid], before[valid], "other content of masked tokens: the output of the valid ones")
+
+
+@checked_on(windows(None, "multiple", **CHOICE), needs=("mask",))
 def masked_padding_changes_nothing(subject: Subject, case: LayerCase) -> None:
     """Masked tokens appended to x leave the output of the others as it was, while [N <= K] stays the same."""
     state, inputs, _ = planted(case)
     extra = 1 + case.seed % 3
     slots = {"num_routed_queries": case.k_q, "num_routed_key_values": case.k_kv}
     slots = {name: k + extra if k >= case.n else k for name, k in slots.items()}
-    layer = subject.build(case, state, **slots)
+    layer = subject.build_any(case, state, **slots)
     x = inputs["x"]
     longer = torch.cat((x, draw((1, extra, case.dim), "normal", case.seed + 1)), dim=1)
     mask = torch.arange(case.n + extra)[None] < case.n
@@ -50,7 +62,7 @@ def masked_padding_changes_nothing(subject: Subject, case: LayerCase) -> None:
     assert_unchanged(padded[:, : case.n], alone, f"{extra} masked tokens more: the output")
 
 
-@checked_on(windows(None, "multiple", batch=(2,), **CHOICE))
+@checked_on(windows(None, "multiple", batch=(2,), **CHOICE), needs=("state_dict", "mask"))
 def an_item_without_valid_tokens_is_zero(subject: Subject, case: LayerCase) -> None:
     """Its output is 0, no gradient is NaN, and the other item is as it would be without it."""
     state, inputs, _ = planted(case)
@@ -65,7 +77,7 @@ def an_item_without_valid_tokens_is_zero(subject: Subject, case: LayerCase) -> N
         assert g is None or g.isfinite().all(), f"the gradient of {name} is not finite"
 
 
-@checked_on(cases(context=True, batch=(1, 2), **CHOICE))
+@checked_on(cases(context=True, batch=(1, 2), **CHOICE), needs=("state_dict", "context_mask"))
 def masked_context_takes_no_part(subject: Subject, case: LayerCase) -> None:
     """Its content (finite) changes neither output nor gradients, and its own gradient is 0."""
     state, inputs, _ = planted(case)
@@ -86,7 +98,7 @@ def masked_context_takes_no_part(subject: Subject, case: LayerCase) -> None:
     assert_unchanged(after, before, "other content of masked context: the gradient of attn.to_kv.weight")
 
 
-@checked_on(cases(context=True, queries=EITHER, key_values=EITHER))
+@checked_on(cases(context=True, queries=EITHER, key_values=EITHER), needs=("state_dict", "context_mask"))
 def without_a_visible_key_the_null_slot_is_left(subject: Subject, case: LayerCase) -> None:
     """With all of the context masked, every query attends to its expert's learned null key and value."""
     state, inputs, _ = planted(case)

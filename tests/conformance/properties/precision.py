@@ -14,7 +14,7 @@ from tests.conformance.data import (
     silence_experts,
 )
 from tests.conformance.registry import checked_on
-from tests.conformance.subject import NotOffered, Subject, assert_equals_reference
+from tests.conformance.subject import NotOffered, Subject, assert_equals_reference, call
 from tests.strategies import LayerCase
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -55,3 +55,23 @@ def every_dtype_with_local_attention(subject: Subject, case: LayerCase) -> None:
 def every_dtype_with_average_routed(subject: Subject, case: LayerCase) -> None:
     """average_routed=True in float64, float32, bfloat16 and float16: the output stays in x's dtype."""
     in_every_dtype(subject, case)
+
+
+@checked_on(cases(queries=EITHER, key_values=EITHER, prenorm=EITHER), needs=())
+def the_output_has_the_dtype_of_x(subject: Subject, case: LayerCase) -> None:
+    """float64, float32, bfloat16 and float16: the output is finite, in x's dtype and shape."""
+    state, inputs, _ = planted(case)
+    wrong: list[str] = []
+    for dtype in DTYPES:
+        layer = subject.build_any(case, state).to(dtype)
+        try:
+            out = call(layer, **subject.move(inputs, dtype))
+        except NotOffered:
+            raise
+        except Exception as error:
+            wrong.append(f"{dtype}: {error}")
+            continue
+        if (out.dtype, out.shape) != (dtype, inputs["x"].shape) or not out.isfinite().all():
+            finite = "finite" if out.isfinite().all() else "not finite"
+            wrong.append(f"{dtype}: the output is {finite}, {out.dtype} of shape {tuple(out.shape)}")
+    assert not wrong, "\n".join(wrong)

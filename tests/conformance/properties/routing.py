@@ -84,7 +84,9 @@ def routing_tokens_can_be_passed_at_forward(subject: Subject, case: LayerCase) -
     assert_equals_reference(subject, case, state, inputs | tokens)
 
 
-@checked_on(cases(queries=EITHER, key_values=EITHER))
+@checked_on(
+    cases(queries=EITHER, key_values=EITHER), needs=("state_dict", "num_routed_queries", "num_routed_key_values")
+)
 def slots_can_be_overridden_at_forward(subject: Subject, case: LayerCase) -> None:
     """num_routed_queries and num_routed_key_values of a call take the place of the constructor's."""
     state, inputs, _ = planted(case)
@@ -93,7 +95,7 @@ def slots_can_be_overridden_at_forward(subject: Subject, case: LayerCase) -> Non
     assert_equals_reference(subject, built, state, inputs | slots, same_as=case, without=slots)
 
 
-@checked_on(cases(experts=(1, 2), batch=(1, 2)))
+@checked_on(cases(experts=(1, 2), batch=(1, 2)), needs=("state_dict", "return_routes", "routes"))
 def returned_routes_can_be_given_back(subject: Subject, case: LayerCase) -> None:
     """return_routes: the tokens of every expert; `routes=` with them has its say, and not the routers."""
     state, inputs, picked = planted(case)
@@ -107,7 +109,7 @@ def returned_routes_can_be_given_back(subject: Subject, case: LayerCase) -> None
         out, (q_routes, kv_routes) = result
         found = q_routes.indices.cpu()
     except (TypeError, ValueError, AttributeError) as error:
-        raise NotOffered(f"forward: return_routes gives out something else ({error})") from error
+        raise NotOffered(f"forward: return_routes gives out something else ({error})", "return_routes") from error
     expected = [[row.nonzero().flatten().tolist() for row in item] for item in picked]
     assert found.sort(dim=-1).values.tolist() == expected, "the query routes are not the tokens with the K best logits"
     given["x"] = given["x"].clone()
