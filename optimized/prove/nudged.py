@@ -49,5 +49,5 @@ class Nudged(TorchDispatchMode):
             delta = (grad.abs() * probs).sum(dim, keepdim=True)
             result = result + probs * (nudge(delta, self.generator) - delta)
         results = result if isinstance(result, tuple) else (result,)
-        results = [nudge(t, self.generator) if isinstance(t, Tensor) else t for t in results]
-        return tuple(results) if isinstance(result, tuple) else results[0]
+        nudged = tuple(nudge(t, self.generator) if isinstance(t, Tensor) else t for t in results)
+        return nudged if isinstance(result, tuple) else nudged[0]

@@ -54,9 +54,7 @@ EDITS: Edits = {
         "mask-of-integers-by-their-lowest-bit": edit("mask = mask != 0", "mask = (mask & 1).bool()", "validation"),
         "mask-of-another-batch": edit("if mask.shape[0] != batch and mask.shape[0] != 1:", "if False:", "validation"),
         "rotary-last-rows": edit("return rotary_emb[:n]", "return rotary_emb[rotary_emb.shape[0] - n :]", "validation"),
-        "parameters-of-submodules-unseen": edit(
-            'yield from _read(child, classes, f"{prefix}{name}.")', "pass", "validation"
-        ),
+        "parameters-of-submodules-unseen": edit('waiting.append((f"{prefix}{name}.", child))', "pass", "validation"),
         "parameters-of-those-that-cast": edit(
             "child is not None and type(child) in classes and takes_as_given(child, type(child))",
             "child is not None and type(child) in classes",
