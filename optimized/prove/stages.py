@@ -84,8 +84,10 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     def handed(party: Party) -> list[Decision] | None:
         return None if party is actual else decisions
 
-    def add(stage: str, part: str, result: tuple[str, str | None, str | None], measured: Any = None) -> None:
-        rows.append(Row(stage, backends[part].backend, name, *result, measured=measured))
+    def add(stage: str, part: str, result: tuple[str | None, ...], measured: Any = None) -> None:
+        verdict, failure, note = (*result, None)[:3]
+        assert verdict is not None
+        rows.append(Row(stage, backends[part].backend, name, verdict, failure, note, measured))
 
     tick("warming up")
     for party in (baseline, actual):
