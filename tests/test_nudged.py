@@ -16,7 +16,7 @@ from torch import Tensor
 
 import reference
 from optimized.prove import arguments, job, measure, setup, stages
-from optimized.prove.nudged import DRAWS, NUDGE, Nudged, nudge
+from optimized.prove.nudged import DRAWS, NUDGE, Nudged
 from reference.local_attention import rotary_angles
 
 pytestmark = pytest.mark.cpu
@@ -26,13 +26,13 @@ def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def scale(call: Callable[..., Tensor], *given: Tensor) -> float:
+def scale(call: Callable[..., Tensor], *given: Tensor, dtype: torch.dtype = torch.float32) -> float:
     """As `stages.fraction` has it."""
     exact, found = call(*given), []
     for draw in range(DRAWS):
-        generator = torch.Generator().manual_seed(draw)
-        moved = [nudge(t, generator).detach().requires_grad_(t.requires_grad) for t in given]
-        with Nudged(generator):
+        rounding = Nudged(dtype, draw)
+        moved = [rounding.nudge(t, rounding.wide) for t in given]
+        with rounding:
             found.append((call(*moved) - exact).abs().max().item() / NUDGE)
     return max(found)
 
@@ -91,8 +91,33 @@ def test_what_is_well_conditioned_stays_tight() -> None:
     assert scale(lambda x, w: (x @ w).softmax(-1) @ w, x, w) <= 32 * (x @ w).softmax(-1).matmul(w).abs().max()
     assert scale(lambda x: x, x) == pytest.approx(x.abs().max().item())
     exact = rotary_angles(300, 8, torch.device("cpu")).cos()
-    with Nudged(torch.Generator()):
+    with Nudged(torch.float32, 0):
         assert torch.equal(rotary_angles(300, 8, torch.device("cpu")).cos(), exact)
+
+
+def test_routers_are_not_taken_for_half_precision() -> None:
+    """They compute in float32 whatever the dtype: else a cold solver would leave bfloat16 no bound on gradients."""
+    s = 8 + 0.05 * normal(1, 1, 256)
+
+    def solve(s: Tensor) -> Tensor:
+        return reference.coordinate_descent(s, 30.0)
+
+    assert scale(solve, s, dtype=torch.bfloat16) == pytest.approx(2**-16 * scale(solve, s), rel=0.01)
+    assert scale(lambda x: x @ x.mT, normal(8, 8), dtype=torch.bfloat16) >= 1
+
+
+@pytest.mark.usefixtures("once")
+def test_ordinary_runs_keep_tight_budgets(tmp_path: Path) -> None:
+    """No budget is so large that a right result takes next to nothing of it, in any dtype."""
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=400)), encoding="utf-8")
+    options = "--dim 32 --heads 2 --experts 2 --slots 50 --window 9 --device cpu"
+    argv = [str(path), *options.split()]
+    args, text = arguments.parse(argv)
+    for name in arguments.DTYPES:
+        proof = stages.prove(setup.prepare(args, text), name, lambda what: None)
+        rows = {row.stage: row.verdict for row in proof.rows if row.stage != "selection"}
+        assert [stage for stage, verdict in rows.items() if not 0.01 <= float(verdict) <= 1] == [], (name, rows)
 
 
 PROSE = "it is a truth universally acknowledged that single man in possession of good fortune must be want wife"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import reference
-from optimized.prove.nudged import nudge
+from optimized.prove.nudged import Nudged
 from optimized.prove.setup import Setup
 from optimized.prove.text import MIN_TOKENS
 from reference.routing import routing_logits
@@ -26,7 +27,7 @@ class Decision(NamedTuple):
 class Party:
     """An implementation in a dtype, on data rounded to the dtype under test.
 
-    generator: of nudges; then every number that is given is nudged. `Nudged` does so to what is computed from them.
+    rounding: nudges what is given, as little as rounding in float32 does, and what is computed while it is entered.
     """
 
     def __init__(
@@ -35,13 +36,14 @@ class Party:
         dtype: torch.dtype,
         under_test: torch.dtype,
         setup: Setup,
-        generator: torch.Generator | None = None,
+        rounding: Nudged | None = None,
     ) -> None:
         def cast(t: Tensor) -> Tensor:
             t = t.to(under_test).to(setup.device, dtype)
-            return t if generator is None else nudge(t, generator)
+            return t if rounding is None else rounding.nudge(t, rounding.wide)
 
         self.cast = cast
+        self.rounding = rounding
         self.package = package
         self.layer = package.MixtureOfAttention(**setup.arguments, device=setup.device, dtype=dtype)
         self.layer.load_state_dict({name: cast(t) for name, t in setup.state.items()})
@@ -54,7 +56,12 @@ class Party:
         self.solver = {name: getattr(options, name) for name in ("n_iters", "eps", "eps_init", "eps_decay")}
 
     def route(self) -> list[Any]:
-        return [router(self.x, self.slots) for router in self.routers]
+        with self.widely():
+            return [router(self.x, self.slots) for router in self.routers]
+
+    def widely(self) -> contextlib.AbstractContextManager[None]:
+        """Routers compute in at least float32."""
+        return contextlib.nullcontext() if self.rounding is None else self.rounding.widely()
 
     def soft_scores(self, routes: list[Any]) -> list[Tensor]:
         return [self.package.coordinate_descent(r.logits, self.mass, **self.solver) for r in routes]
@@ -69,7 +76,8 @@ class Party:
 
     def replayed(self, router: Any, decision: Decision) -> Any:
         """The reference's routes with these decisions handed over; the scores carry the graph to the router."""
-        logits = routing_logits(self.x, router.routing_token, router.options)
+        with self.widely():
+            logits = routing_logits(self.x, router.routing_token, router.options)
         soft = reference.coordinate_descent(logits, self.mass, saturated=decision.saturated, **self.solver)
         soft = soft.gather(-1, decision.indices)
         return reference.Routes(decision.indices, decision.mask, 1 + (soft - soft.detach()), logits)

@@ -6,8 +6,8 @@ and then the oracle and the baseline are handed those of the package.
 
 Where terms cancel (a softmax over keys that are nearly alike, the norm of a token whose channels are) or a cold
 exponential multiplies (the solver's), rounding costs many units in the last place of the result, and in few numbers the
-baseline may be spared by chance. So the oracle computes everything again with each number a relative `NUDGE` off
-(`nudged`). By how much a result changes, over `NUDGE`, is the budget's `scale`.
+baseline may be spared by chance. So the oracle computes everything again with each number a relative 2^-20 off
+(`nudged`). By how much a result changes, over that, is the budget's `scale`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import reference
 from optimized.prove.arguments import DTYPES
 from optimized.prove.decisions import SIDES, check_selection, decide
 from optimized.prove.measure import Measured, measure
-from optimized.prove.nudged import DRAWS, NUDGE, Nudged
+from optimized.prove.nudged import DRAWS, Nudged, size_of
 from optimized.prove.party import Decision, Party
 from optimized.prove.setup import Setup
 from optimized.routing import Routes
@@ -67,8 +67,7 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     dtype = DTYPES[name]
     oracle, baseline = (Party(reference, d, dtype, setup) for d in (torch.float64, dtype))
     actual = Party(optimized, dtype, dtype, setup)
-    generators = [torch.Generator().manual_seed(draw) for draw in range(DRAWS)]
-    nudged = [Party(reference, torch.float64, dtype, setup, generator) for generator in generators]
+    nudged = [Party(reference, torch.float64, dtype, setup, Nudged(dtype, draw)) for draw in range(DRAWS)]
     parties = (actual, oracle, baseline, *nudged)
     rows: list[Row] = []
 
@@ -76,8 +75,8 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         """Results of all parties, actual first, and the figures of (reference, optimized)."""
         base, mine = (measure(partial(call, party), setup.device) for party in (baseline, actual))
         values = [mine.value, call(oracle), base.value]
-        for generator, party in zip(generators, nudged):
-            with Nudged(generator):
+        for party in nudged:
+            with party.rounding:
                 values.append(call(party))
         return values, (base, mine)
 
@@ -98,10 +97,10 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         tick("routing")
         routes, measured = compare(Party.route)
         logits = [by_side(r.logits for r in pair) for pair in routes]
-        add("routing logits", "routing", fraction("logits", *logits))
+        add("routing logits", "routing", fraction("logits", dtype, *logits))
         soft = [by_side(party.soft_scores(pair)) for party, pair in zip(parties, routes)]
         decisions, failure = decide(actual, *routes[:2])
-        result = fraction("scores", *soft)
+        result = fraction("scores", dtype, *soft)
         add("routing scores", "routing", ("FAIL", failure) if failure and not result[1] else result)
         add("selection", "routing", check_selection(*routes[:2]), measured)
 
@@ -110,47 +109,59 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         # Injected routes may hold masked slots, which not every backend can hide.
         backends = optimized.explain(actual.layer, actual.x, routes=injected).stages
         y, measured = compare(lambda party: party.routed_attention(decisions))
-        add("routed attention", "routed_attention", fraction("routed_attention", *({"y": t} for t in y)), measured)
+        add(
+            "routed attention",
+            "routed_attention",
+            fraction("routed_attention", dtype, *({"y": t} for t in y)),
+            measured,
+        )
         tick("local attention")
         local, measured = compare(Party.local_attention)
-        add("local attention", "local_attention", fraction("local_attention", *({"y": t} for t in local)), measured)
+        add(
+            "local attention",
+            "local_attention",
+            fraction("local_attention", dtype, *({"y": t} for t in local)),
+            measured,
+        )
         tick("combination")
         terms, beside = (exact.to(dtype) for exact in (y[1], local[1]))
         del y, local
         out, measured = compare(lambda party: party.combine(terms, beside, decisions[0]))
-        add("combination", "mixture", fraction("combine", *({"out": t} for t in out)), measured)
+        add("combination", "mixture", fraction("combine", dtype, *({"out": t} for t in out)), measured)
 
         tick("layer, forward")
         forward = [measure(partial(party.forward, handed(party)), setup.device) for party in (baseline, actual)]
     tick("layer, forward and backward")
     runs, measured = compare(lambda party: party.backward(handed(party)))
-    add("layer output", "mixture", fraction("mixture", *({"out": out} for out, _ in runs)), forward)
+    add("layer output", "mixture", fraction("mixture", dtype, *({"out": out} for out, _ in runs)), forward)
     routers = [parameter for parameter in setup.state if "router" in parameter]
     for title, stage, names in (
         ("gradients (x)", "mixture_gradient", ["x"]),
         ("gradients (parameters)", "mixture_gradient", [p for p in setup.state if p not in routers]),
         ("gradients (routers)", "router_gradient", routers),
     ):
-        add(title, "mixture", fraction(stage, *({n: gradients[n] for n in names} for _, gradients in runs)))
+        add(title, "mixture", fraction(stage, dtype, *({n: gradients[n] for n in names} for _, gradients in runs)))
     rows[-1].measured = measured
     return Proof(rows, tuple(routes[0]), soft[0]["query"], actual.mass, own_call)
 
 
 def fraction(
     stage: str,
+    dtype: torch.dtype,
     actual: dict[str, Tensor],
     oracle: dict[str, Tensor],
     baseline: dict[str, Tensor],
     *nudged: dict[str, Tensor],
 ) -> tuple[str, str | None, str | None]:
-    """Verdict, failure and note for tensors by name."""
+    """Verdict, failure and note for tensors by name. dtype: what a nudge stands for a rounding to."""
     used: dict[str, float] = {}
     failures, degenerate = [], {}
     for name, exact in oracle.items():
         kind = kind_of(exact)
         if kind in ("zeros", "constant"):
             degenerate[name] = kind
-        scale = max(((other[name] - exact).abs().max().item() / NUDGE for other in nudged), default=0.0)
+        size = size_of(actual[name].dtype, dtype)
+        scale = max((other[name] - exact).abs().max().item() / size for other in nudged)
         try:
             match = assert_matches(
                 actual[name], exact, baseline[name], stage=stage, name=name, expect=degenerate.get(name), scale=scale
