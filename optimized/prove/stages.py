@@ -67,7 +67,8 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
     dtype = DTYPES[name]
     oracle, baseline = (Party(reference, d, dtype, setup) for d in (torch.float64, dtype))
     actual = Party(optimized, dtype, dtype, setup)
-    nudged = [Party(reference, torch.float64, dtype, setup, Nudged(dtype, draw)) for draw in range(DRAWS)]
+    roundings = [Nudged(dtype, draw) for draw in range(DRAWS)]
+    nudged = [Party(reference, torch.float64, dtype, setup, rounding) for rounding in roundings]
     parties = (actual, oracle, baseline, *nudged)
     rows: list[Row] = []
 
@@ -75,8 +76,8 @@ def prove(setup: Setup, name: str, tick: Callable[[str], None]) -> Proof:
         """Results of all parties, actual first, and the figures of (reference, optimized)."""
         base, mine = (measure(partial(call, party), setup.device) for party in (baseline, actual))
         values = [mine.value, call(oracle), base.value]
-        for party in nudged:
-            with party.rounding:
+        for rounding, party in zip(roundings, nudged):
+            with rounding:
                 values.append(call(party))
         return values, (base, mine)
 
