@@ -461,6 +461,27 @@ def test_autocast(implementation: ModuleType, case: LayerCase, low: torch.dtype,
         assert layer(x.detach().to(low)).dtype == low
 
 
+@BOTH
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+@pytest.mark.parametrize("case", [CASE, LOCAL], ids=["routed", "local"])
+@pytest.mark.usefixtures("deterministic")
+def test_float64_under_autocast_is_as_outside(
+    implementation: ModuleType, case: LayerCase, hooked: bool, device: torch.device
+) -> None:
+    """Bit by bit, gradients too; where modules are called one by one as where they are not."""
+    layer, x = build(implementation, case, device, torch.float64), inputs(case, device, torch.float64).requires_grad_()
+    if hooked:
+        for module in layer.modules():
+            module.register_forward_hook(lambda *given: None)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = layer(x)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+    for outside, inside in zip(*found):
+        check_identical(inside, outside)
+
+
 # --- state and copies ------------------------------------------------------------------------------------------------
 
 
