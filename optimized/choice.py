@@ -70,9 +70,10 @@ def close_block(owner: object) -> bool:
 
 
 def choose_for_process(stages: dict[str, str | None]) -> None:
-    """Stages that are not named stay as they were."""
+    """Stages that are not named stay as they were; there is nothing behind it, so None is as if never chosen."""
     with _lock:
-        _process.stages = _merged(_process.stages, tuple(stages.items()))
+        made = _merged(_process.stages, tuple(stages.items()))
+        _process.stages = tuple((stage, name) for stage, name in made if name is not None)
 
 
 def _open() -> tuple[Block, ...]:

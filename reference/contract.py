@@ -73,7 +73,7 @@ def integer(argument: str, value: Any, least: int) -> int:
         reject(argument, f"an integer >= {least}", describe(value), TypeError)
     if value < least:
         reject(argument, f"an integer >= {least}", value)
-    if value >= 2**63:
+    if value >= 1 << 63:
         reject(argument, f"an integer >= {least} and < 2**63", value)
     return int(value)
 
@@ -399,7 +399,7 @@ def solver_input(logits: Any, k: Any, mask: Any) -> Tensor | None:
     """The mask."""
     tensor("logits", logits, "B", "E", "N")
     low, _ = span(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    number("k", k, f"a finite number > 0, in [{low:.2g}, 2**63)", lambda v: low <= v < 2**63)
+    number("k", k, f"a finite number > 0, in [{low:.2g}, 2**63)", lambda v: low <= v < 1 << 63)
     return token_mask("mask", mask, logits, logits.shape[2])
 
 

@@ -60,7 +60,7 @@ class Ledger:
 current = Ledger()
 
 
-def begin(backend: str, explicit: int) -> Ledger:
+def begin(backend: str, explicit: int = 0) -> Ledger:
     """A fresh ledger for the test that starts now."""
     global current
     current = Ledger(backend, explicit)

@@ -312,7 +312,7 @@ def test_arguments_are_checked_once(path: str, device: torch.device, monkeypatch
 
     def counting_parameters(module: nn.Module, x: Tensor, classes: contract.Classes) -> None:
         of_modules(module, x, classes)
-        checked.extend(name for name, *_ in contract._read(module, classes, ""))
+        checked.extend(name for name, *_ in contract._read(module, classes))
 
     monkeypatch.setattr(contract, "tensor", counting)
     monkeypatch.setattr(contract, "parameters", counting_parameters)

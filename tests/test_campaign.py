@@ -768,7 +768,7 @@ NO_EXAMPLES = {
     "LayerCase(mask='some')": "mask: expected one of none, all",
     "LayerCase(options=[])": "options: expected options of the routers by name, got []",
     "LayerCase(options={'dim': 3})": "router_options: expected names among",
-    "LayerCase(options={'eps': -1.0})": "eps: expected a finite number > 0, got -1.0",
+    "LayerCase(options={'eps': -1.0})": "eps: expected a finite number > 0, in [2.2e-308, 2.8e+306], got -1.0",
     "LayerCase(window=3, dim_head=7)": "dim_head: expected an even number with local attention",
 }
 

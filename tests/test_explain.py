@@ -28,9 +28,9 @@ def requests() -> Iterator[dict[str, Request]]:
     asked: dict[str, Request] = {}
     choose = plan.choose
 
-    def record(stage: str, request: Request) -> plan.Backend:
+    def record(stage: str, request: Request, *chosen: Any) -> plan.Backend:
         asked[stage] = request
-        return choose(stage, request)
+        return choose(stage, request, *chosen)
 
     plan._plans.clear()
     explained = sys.modules["optimized.explain"]  # the package has a function of that name

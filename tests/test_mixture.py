@@ -90,23 +90,23 @@ def test_reference_matches_the_oracle(case: LayerCase, device: torch.device) -> 
 
 @EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(case=layer_cases(values=VALUES), hidden=st.booleans())
-@example(case=LayerCase(n=33, k_q=40, window=5, mask="random"), hidden=False)
-@example(case=LayerCase(n=33, k_q=4, k_kv=40, context=12, mask="none_valid"), hidden=False)
-@example(case=LayerCase(n=40, k_q=11, k_kv=13), hidden=True)
+@given(case=layer_cases(values=VALUES))
+@example(case=LayerCase(n=33, k_q=40, window=5, mask="random"))
+@example(case=LayerCase(n=33, k_q=4, k_kv=40, context=12, mask="none_valid"))
+@example(case=LayerCase(n=40, k_q=11, k_kv=13, seed=1))
 @counted
 def test_optimized_matches_with_injected_routes(
-    kernels: str, case: LayerCase, hidden: bool, dtype: torch.dtype, device: torch.device
+    kernels: str, case: LayerCase, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Output and every gradient: x, context, all parameters, query and key/value scores.
 
-    hidden: slots are masked at random, whatever the tokens' mask says.
+    With an odd seed slots are masked at random, whatever the tokens' mask says.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     if half:
         case = sized_for_half(case)
     routes = oracle_layer(case, dtype, device).routes
-    if hidden:
+    if case.seed % 2:
         routes = tuple(r._replace(mask=r.mask & random_slots(r.mask, case.seed)) for r in routes)
     exact = oracle_layer(case, dtype, device, routes=routes)
     assume(all(g is None or g.isfinite().all() for g in exact.grads.values()))

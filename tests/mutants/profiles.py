@@ -201,6 +201,7 @@ PROFILES = {
     "optimized/mixture.py": LAYER,
     "optimized/plain.py": PLAIN,
     "optimized/plan.py": PLAN,
+    "optimized/choice.py": PLAN,
     "reference/contract.py": CONTRACT,
 }
 # Of faults that take a GPU to show.

@@ -100,6 +100,11 @@ EDITS: Edits = {
         ),
         "plans-outlive-a-choice": edit("algorithms_enabled(), chosen\n", "algorithms_enabled()\n", "choice of backend"),
     },
+    "optimized/choice.py": {
+        "choice-closes-the-outermost": edit(
+            "for i in reversed(range(len(blocks))):", "for i in range(len(blocks)):", "choice of backend"
+        ),
+    },
     "optimized/plain.py": {
         "plain-forward-hooks-overlooked": edit('    "_forward_hooks": "a forward hook",\n', "", "choice of backend"),
         "plain-forward-pre-hooks-overlooked": edit(
