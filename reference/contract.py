@@ -73,7 +73,7 @@ def integer(argument: str, value: Any, least: int) -> int:
         reject(argument, f"an integer >= {least}", describe(value), TypeError)
     if value < least:
         reject(argument, f"an integer >= {least}", value)
-    if value >= 1 << 63:
+    if not torch.compiler.is_compiling() and value >= 1 << 63:  # traced, it would bound a size that is free
         reject(argument, f"an integer >= {least} and < 2**63", value)
     return int(value)
 
