@@ -656,7 +656,8 @@ def test_a_router_of_another_dtype_is_refused(kernels: str, device: torch.device
     layer = optimized.MixtureOfAttention(**case.arguments(), device=device, dtype=torch.float32)
     layer.key_value_router.double()
     x = case.inputs()["x"].to(device, torch.float32)
-    with pytest.raises(TypeError, match=r"x: expected dtype torch.float64, that of the routing token"):
+    message = r"key_value_router.routing_token: expected dtype torch.float32, that of x, got torch.float64"
+    with pytest.raises(TypeError, match=message):
         layer(x)
 
 
