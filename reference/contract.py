@@ -541,13 +541,17 @@ class RouterOptions:
 
     @staticmethod
     def of_module(options: dict[str, Any]) -> RouterOptions:
-        return _router_options(options, tuple(f.name for f in fields(RouterOptions)))
+        return _router_options(options, _OPTIONS)
 
     @staticmethod
     def of_stage(options: dict[str, Any]) -> RouterOptions:
         """For `route`, to which routing tokens are always passed."""
-        names = tuple(f.name for f in fields(RouterOptions) if f.name != "learned_routing_tokens")
-        return _router_options(options, names)
+        return _router_options(options, _OPTIONS_OF_STAGE)
+
+
+# Once, since no graph of torch.compile holds the fields of a class.
+_OPTIONS = tuple(field.name for field in fields(RouterOptions))
+_OPTIONS_OF_STAGE = tuple(name for name in _OPTIONS if name != "learned_routing_tokens")
 
 
 def _router_options(options: dict[str, Any], names: tuple[str, ...]) -> RouterOptions:

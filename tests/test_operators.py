@@ -10,11 +10,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import stages
 import torch
 from benchmarks import flops
 from benchmarks.shapes import Case
@@ -896,6 +898,20 @@ def test_compiled_layer_equals_eager(name: str, device: torch.device) -> None:
             assert counters["stats"]["unique_graphs"] - before == 1
     # The first new size compiles once more, for any size; a later one finds that graph.
     assert counters["stats"]["unique_graphs"] - before == 1 + bool(lengths)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", [name for name in stages.STAGES if not name.startswith("layer")])
+def test_compiled_functions_equal_eager(name: str, device: torch.device) -> None:
+    """Without graph breaks, with options by name, as a layer of one's own calls them."""
+    made = stages.stage(name, torch.float32, device)
+    g = stages.cotangent_of(made.run(optimized, made.tensors, ())[0])
+    compiled = torch.compile(partial(made.call, optimized), fullgraph=True, backend="aot_eager")
+    eager = made.run(optimized, made.tensors, made.leaves, g)
+    actual = replace(made, call=lambda package, tensors: compiled(tensors)).run(optimized, made.tensors, made.leaves, g)
+    check_identical(actual[0], eager[0], name)
+    for leaf, gradient in eager[1].items():
+        check_identical(actual[1][leaf], gradient, leaf)
 
 
 @pytest.mark.slow

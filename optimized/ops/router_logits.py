@@ -85,11 +85,10 @@ def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None)
         lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12)
         factors = (scale / lengths[..., 0]).expand(x.shape[0], -1).contiguous()
         x, tokens = x / norms.clamp_min(1e-12)[..., None] * scale, tokens / lengths
-    with torch.autocast(x.device.type, enabled=False):
-        if tokens.ndim == 2:
-            logits = F.linear(x, tokens).transpose(1, 2).contiguous()
-        else:
-            logits = torch.bmm(tokens, x.transpose(1, 2)).contiguous()
+    if tokens.ndim == 2:
+        logits = F.linear(x, tokens).transpose(1, 2).contiguous()
+    else:
+        logits = torch.bmm(tokens, x.transpose(1, 2)).contiguous()
     return logits, norms.contiguous(), factors
 
 
@@ -97,8 +96,7 @@ def input_gradient(
     g: Tensor, x: Tensor, tokens: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
 ) -> Tensor:
     """dx (B, N, D) in the dtype of the logits, by PyTorch. 0 at masked tokens, whatever they or the others hold."""
-    with torch.autocast(x.device.type, enabled=False):
-        dx = _weights(g, mask, norms, factors).transpose(1, 2) @ tokens.to(logits.dtype)
+    dx = _weights(g, mask, norms, factors).transpose(1, 2) @ tokens.to(logits.dtype)
     if factors.numel():
         inverse_norms = 1 / norms.clamp_min(1e-12)
         slope = (g * logits).sum(1) * inverse_norms * inverse_norms
@@ -126,9 +124,8 @@ def routing_token_gradient(
     if mask is not None:
         x, g = x.masked_fill(~mask[..., None], 0), g.masked_fill(~mask[:, None], 0)
     weights = _weights(g, mask, norms, factors)
-    with torch.autocast(x.device.type, enabled=False):
-        shared = tokens.ndim == 2
-        dr = weights.transpose(0, 1).flatten(1) @ x.flatten(0, 1) if shared else torch.bmm(weights, x)
+    shared = tokens.ndim == 2
+    dr = weights.transpose(0, 1).flatten(1) @ x.flatten(0, 1) if shared else torch.bmm(weights, x)
     if factors.numel():
         squares = r.square().sum(-1, keepdim=True)
         moment = (g * logits).sum(-1, keepdim=True)

@@ -210,12 +210,6 @@ EDITS: Edits = {
             "torch.promote_types(x.dtype, tokens.dtype)",
             "precision",
         ),
-        "router-under-autocast": edit(
-            "with torch.autocast(x.device.type, enabled=False):\n        if",
-            "with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type)):\n        if",
-            "precision",
-            equivalent="every operator computes outside autocast, whoever calls it",
-        ),
         "router-masked-tokens-multiplied": edit(
             "x = x.masked_fill(~mask[..., None], 0)", "x = x * mask[..., None]", "fla-org/flash-linear-attention#77"
         ),
