@@ -293,7 +293,7 @@ def token_mask(argument: str, mask: Any, x: Tensor, n: int | None = None) -> Ten
 
 def routing_tokens(argument: str, tokens: Any, x: Tensor, experts: int | str, dim: int) -> None:
     """(E, D), or (B, E, D) with one set for each batch item."""
-    batched = isinstance(tokens, Tensor) and tokens.ndim == 3
+    batched = isinstance(tokens, Tensor) and not tokens.is_nested and tokens.ndim == 3
     shape = (x.shape[0], experts, dim) if batched else (experts, dim)
     tensor(argument, tokens, *shape, beside=x, dtype_of=("x", x))
     if tokens.shape[-2] == 0:

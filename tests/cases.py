@@ -597,7 +597,8 @@ def token_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool, norm: boo
         if not normed:
             return dx, collected(g.abs(), inverse)
         rate = s.dim**0.5 / lengths
-        along = collected(p.products(i, gamma, exact.detach()).sum(-1, keepdim=True).abs(), inverse)
+        halves = p.products(i, gamma, exact.detach()).tensor_split(2, -1)  # which may cancel
+        along = collected(sum(half.sum(-1, keepdim=True).abs() for half in halves), inverse)
         return dx, rate * (collected((g * gamma[:, None, None]).abs(), inverse) + size * along / lengths.square())
 
     size, lengths = exact.detach().abs(), exact.detach().norm(dim=-1, keepdim=True)

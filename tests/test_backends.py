@@ -550,6 +550,7 @@ def test_meta_construction_and_reset(implementation: ModuleType, device: torch.d
 
 
 @BOTH
+@pytest.mark.usefixtures("deterministic")
 def test_functional_forms_agree(implementation: ModuleType, device: torch.device) -> None:
     """no_grad, inference_mode, functional_call: the same output; checkpointing: the same gradients too."""
     layer, x = build(implementation, LOCAL, device), inputs(LOCAL, device).requires_grad_()

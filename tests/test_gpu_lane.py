@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import gc
 import importlib
 import os
@@ -285,7 +286,9 @@ def test_two_threads(own_streams: bool, device: torch.device) -> None:
             return [work.run() for _ in range(20)]
 
     with concurrent.futures.ThreadPoolExecutor(len(works)) as pool:
-        found = list(pool.map(repeat, works))
+        # In the choice of backends of this thread, which is not another's.
+        waiting = [pool.submit(contextvars.copy_context().run, repeat, work) for work in works]
+        found = [future.result() for future in waiting]
     torch.cuda.synchronize()
     check_every_run(found, expected)
 

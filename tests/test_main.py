@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -49,7 +50,8 @@ must be in want of a wife. "My dear Mr. Bennet," said his lady to him one day, "
 def run(*argv: str) -> tuple[int, str]:
     """Exit status and what was printed."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    columns = {"COLUMNS": "120", **os.environ}  # a row a line, on any device
+    with contextlib.redirect_stdout(printed), mock.patch.dict(os.environ, columns):
         status = job.main(argv)
     return status, printed.getvalue()
 
