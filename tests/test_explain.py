@@ -55,7 +55,7 @@ REFUSED: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     switches=st.fixed_dictionaries(
         {"dropout": st.sampled_from((0.0, 0.25)), "flash_attn": st.booleans(), "use_triton": st.booleans()}
     ),
-    training=st.booleans(),
+    training=st.tuples(st.booleans(), st.booleans()),
     autocast=st.booleans(),
     injected=st.booleans(),
     learned=st.booleans(),
@@ -65,15 +65,15 @@ REFUSED: dict[str, Callable[[Tensor], dict[str, Any]]] = {
 def test_explain_asks_what_the_call_asks(
     case: LayerCase,
     switches: dict[str, Any],
-    training: bool,
+    training: tuple[bool, bool],
     autocast: bool,
     injected: bool,
     learned: bool,
     refused: str,
     device: torch.device,
 ) -> None:
-    """The same requests of the same stages, or the same refusal."""
-    layer = optimized.MixtureOfAttention(**(case.arguments() | switches), device=device).train(training)
+    """The same requests of the same stages, or the same refusal. training: of the layer, and of what drops in it."""
+    layer = optimized.MixtureOfAttention(**(case.arguments() | switches), device=device)
     arguments = {name: t.to(device) for name, t in case.inputs().items()}
     arguments = {name: t.float() if t.is_floating_point() else t for name, t in arguments.items()}
     if injected:
@@ -82,6 +82,7 @@ def test_explain_asks_what_the_call_asks(
     if learned:  # and not handed over
         options = {**case.options, "learned_routing_tokens": True}
         layer = optimized.MixtureOfAttention(**(replace(case, options=options).arguments() | switches), device=device)
+    layer.train(training[0]).attn.train(training[1])
     arguments |= REFUSED[refused](arguments["x"])
     found = []
     for ask in (layer, partial(optimized.explain, layer)):

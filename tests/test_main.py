@@ -211,7 +211,7 @@ def test_an_interpreter_that_fails_is_reported(book: str, monkeypatch: pytest.Mo
     ],
 )
 def test_a_wrong_kernel_is_named(fault: str, stages: list[str], book: str, device: torch.device) -> None:
-    prepared = setup.prepare(*arguments.parse((book, *SMALL, "--tokens", "256", "--device", device.type)))
+    prepared = setup.prepare(*arguments.parse((book, *SMALL, "--tokens", "96", "--device", device.type)))
     with OPERATORS[fault].put_in():
         _, rows, broken = interpreter.run_kernels(prepared)
     assert broken is None

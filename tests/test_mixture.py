@@ -127,9 +127,12 @@ def random_slots(mask: Tensor, seed: int) -> Tensor:
 def edges(test: Callable) -> Callable:
     """Explicit examples: slots of either side at N - 1, N and N + 1, under every mask, with and without blocks."""
     for i, (k_q, k_kv, mask) in enumerate(itertools.product((3, 8, 9), (7, 8, 9), ("none", "random", "all_but_one"))):
-        options = {"straight_through": i % 2 == 0, **({"route_block_size": 5} if i % 3 == 2 else {})}
+        options = {"straight_through": i % 2 == 0, **({"route_block_size": 5} if i % 3 == 2 else {}), "n_iters": 3}
         window = 2 if i % 4 == 1 else None
-        case = LayerCase(n=8, dim=4, heads=1, dim_head=2, k_q=k_q, k_kv=k_kv, mask=mask, window=window, options=options)
+        case = LayerCase(
+            batch=1 + i % 2, n=8, dim=4, experts=2 - i % 2, heads=1, dim_head=2, k_q=k_q, k_kv=k_kv, mask=mask,
+            window=window, options=options,
+        )  # fmt: skip
         test = example(case=case)(test)
     return test
 
@@ -536,7 +539,8 @@ def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) ->
     """The same tensor as x and as context, with another mask of each: both routers and both gathers in one must not
     take it for self-attention.
     """
-    case = LayerCase(n=20, k_q=5, k_kv=6, options={"straight_through": False, "cosine_sim_routing": True})
+    options = {"straight_through": False, "cosine_sim_routing": True, "n_iters": 3}
+    case = LayerCase(n=12, k_q=5, k_kv=6, options=options)
     arguments = case.arguments() | {"dropout": 0.0}
     layers = [
         implementation.MixtureOfAttention(**arguments, device=device, dtype=torch.float64)
@@ -544,7 +548,7 @@ def test_x_as_its_own_context(masks: str, kernels: str, device: torch.device) ->
     ]
     layers[1].load_state_dict(layers[0].state_dict())
     x = case.inputs()["x"].to(device).requires_grad_()
-    hidden = torch.rand(2, 2, 20, generator=generator(1)).to(device) > 0.4
+    hidden = torch.rand(2, 2, case.n, generator=generator(1)).to(device) > 0.4
     given_masks = {
         "none": {},
         "same": {"mask": hidden[0], "context_mask": hidden[0]},
@@ -761,7 +765,11 @@ def test_a_hook_changes_nothing(
 
 
 @EVERY_KERNEL
-@pytest.mark.parametrize("case", [CASE, LOCAL, replace(CASE, k_q=50, mask="random")], ids=["routed", "local", "all"])
+@pytest.mark.parametrize(
+    "case",
+    [CASE, LOCAL, replace(LOCAL, mask="random"), replace(CASE, k_q=50, mask="random")],
+    ids=["routed", "local", "masked local", "all"],
+)
 def test_a_hook_on_each_submodule(kernels: str, case: LayerCase, hooked: Callable, device: torch.device) -> None:
     """One after another, all of them: the path that `explain` tells, and the same numbers as fused."""
     hooked(None)

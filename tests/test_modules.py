@@ -563,9 +563,8 @@ def test_tensors_without_data(
     with optimized.use_backends(**dict.fromkeys(optimized.backends())):  # a kernel that was asked for can't run there
         assert away(x.to("meta"), **made).is_meta
     call = state, x, keywords
-    for mode_name in ("real", "symbolic"):
-        traced = make_fx(lambda state, *given: functional_call(layer, state, *given), tracing_mode=mode_name)(*call)
-        assert_agrees(traced(*call), layer(x, **keywords))
+    traced = make_fx(lambda state, *given: functional_call(layer, state, *given), tracing_mode="symbolic")(*call)
+    assert_agrees(traced(*call), layer(x, **keywords))
 
 
 class HalfOfTheTokens(nn.Module):

@@ -73,6 +73,7 @@ def every_sample() -> Iterator[Any]:
     ]
     edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True)]
     edges.append(Sample(n=1, masked=True, triton=False))
+    small = [Sample(n=n, variant="blocks", masked=n > 0, triton=False) for n in (0, 1)]
     for name in OPERATORS:
         of = forward_of(name)
         routing = of in (*SOLVERS, "select", "pick")  # in float32 at least
@@ -82,6 +83,8 @@ def every_sample() -> Iterator[Any]:
         for s in every + half + edges + variants:
             if of == "select" and s.n == 0:  # takes k of at least as many tokens
                 continue
+            yield pytest.param(name, s, id=f"{name}-{label(s)}")
+        for s in small if "blocks" in VARIANTS.get(of, {}) else []:
             yield pytest.param(name, s, id=f"{name}-{label(s)}")
 
 
@@ -202,20 +205,17 @@ def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None
     of the registered operator and of the function, which has a rule of its own. Kernels, with all arguments batched.
     """
     op = getattr(torch.ops.moa, name)
-    calls = [arguments_of(name, replace(sample, seed=seed), device) for seed in range(3)]
+    calls = [arguments_of(name, replace(sample, seed=seed), device) for seed in range(2 if sample.masked else 3)]
     tensors = [i for i, a in enumerate(calls[0]) if isinstance(a, Tensor)]
     halves = () if sample.masked or len(tensors) < 2 else (tensors[::2], tensors[1::2])
-    for call, batched, place in (
-        (op, tensors, 0),
-        (OPERATORS[name], tensors, -1),
-        *((op, half, 0) for half in halves),
-    ):
+    for batched in (tensors, *halves):
         loop = [outputs(op(*(c[i] if i in batched else a for i, a in enumerate(calls[0])))) for c in calls]
         expected = tuple(torch.stack(parts) for parts in zip(*loop))
-        in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
-        stacked = [torch.stack([c[i] for c in calls], place) if i in batched else a for i, a in enumerate(calls[0])]
-        found = outputs(vmap(call, in_dims=in_dims)(*stacked))
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+        for call, place in ((op, 0), (OPERATORS[name], -1))[: 2 if batched is tensors else 1]:
+            in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
+            stacked = [torch.stack([c[i] for c in calls], place) if i in batched else a for i, a in enumerate(calls[0])]
+            found = outputs(vmap(call, in_dims=in_dims)(*stacked))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -683,17 +683,18 @@ def test_combination_and_its_gradients(dim: int, rest: str, average: bool, trito
 
     Masked slots hold NaN, and so do the cotangents of masked tokens; many tokens are taken by nobody.
     """
-    sample = Sample(masked=True, n=40)
+    n = 12 if dim > 1000 else 40
+    sample = Sample(masked=True, n=n)
     indices, slots, inverse = (t.to(device) for t in sample.routing().values())
     mask = to(device, sample.token_mask())
     y = draw((3, 2, 4, dim), "normal", 1).to(device).masked_fill(~slots.transpose(0, 1)[..., None], math.nan)
     scores = draw((2, 3, 4), "normal", 2).to(device)
-    other = draw((dim,) if rest == "null" else (2, 40, dim), "normal", 3).to(device)
+    other = draw((dim,) if rest == "null" else (2, n, dim), "normal", 3).to(device)
     leaves = [t.requires_grad_() for t in (y, scores, other)]
     local, null = (None, other) if rest == "null" else (other, None)
     actual = ops.combine(y, scores, indices, slots, inverse, local, null, mask, average, y.dtype, triton)
 
-    place = torch.nn.functional.one_hot(indices, 40) * slots[..., None]
+    place = torch.nn.functional.one_hot(indices, n) * slots[..., None]
     shown = y.masked_fill(~slots.transpose(0, 1)[..., None], 0)
     expected = torch.einsum("bekn,bek,ebkd->bnd", place.to(y.dtype), scores, shown)
     count = place.sum((1, 2))[..., None]
@@ -705,7 +706,7 @@ def test_combination_and_its_gradients(dim: int, rest: str, average: bool, trito
         expected = torch.where(count == 0, other, expected)
     expected = expected.masked_fill(~mask[..., None], 0)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    g = draw((2, 40, dim), "normal", 4).to(device).masked_fill(~mask[..., None], math.nan)
+    g = draw((2, n, dim), "normal", 4).to(device).masked_fill(~mask[..., None], math.nan)
     for a, e in zip(torch.autograd.grad(actual, leaves, g), torch.autograd.grad(expected, leaves, g)):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 

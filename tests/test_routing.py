@@ -688,7 +688,7 @@ def test_gradient_of_logits_of_a_compiled_router(implementation: ModuleType, n: 
     g = draw((2, case.experts, n), "normal", 1).to(device)
     torch.compiler.reset()
     found = []
-    for call in (implementation.route, torch.compile(implementation.route, backend="eager")):
+    for call in (implementation.route, torch.compile(implementation.route, backend="eager", fullgraph=True)):
         logits = call(x, tokens, 8).logits
         gradients = (
             torch.autograd.grad(logits, (x, tokens), g, allow_unused=True) if logits.requires_grad else (None,) * 2
@@ -697,6 +697,42 @@ def test_gradient_of_logits_of_a_compiled_router(implementation: ModuleType, n: 
     for compiled, eager in zip(found[1], found[0]):
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
         assert bool(eager.any()) == (n > 8)
+
+
+@BOTH
+def test_compiled_routes_are_those_of_eager(implementation: ModuleType, device: torch.device) -> None:
+    """Masked tokens before, between and after valid ones, more and fewer of these than K: the order of slots too."""
+    k = 8
+    torch.compiler.reset()
+    compiled = torch.compile(implementation.route, backend="eager", fullgraph=True, dynamic=True)
+    for n in (7, 8, 9, 30, 31):
+        x, tokens, _ = RouterCase(n=n, k=k, batch=4, dim=8, seed=n).tensors()
+        mask = torch.zeros(4, n, dtype=torch.bool)
+        mask[0, -3:] = mask[1, 1::2] = mask[2] = True
+        x, tokens, mask = x.to(device), tokens.to(device), mask.to(device)
+        expected, actual = (call(x, tokens, k, mask) for call in (implementation.route, compiled))
+        for field, t in expected._asdict().items():
+            check_identical(getattr(actual, field).detach().clone(), t.detach(), f"{field} at {n}")
+
+
+@EVERY_KERNEL
+@pytest.mark.parametrize("solver", ["iterative", "exact"])
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_scores_that_are_set_to_nan_pass_nothing_on(
+    kernels: str, solver: str, straight_through: bool, device: torch.device
+) -> None:
+    """A NaN logit sets the scores of its row in every block: of the others they are constants."""
+    x, tokens, _ = RouterCase(n=20, batch=3, dim=8, seed=4).tensors()
+    x, tokens = x.to(device, torch.float32), tokens.to(device, torch.float32).requires_grad_()
+    x[1, 4] = math.nan
+    options = {"solver": solver, "straight_through": straight_through, "route_block_size": 6, "eps": 9.0}
+    for package in (reference, optimized):
+        routes = package.route(x, tokens, 7, **options)
+        assert routes.scores[1].isnan().all()
+        g = draw(tuple(routes.scores.shape), "normal", 5).to(x)
+        (gradient,) = torch.autograd.grad(routes.scores, routes.logits, g)
+        assert not gradient[1, :, 6:].any()
+        assert gradient[0, :, :6].any(-1).all()
 
 
 @BOTH

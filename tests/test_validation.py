@@ -1048,6 +1048,22 @@ def test_dropout_is_live(implementation: ModuleType, device: torch.device) -> No
 
 
 @BOTH
+@pytest.mark.usefixtures("deterministic")
+def test_dropout_is_by_the_mode_of_the_module_that_drops(implementation: ModuleType, device: torch.device) -> None:
+    """Whatever the mode of the layer around it, as with modules of PyTorch."""
+    layer, x = implementation.MixtureOfAttention(**LAYER, dropout=0.7, device=device), X.to(device)
+    expected = layer.eval()(x)
+    layer.train().attn.eval()
+    check_identical(layer(x), expected)
+    layer.eval().attn.train()
+    torch.manual_seed(5)
+    dropped = layer(x)
+    torch.manual_seed(5)
+    check_identical(layer.train()(x), dropped)
+    assert not torch.equal(dropped, expected)
+
+
+@BOTH
 @spoil(numbers("dropout", -0.1, 1.0, 1))
 def test_dropout_is_checked_when_assigned(implementation: ModuleType, device: torch.device, case: Bad) -> None:
     layer = implementation.MixtureOfAttention(**LAYER, dropout=0.3, device=device)

@@ -116,7 +116,7 @@ def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs.py").write_text("def Layer(width):\n    pass\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    done = run("--impl", "theirs:Layer", "-k", "dtype", "--max-examples", "1")
+    done = run("tests/conformance", "--impl", "theirs:Layer", "-k", "dtype", "--max-examples", "1")
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
     assert "conformance of theirs:Layer: 0 hold, 0 fail, 5 not offered" in done.stdout
     assert "nothing was checked" in done.stdout

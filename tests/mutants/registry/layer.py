@@ -15,6 +15,11 @@ EDITS: Edits = {
     },
     "optimized/mixture.py": {
         "slots-of-the-other-side": edit("            kv.k,\n", "            q.k,\n", "configuration"),
+        "dropout-where-the-whole-layer-trains": edit(
+            "dropout=self.dropout if self.attn.training else 0.0",
+            "dropout=self.dropout if self.attn.training and self.training else 0.0",
+            "dropout",
+        ),
         "explained-with-dropout-in-eval": edit(
             "dropout=self.dropout if self.attn.training else 0.0",
             "dropout=self.dropout",

@@ -33,6 +33,11 @@ EDITS: Edits = {
         ),
     },
     "optimized/local_attention.py": {
+        "local-hooked-with-the-mask-of-the-neighbours": edit(
+            "ops.window(qkv, mask, self.window_size",
+            "ops.window(qkv, None if mask is None else mask.roll(1, -1), self.window_size",
+            "masked tokens leak",
+        ),
         "local-masked-content": edit(
             "hidden = _hide(x, mask)\n    if norm_weight", "hidden = x\n    if norm_weight", "trymirai/lalamo#310"
         ),

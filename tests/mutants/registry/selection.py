@@ -98,6 +98,11 @@ EDITS: Edits = {
         ),
     },
     "optimized/ops/pick.py": {
+        "blocks-nan-of-one-block-alone-is-constant": edit(
+            "(inverse < 0) | _poisoned(logits, mask), 0)",
+            "(inverse < 0) | (_poisoned(logits, mask) & logits.isnan()), 0)",
+            "NaN order",
+        ),
         "blocks-mass-of-the-whole-row": edit(
             "soft, *rest = solver.solve(folded, _folded(part, mask), (part.k,), triton)",
             "soft, *rest = solver.solve(folded, _folded(part, mask), (sum(p.slots for p in parts),), triton)",
@@ -120,6 +125,9 @@ EDITS: Edits = {
         ),
     },
     "optimized/ops/blocks.py": {
+        "blocks-fake-of-an-empty-row": edit(
+            "least = torch.sym_min(n, min(k, 2))", "least = torch.sym_min(n + 1, min(k, 2))", "fake tensors"
+        ),
         "blocks-last-block-at-the-start": edit(
             "rows[..., self.start : self.start + self.length * self.count]",
             "rows[..., : self.length * self.count]",
@@ -133,6 +141,11 @@ EDITS: Edits = {
         ),
     },
     "optimized/routing.py": {
+        "compiled-order-of-one-token-more-than-slots": edit(
+            "later = n * min(max(n - k, 0), 1)",
+            "later = n * min(max(n - k - 1, 0), 1)",
+            "masked rows and sentinels",
+        ),
         "order-of-all-tokens-not-restored": edit(
             "if mask is None or (not torch.compiler.is_compiling() and n > k):",
             "if mask is None or not torch.compiler.is_compiling():",

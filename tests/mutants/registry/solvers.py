@@ -4,6 +4,15 @@ from ..mutant import Edits, edit
 
 EDITS: Edits = {
     "optimized/kernels/coordinate_descent.py": {
+        "descent-kernel-largest-of-the-last-block": edit(
+            "top = tl.maximum(top, tl.max(s))", "top = tl.max(s)", "log-sum-exp and scale"
+        ),
+        "descent-kernel-nan-of-the-first-block": edit(
+            "            top = tl.maximum(top, tl.max(s))\n"
+            "            poisoned = tl.maximum(poisoned, tl.max((s != s).to(tl.int32)))\n",
+            "            top = tl.maximum(top, tl.max(s))\n",
+            "masked rows and sentinels",
+        ),
         "descent-kernel-last-temperature": edit(
             "rate = _rate(_temperature(n_iters, eps_bits", "rate = _rate(_temperature(n_iters - 1, eps_bits", "mass"
         ),
