@@ -50,7 +50,7 @@ must be in want of a wife. "My dear Mr. Bennet," said his lady to him one day, "
 def run(*argv: str) -> tuple[int, str]:
     """Exit status and what was printed."""
     printed = io.StringIO()
-    columns = {"COLUMNS": "120", **os.environ}  # a row a line, on any device
+    columns = {"COLUMNS": "200", **os.environ}  # a row a line, on any device
     with contextlib.redirect_stdout(printed), mock.patch.dict(os.environ, columns):
         status = job.main(argv)
     return status, printed.getvalue()
@@ -211,7 +211,7 @@ def test_an_interpreter_that_fails_is_reported(book: str, monkeypatch: pytest.Mo
     ],
 )
 def test_a_wrong_kernel_is_named(fault: str, stages: list[str], book: str, device: torch.device) -> None:
-    prepared = setup.prepare(*arguments.parse((book, *SMALL, "--tokens", "96", "--device", device.type)))
+    prepared = setup.prepare(*arguments.parse((book, *SMALL, "--tokens", "256", "--device", device.type)))
     with OPERATORS[fault].put_in():
         _, rows, broken = interpreter.run_kernels(prepared)
     assert broken is None
