@@ -124,6 +124,9 @@ def random_slots(mask: Tensor, seed: int) -> Tensor:
     return (torch.rand(mask.shape, generator=generator(seed + 21)) < 0.7).to(mask.device)
 
 
+EDGES: list[LayerCase] = []
+
+
 def edges(test: Callable) -> Callable:
     """Explicit examples: slots of either side at N - 1, N and N + 1, under every mask, with and without blocks."""
     for i, (k_q, k_kv, mask) in enumerate(itertools.product((3, 8, 9), (7, 8, 9), ("none", "random", "all_but_one"))):
@@ -131,8 +134,9 @@ def edges(test: Callable) -> Callable:
         window = 2 if i % 4 == 1 else None
         case = LayerCase(
             batch=1 + i % 2, n=8, dim=4, experts=2 - i % 2, heads=1, dim_head=2, k_q=k_q, k_kv=k_kv, mask=mask,
-            window=window, options=options,
+            window=window, options=options, seed=i,
         )  # fmt: skip
+        EDGES.append(case)
         test = example(case=case)(test)
     return test
 
@@ -159,7 +163,12 @@ def sides(case: LayerCase, routes: Any) -> Iterator[tuple[Any, RouterCase, Tenso
 @edges
 @counted
 def test_optimized_matches_with_its_own_routers(kernels: str, case: LayerCase, device: torch.device) -> None:
-    """float64 end to end. Gradients through a router only off its solver's kinks."""
+    """float64 end to end. Gradients through a router only off its solver's kinks.
+
+    Interpreted, where a case takes two seconds, one mask for each pair of slots; on a GPU all.
+    """
+    if kernels == "triton" and interpreted() and case in EDGES and (case.seed + case.seed // 3) % 3:
+        return
     exact = oracle_layer(case, torch.float64, device)
     actual = run_layer(optimized, case, torch.float64, device, layout=True)
     if not all(kink_free(*side) for side in sides(case, exact.routes)):
