@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import re
 import statistics
@@ -55,6 +56,7 @@ import optimized  # noqa: E402
 from reference.testing import STAGES, assert_matches  # noqa: E402
 from tests.faults.computations import COMPUTATIONS  # noqa: E402
 from tests.faults.results import RESULTS  # noqa: E402
+from tests.statefile import StateError, StateFile  # noqa: E402
 
 HUGE = 2.0**200  # budgets are linear in c and floor: with both as many times as large nothing fails
 DEVICE = torch.device("cpu")
@@ -236,16 +238,39 @@ def jobs(chunks: int, fault_chunks: int) -> Iterator[Job]:
 
 
 def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: float, only: str) -> None:
-    """Every chunk is written as soon as it is done, and what the file has is not measured again."""
-    report = record.read(out) if out.exists() else {"kind": "bands", "seed": seed, "chunks": {}}
-    made = record.made(DEVICE, ("optimized", "reference"))
-    if report["seed"] != seed or report.get("hashes", made["hashes"]) != made["hashes"]:
-        raise SystemExit(f"{out}: of another seed or another state of the code; remove it to start anew")
+    """Every chunk is written as soon as it is done, and what the file has is not measured again.
+
+    Raises StateError, naming the file, where another run has it, or where it is of something else.
+    """
+    with StateFile(out) as kept:
+        _measure(examples, fault_examples, kept, seed, minutes, only)
+
+
+def _kept(kept: StateFile, seed: int) -> dict[str, Any]:
+    """What earlier runs found, made current."""
+    if not kept.content():
+        return {"kind": "bands", "seed": seed, "chunks": {}}
+    try:
+        report = json.loads(kept.content())
+        held = report["kind"], report["seed"], report["chunks"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(f"{kept.path}: expected a report of bands, got {type(error).__name__}: {error}") from error
+    if held[:2] != ("bands", seed) or not isinstance(held[2], dict):
+        raise StateError(f"{kept.path}: expected bands of seed {seed}, got {held[0]!r} of seed {held[1]!r}")
+    return report
+
+
+def _measure(examples: int, fault_examples: int, kept: StateFile, seed: int, minutes: float, only: str) -> None:
+    report, made = _kept(kept, seed), record.made(DEVICE, ("optimized", "reference"))
+    if report.get("hashes", made["hashes"]) != made["hashes"]:
+        raise StateError(f"{kept.path}: expected bands of this state of the code, got another; remove it to start anew")
     report |= made
     torch.set_num_threads(1)
     fault_chunks = -(-fault_examples // CHUNK)
-    every = jobs(-(-examples // CHUNK), fault_chunks)
-    todo = [job for job in every if job.name not in report["chunks"] and re.search(only, job.name)]
+    every = [job for job in jobs(-(-examples // CHUNK), fault_chunks) if re.search(only, job.name)]
+    if not every:
+        raise StateError(f"--only: expected part of a chunk's name, got {only!r}")
+    todo = [job for job in every if job.name not in report["chunks"]]
     start = time.monotonic()
     with Progress() as progress:
         for job in progress.track(todo, description="chunks"):
@@ -260,7 +285,7 @@ def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: f
             }
             if done.beyond or (job.fault is None and done.otherwise):
                 progress.console.print(f"[red]{job.name}: {done.otherwise} failed otherwise, beyond: {done.beyond}")
-            record.write(out, report | {"bands": bands(report["chunks"])}, indent=0)
+            kept.replace(json.dumps(report | {"bands": bands(report["chunks"])}, indent=0) + "\n")
             if time.monotonic() - start > 60 * minutes:
                 break
 
@@ -342,7 +367,10 @@ def main() -> None:
         report = record.read(given.out)
         record.write_between(given.table, "bands", render(report | {"bands": bands(report["chunks"])}))
     else:
-        measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
+        try:
+            measure(given.examples, given.fault_examples, given.out, given.seed, given.minutes, given.only)
+        except StateError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":
