@@ -28,6 +28,8 @@ from programs.ranks import WORLD, Ranks, mean_over_ranks, two_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import optimized
+
 pytestmark = pytest.mark.cpu
 
 SHORT = K_Q - 1  # nothing to choose, for neither router
@@ -129,3 +131,31 @@ def accumulate(rank: int, package: str, lengths: tuple) -> None:
 def test_no_sync(ranks: Ranks, package: str) -> None:
     """Gradients add up within a rank, then over the ranks; the last call chooses nothing on one of them."""
     ranks.run(accumulate, package, ((12, 17), (SHORT, 9), (11, SHORT)))
+
+
+def live(rank: int, package: str, schedule: tuple) -> None:
+    """One rank chooses its backends in blocks, the other for the process; both are told of dropout after wrapping."""
+    option = OPTIONS["local mask"]
+    plain = layer_of(package, **option.arguments)
+    wrapped = DistributedDataParallel(layer_of(package, **option.arguments, dropout=0.5).train())
+    wrapped.module.dropout = 0
+    chosen = {"routed_attention": "math", "local_attention": "banded_math"}
+    if rank:
+        optimized.set_default_backends(**chosen)
+    for step, lengths in enumerate(schedule):
+        calls = calls_at(package, plain, option, lengths, step, inject=False)
+        calls = [call | {"mask": call["mask"][:1]} for call in calls]
+        expected = mean_over_ranks([gradients_of(plain, call) for call in calls])
+        wrapped.zero_grad()
+        own = calls[rank] | {"mask": calls[rank]["mask"].long()}
+        with contextlib.nullcontext() if rank else optimized.use_backends(**chosen):
+            out = wrapped(**own)
+        loss_of(out).backward()
+        assert_all_same({name: zero_if_none(p) for name, p in wrapped.module.named_parameters()}, expected)
+    optimized.set_default_backends(**dict.fromkeys(chosen))
+
+
+@PACKAGES
+def test_live_options(ranks: Ranks, package: str) -> None:
+    """Dropout switched off on the wrapped layer, one mask of integers for all items, backends of each rank's own."""
+    ranks.run(live, package, SCHEDULES["short on one rank"])
