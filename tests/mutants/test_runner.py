@@ -227,7 +227,7 @@ def test_a_report_goes_where_it_is_asked_for(
 )
 def test_wrong_use_of_pytest_is_refused(word: str, expected: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", word, "tests/test_docs.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
