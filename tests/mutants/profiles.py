@@ -115,7 +115,8 @@ ROUTER = Profile(
 PICK = Profile(
     ("test_routing.py", "test_public_defects.py", "test_operators.py"),
     "route_matches or edge_of_a or straight_through or selection or (defect_09 and not rejected) "
-    "or (defect_15 and not rejected) or ((pick or select) and opcheck) or content_of_masked",
+    "or (defect_15 and not rejected) or ((pick or select) and opcheck) or content_of_masked "
+    "or set_to_nan",
 )
 SOLVERS = Profile(
     ("test_routing.py", "test_operators.py"),
@@ -130,7 +131,7 @@ ROUTED_ROWS = Profile(
 )
 ROUTING = Profile(
     ("test_modules.py", "test_routing.py", "test_mixture.py"),
-    "undecided or route_matches or returned_routes or injected_routes or edge_of_a or compiled_router or default_dtype",
+    "undecided or route_matches or returned_routes or injected_routes or edge_of_a or compiled_rout or default_dtype",
 )
 MOVES = Profile(
     ("test_mixture.py", "test_operators.py"),
@@ -142,7 +143,10 @@ OPERATOR = Profile(
     "or (other_results and capped_simplex) or (combine and (only_what or opcheck)) "
     "or (test_backends and (gradients or forms))",
 )
-LOCAL = Profile(("test_local_attention.py", "test_operators.py"), "test_local_attention or (window and opcheck)")
+LOCAL = Profile(
+    ("test_local_attention.py", "test_operators.py", "test_mixture.py"),
+    "test_local_attention or (window and opcheck) or (hook_on_each and masked)",
+)
 PLAIN = Profile(
     ("test_backends.py", "test_modules.py"), "why_modules or (test_modules and not without_data and not compiled)"
 )
@@ -150,7 +154,7 @@ LAYER = Profile(
     ("test_modules.py", "test_mixture.py", "test_routed_attention.py", "test_backends.py", "test_validation.py"),
     "both_routers or callers_routes or unknown_backends or tables_are or beside_nan "
     "or (not triton and (each_router or called_once or half_precision or norms_round)) "
-    "or (not triton and (computed_once or large_angles)) "
+    "or (not triton and (computed_once or large_angles or mode_of_the_module)) "
     "or (not triton and not checkpoint and not test_modules and not test_validation)",
     interpreted=True,
 )
