@@ -418,20 +418,10 @@ def test_features_are_names_that_are_known(
         factory_of(f"{module}:Layer")
 
 
-# Properties that the published report is older than.
-SINCE = {
-    "no items and no tokens are legal",
-    "content of masked tokens does not matter",
-    "the output has the dtype of x",
-}
-
-
 def test_the_published_report_is_of_these_properties() -> None:
     page = ROOT / "docs" / "generated" / "conformance" / "mixture-of-attention-0.0.25.md"
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", page.read_text(), re.MULTILINE)[1:]
-    titles = [p.title for p in PROPERTIES.values()]
-    assert set(titles) >= SINCE
-    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [t for t in titles if t not in SINCE]
+    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [p.title for p in PROPERTIES.values()]
     assert f"checks {len(PROPERTIES)} properties" in (ROOT / "docs" / "check-your-own.md").read_text()
     snippets = blocks(page)
     assert len(snippets) == sum("FAILS" in verdict for _, verdict in rows) > 0
