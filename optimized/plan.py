@@ -82,6 +82,19 @@ def _interpreter_obstacle() -> str | None:
     return None
 
 
+MOST_WINDOW_CHANNELS = 128  # of a head: rows of more don't fit in shared memory
+
+
+def _window(probe: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """Of our kernel of a sliding window."""
+
+    def obstacle(r: Request) -> str | None:
+        too_wide = f"dim_head {r.dim_head} > {MOST_WINDOW_CHANNELS}" if r.dim_head > MOST_WINDOW_CHANNELS else None
+        return probe(r) or too_wide
+
+    return obstacle
+
+
 # --- registry --------------------------------------------------------------------------------------------------------
 
 TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
@@ -92,6 +105,12 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     **{stage: tuple(Backend(a.name, a.obstacle) for a in adapters) for stage, adapters in ADAPTERS.items()},
     "mixture": TRITON,
 }
+_compiled, *_, _interpreted = TRITON
+REGISTRY["local_attention"] = (
+    Backend(_compiled.name, _window(_compiled.obstacle)),
+    *REGISTRY["local_attention"],
+    Backend(_interpreted.name, _window(_interpreted.obstacle)),
+)
 
 
 def backends() -> dict[str, tuple[str, ...]]:

@@ -745,6 +745,70 @@ def rotary(x: Inputs, s: Sizes, *, positions: bool, transposed: bool) -> Yielded
 
 
 @case("heads")
+def window(x: Inputs, s: Sizes, *, masked: bool, causal: bool) -> Yielded:
+    from optimized.kernels import window as kernel
+    from optimized.ops.rotary import rotary_tables
+
+    if s.dim_head % 2 or s.dim_head > 128:  # has no halves, or too many channels
+        yield {}
+        yield {}
+        return
+    shape, n = (s.batch, s.length, s.heads, s.dim_head), s.length
+    qkv = x.packed(s.batch, n, 3 * s.heads, s.dim_head, seed=30).unflatten(2, (3, s.heads))
+    dout, reach = x.normal(*shape, seed=31), max(n // 5, 1)
+    mask = x.mask(s._replace(n=n)) if masked else None
+    band = kernel.Band.of(n, reach, causal, mask)
+    out, lse = kernel.window_attention(qkv, band)
+    made = kernel.window_attention_backward(dout, qkv, out, lse, band)
+    yield {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), made.unbind(2)))}
+    # The dense form, (B, H, N, ...). A logit's error is one of a weight, relatively; half precision rounds rotated q
+    # and k, P and dS. Of those, and of sums of d or N terms:
+    short = torch.finfo(x.dtype).eps
+    step = 0.0 if x.dtype == x.wide else 2 * short
+    sums_of = (s.dim_head + n + 24) * x.eps * (2 if x.dtype == torch.float64 else 1)
+    cos, sin = (t[:, None] for t in rotary_tables(n, s.dim_head, x.device, torch.float64))
+    q, k, v = (t.double() for t in qkv.unbind(2))
+    q, k = (_turned(t, cos, sin, False) for t in (q, k))
+    q, k, v, g = (t.transpose(1, 2) for t in (q, k, v, dout.double()))
+    root = s.dim_head**0.5
+    at = torch.arange(n, device=x.device)
+    apart = at - at[:, None]
+    seen = ((apart >= -reach) & (apart <= (0 if causal else reach))).expand(s.batch, 1, n, n)
+    if mask is not None:
+        seen = seen & mask[:, None, None] & mask[:, None, :, None]
+    seen = seen | (apart == 0)
+    scores = (q @ k.mT / root).masked_fill(~seen, -torch.inf)
+    most = (_lengths(q) @ _lengths(k).mT / root * seen).amax(-1, keepdim=True)
+    gain = (3 * step + sums_of) * (1 + most)
+    p, true_lse = scores.softmax(-1), scores.logsumexp(-1)
+    result = p @ v
+    slack = {"out": (gain + step) * (p @ v.abs() + result.abs()), "lse": gain[..., 0] * (1 + true_lse.abs())}
+    dp, delta = g @ v.mT, (g * result).sum(-1, keepdim=True)
+    ds = p * (dp - delta) / root
+    off = (g.abs() * slack["out"]).sum(-1, keepdim=True) + sums_of * (
+        g.abs() @ v.abs().mT + (g * result).abs().sum(-1, keepdim=True)
+    )
+    ds_off = p / root * (2 * gain * ((dp - delta).abs()) + off) + step * ds.abs()
+    truths = {"out": result, "lse": true_lse, "dv": p.mT @ g}
+    slack["dv"] = (2 * p * (gain + step)).mT @ g.abs() + sums_of * p.mT @ g.abs()
+    for name, weights, error, other in (("dq", ds, ds_off, k), ("dk", ds.mT, ds_off.mT, q)):
+        turned = (weights @ other).transpose(1, 2)
+        truths[name] = _turned(turned, cos, sin, True).transpose(1, 2)
+        around = error @ other.abs() + (2 * step + sums_of) * weights.abs() @ other.abs()
+        slack[name] = around + around.roll(s.dim_head // 2, -1)  # a rotation mixes both halves
+    last = torch.finfo(x.dtype)
+    found = {}
+    for name, t in truths.items():
+        bound = slack[name] + (last.eps * t.abs() + last.smallest_normal if name != "lse" else 0)
+        found[name] = Truth(*((t, bound) if name == "lse" else (t.transpose(1, 2), bound.transpose(1, 2))))
+    yield found
+
+
+def _lengths(t: Tensor) -> Tensor:
+    return t.norm(dim=-1, keepdim=True)
+
+
+@case("heads")
 def value_score(x: Inputs, s: Sizes) -> Yielded:
     from optimized.kernels import value_score as kernel
 

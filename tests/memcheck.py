@@ -170,10 +170,11 @@ def main() -> None:
     torch.manual_seed(0)
     kernels = "triton" if given.device == "cuda" else "triton_interpreted"
     # Attention by PyTorch's plain operations: only our kernels are in question.
-    chosen = {**dict.fromkeys(("routing", "dispatch", "mixture"), kernels), "routed_attention": "math"}
+    stages = ("routing", "dispatch", "local_attention", "mixture")
+    chosen = {**dict.fromkeys(stages, kernels), "routed_attention": "math"}
     first, parts = given.part
     start = time.monotonic()
-    with optimized.use_backends(**chosen, local_attention="banded_math"):
+    with optimized.use_backends(**chosen):
         for name, function, arguments in [*runs(), *layers()][first - 1 :: parts]:
             function(*arguments)
             if given.device == "cuda":

@@ -146,7 +146,7 @@ def check_every_run(found: list[list[list[Tensor]]], expected: list[list[Tensor]
 def exact(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Our kernels, and attention that always adds up in the same order."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    with optimized.use_backends(**stages_by("triton"), routed_attention="math", local_attention="banded_math"):
+    with optimized.use_backends(**stages_by("triton"), routed_attention="math"):
         yield
 
 

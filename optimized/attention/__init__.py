@@ -98,4 +98,5 @@ def module_name(backend: str, device: torch.device) -> str:
 
 def note(backend: str) -> str:
     """What else a user may want to know of a backend; mostly nothing."""
-    return "" if backend == "flex_attention" else adapter(backend).note
+    known = backend.removeprefix(banded.PREFIX)
+    return _LIBRARIES[known].note if known in _LIBRARIES else ""
