@@ -205,6 +205,12 @@ MORE_KEYS = {  # than queries
     "lengths": lambda s: s.lengths(s.n + 3),
 }
 BLOCKS = {"block": 4}  # of six tokens: one gives two of four, the other both
+WINDOWS: dict[str, dict[str, Any]] = {
+    "causal": {"causal": lambda s: not s.masked},
+    "beyond": {"window": 9},
+    "kernel": {"backend": "triton"},
+    "kernel_causal": {"backend": "triton", "causal": lambda s: not s.masked},
+}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "router_logits": {"product": {"scale": None}},
     "pick": {
@@ -255,8 +261,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
     },
-    "window": {"causal": {"causal": lambda s: not s.masked}, "beyond": {"window": 9}},
-    "window_attention": {"causal": {"causal": lambda s: not s.masked}, "beyond": {"window": 9}},
+    "window": WINDOWS,
+    "window_attention": WINDOWS,
 }
 
 

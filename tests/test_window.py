@@ -1,0 +1,142 @@
+"""Our kernel of a sliding window against attention over all pairs of tokens, each in sight or not."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from harness import check_identical
+from strategies import draw, draw_mask
+from torch import Tensor
+
+from optimized.ops.rotary import rotary_tables
+
+TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+HEADS = 2
+# Lengths and windows: none, below, at and above the blocks of float64, one of them and several; d: padded, and not.
+LENGTHS, WINDOWS, CHANNELS = (1, 15, 16, 17, 33, 50), (1, 15, 16, 17, 40, 2**31), (2, 24, 32)
+
+
+def problem(n: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """q, k and v side by side, and a cotangent."""
+    shapes = (2, n, 3, HEADS, dim), (2, n, HEADS, dim)
+    qkv, g = (draw(shape, "normal", i).to(device, dtype) for i, shape in enumerate(shapes))
+    return qkv, g
+
+
+def turned(t: Tensor) -> Tensor:
+    """By the angles of positions 0, 1, ..."""
+    cos, sin = (table[:, None] for table in rotary_tables(t.shape[1], t.shape[-1], t.device, torch.float64))
+    first, second = t.chunk(2, -1)
+    return t * cos + torch.cat((-second, first), -1) * sin
+
+
+def over_all_pairs(qkv: Tensor, window: int, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out (B, N, H, d) and lse (B, H, N). A masked token sees itself alone, and no other sees it."""
+    q, k, v = qkv.unbind(2)
+    q, k, v = (t.transpose(1, 2) for t in (turned(q), turned(k), v))
+    at = torch.arange(qkv.shape[1], device=qkv.device)
+    apart = at - at[:, None]
+    seen = (apart >= -window) & (apart <= (0 if causal else window))
+    if mask is not None:
+        seen = seen & mask[:, None, None] & mask[:, None, :, None]
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~(seen | (apart == 0)), -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device) -> None:
+    from optimized.kernels.window import Band, window_attention, window_attention_backward
+
+    qkv, g = problem(n, dim, device)
+    mask = draw_mask(2, n, "random", n).to(device) if masked else None
+    leaf = qkv.clone().requires_grad_()
+    expected = over_all_pairs(leaf, window, causal, mask)
+    (gradient,) = torch.autograd.grad(expected[0], leaf, g)
+    band = Band.of(n, window, causal, mask)
+    out, lse = window_attention(qkv, band)
+    actual = out, lse, window_attention_backward(g, qkv, out, lse, band)
+    for a, e in zip(actual, (*expected, gradient)):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+@TRITON
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("n", LENGTHS)
+def test_lengths_and_windows(kernels: str, n: int, window: int, device: torch.device) -> None:
+    for dim, causal, masked in itertools.product(CHANNELS, (False, True), (False, True)):
+        check_against_all_pairs(n, window, dim, causal, masked, device)
+
+
+@TRITON
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("n", "window", "dim", "causal", "masked"),
+    [
+        (1, 1, 2, False, False),
+        (17, 16, 24, True, True),
+        (33, 15, 2, False, True),
+        (50, 17, 32, True, False),
+        (50, 2**31, 24, False, True),
+        (50, 1, 24, False, False),
+    ],
+)
+def test_some_of_them(
+    kernels: str, n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device
+) -> None:
+    check_against_all_pairs(n, window, dim, causal, masked, device)
+
+
+@TRITON
+@pytest.mark.interpreted
+def test_any_strides(kernels: str, device: torch.device) -> None:
+    """Of tokens, heads and of q, k and v among each other; channels side by side, or not."""
+    from optimized.kernels.window import Band, window_attention, window_attention_backward
+
+    qkv, g = problem(18, 6, device)
+    band = Band.of(18, 4, False, None)
+    out, lse = window_attention(qkv, band)
+    gradient = window_attention_backward(g, qkv, out, lse, band)
+    for order in ((1, 0, 2, 3, 4), (3, 2, 1, 0, 4), (4, 3, 2, 1, 0)):
+        back = [order.index(i) for i in range(5)]
+        laid = qkv.permute(order).contiguous().permute(back)
+        check_identical(window_attention(laid, band)[0], out)
+        cotangent = g.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        check_identical(window_attention_backward(cotangent, laid, out, lse, band), gradient)
+
+
+@TRITON
+@pytest.mark.interpreted
+@pytest.mark.parametrize("level", [-3000.0, 3000.0])
+def test_logits_far_from_zero(kernels: str, level: float, device: torch.device) -> None:
+    """Of all keys of some queries: exponentials of what is left after the largest are taken."""
+    from optimized.kernels.window import Band, window_attention, window_attention_backward
+
+    qkv, g = problem(20, 4, device)
+    qkv[:, :, 1] = qkv[:, :, 0] * level  # without a rotation between them logits were -level |q|^2 / 2
+    leaf = qkv.clone().requires_grad_()
+    expected = over_all_pairs(leaf, 3, False, None)
+    (gradient,) = torch.autograd.grad(expected[0], leaf, g)
+    band = Band.of(20, 3, False, None)
+    out, lse = window_attention(qkv, band)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(out, expected[0], rtol=1e-8, atol=1e-8)
+    found = window_attention_backward(g, qkv, out, lse, band)
+    torch.testing.assert_close(found, gradient, rtol=1e-7, atol=1e-6 * gradient.abs().max().item())
+
+
+@TRITON
+@pytest.mark.gpu
+def test_runs_are_bitwise_equal(kernels: str, device: torch.device) -> None:
+    from optimized.kernels.window import Band, window_attention, window_attention_backward
+
+    qkv, g = problem(5000, 64, device, torch.bfloat16)
+    band = Band.of(5000, 100, False, draw_mask(2, 5000, "random", 1).to(device))
+    runs = []
+    for _ in range(5):
+        out, lse = window_attention(qkv, band)
+        runs.append((out, lse, window_attention_backward(g, qkv, out, lse, band)))
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0]):
+            check_identical(a, b)
