@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optimized import ops
 from optimized.attention import flex_window
-from optimized.plain import obstacle_to_fusion
+from optimized.plain import obstacle_to_fusion, plain
 from optimized.plan import Kind, Plan, bind
 from reference import contract
 from reference.contract import Config, TokenMask
@@ -49,9 +49,7 @@ def local_attention(
     mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     window_size, heads = contract.positive_int("window_size", window_size), contract.positive_int("heads", heads)
     plan = _plan(x, mask, w_out.shape[1] // heads)
-    hidden = _hide(x, mask)
-    if norm_weight is not None:
-        hidden = layer_norm(hidden, norm_weight, norm_bias)
+    hidden = _hide(x, mask) if norm_weight is None else _normed(x, mask, norm_weight, norm_bias, EPS, plan)
     if plan.local_attention == "flex_attention":
         qkv = F.linear(hidden, w_qkv).unflatten(2, (3, heads, -1))
         y = F.linear(_by_flex(qkv, mask, window_size, causal, plan).flatten(2), w_out)
@@ -60,7 +58,17 @@ def local_attention(
     return _hide(y.to(x.dtype), mask)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+EPS = 1e-5
+
+
+def _normed(x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, plan: Plan) -> Tensor:
+    """LayerNorm of x, whose masked tokens are not read and count as zeros."""
+    if plan.dispatch and x.shape[-1] <= ops.MOST_NORM_CHANNELS:
+        return ops.layer_norm(x, weight, bias, mask, eps, True)[0]
+    return layer_norm(_hide(x, mask), weight, bias, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = EPS) -> Tensor:
     """LayerNorm over the last dimension, in x's dtype.
 
     PyTorch computes it in at least float32 whatever the dtype, if there is but one. But on the CPU it adds up the
@@ -146,9 +154,13 @@ class LocalAttention(nn.Module):
             contract.parameters(self, x, CLASSES)
         if plan is None:
             plan = _plan(x, mask, self.dim_head, self.flash_attn, self.use_triton)
-        hidden = _hide(x, mask)
-        if self.norm is not None:
-            hidden = self.norm(hidden).to(x.dtype)
+        norm = self.norm
+        if norm is None:
+            hidden = _hide(x, mask)
+        elif plain(norm, LayerNorm, bias=True) is None:
+            hidden = _normed(x, mask, norm.weight, norm.bias, norm.eps, plan)
+        else:
+            hidden = norm(_hide(x, mask)).to(x.dtype)
         if plan.local_attention != "flex_attention" and self.obstacle_to_fusion() is None:
             weights = self.to_qkv.weight, self.to_out.weight
             y = _fused(hidden, weights, mask, self.heads, self.window_size, False, plan)

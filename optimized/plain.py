@@ -16,16 +16,16 @@ _HOOKS = {
 }
 
 
-def plain(module: nn.Module | None, cls: type[nn.Module]) -> str | None:
+def plain(module: nn.Module | None, cls: type[nn.Module], bias: bool = False) -> str | None:
     """None where calling the module comes to what `cls` computes of its parameters, else in words why not.
 
     Asked of it: the exact class (a parametrization makes another), no hooks, its own or global, its own `forward`, no
-    bias, and ordinary tensors as parameters. No module at all is plain.
+    bias unless it may have one, and ordinary tensors as parameters. No module at all is plain.
     """
-    return _obstacle(module, cls, nn_module._has_any_global_hook())
+    return _obstacle(module, cls, nn_module._has_any_global_hook(), bias)
 
 
-def _obstacle(module: nn.Module | None, cls: type[nn.Module], hooked: bool) -> str | None:
+def _obstacle(module: nn.Module | None, cls: type[nn.Module], hooked: bool, bias: bool = False) -> str | None:
     if module is None:
         return None
     if type(module) is not cls:
@@ -41,7 +41,7 @@ def _obstacle(module: nn.Module | None, cls: type[nn.Module], hooked: bool) -> s
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
-        if name == "bias":
+        if name == "bias" and not bias:
             return "has a bias"
         if type(parameter) not in _ORDINARY:
             return f"has a {name} of class {type(parameter).__name__}"

@@ -647,6 +647,43 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
     yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}
 
 
+@case("channels")
+def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
+    from optimized.kernels import layer_norm as kernel
+    from optimized.kernels.launch import MAX_BLOCK_D
+
+    if s.dim > MAX_BLOCK_D:  # a row lies in registers
+        yield {}
+        yield {}
+        return
+    mask, shown = _mask(x, s, masked)
+    tokens, g = (x.normal(s.batch, s.n, s.dim, seed=s.dim + i) for i in range(2))
+    w, b = x.weight(s.dim, seed=2), x.weight(s.dim, seed=3) if bias else None
+    y, mean, rate = kernel.layer_norm(tokens, w, b, mask, 1e-5)
+    dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate)
+    yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw.sum(0), "db": db.sum(0)}
+    t = tokens.double() * shown[..., None]
+    middle = t.mean(-1, keepdim=True)
+    each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    z, wide_g = (t - middle) * each, g.double()
+    h = wide_g * w.double()
+    # A mean's rounding errors reach every channel, and are divided by the spread.
+    most = each * (t.abs() + t.abs().mean(-1, keepdim=True))
+    around = h.abs() + h.abs().mean(-1, keepdim=True) + most * (h.abs() * most).mean(-1, keepdim=True)
+    made = each * (h - h.mean(-1, keepdim=True) - z * (h * z).mean(-1, keepdim=True)) * shown[..., None]
+    beyond = 0.0 if b is None else b.double()
+    dims, rows = (0, 1), s.batch * s.n
+    gain = 1 + most.square().mean(-1, keepdim=True)  # of an error of the rate
+    yield {
+        "y": x.truth(z * w.double() + beyond, gain * most * w.double().abs() + abs(beyond), s.dim),
+        "mean": x.truth(middle.squeeze(-1), t.abs().mean(-1), s.dim, x.wide),
+        "rate": x.truth(each.squeeze(-1), (gain * each).squeeze(-1), s.dim, x.wide),
+        "dx": x.truth(made, gain * each * around * shown[..., None], 3 * s.dim),
+        "dw": x.truth((wide_g * z).sum(dims), (gain * most * wide_g.abs()).sum(dims), rows + s.dim, x.wide),
+        "db": x.truth(wide_g.sum(dims), wide_g.abs().sum(dims), rows, x.wide),
+    }
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,11 @@ def gather_norm(s: Sample) -> dict[str, Any]:
     return {"x": s.floats(s.batch, s.n, DIM), "gamma": s.floats(s.experts, DIM, seed=1)[..., None], **s.routing()}
 
 
+def layer_norm(s: Sample) -> dict[str, Any]:
+    weight, bias = (s.floats(2, DIM, seed=1 + i)[1] for i in range(2))
+    return {"x": s.floats(s.batch, s.n, DIM), "weight": weight, "bias": bias, "mask": s.token_mask(), "eps": 1e-5}
+
+
 def routed_rows(s: Sample) -> dict[str, Any]:
     given: dict[str, Any] = {"x": s.floats(s.batch, s.n, DIM)}
     for i, side in enumerate(("q", "kv")):
@@ -194,7 +199,7 @@ SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
-        attention, expert_attention, window, window_attention,
+        attention, expert_attention, window, window_attention, layer_norm,
     )
 }  # fmt: skip
 
@@ -225,6 +230,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "coordinate_descent": {"one_step": {"n_iters": 1}},
     "gather_norm": {"no_norm": {"gamma": None}},
+    "layer_norm": {"no_bias": {"bias": None}},
     "routed_rows": {
         "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},
         "other_solver": {"exact": lambda s: not s.masked},

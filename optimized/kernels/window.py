@@ -301,7 +301,7 @@ def window_attention(qkv: Tensor, band: Band) -> tuple[Tensor, Tensor]:
 
 
 def window_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, band: Band) -> Tensor:
-    """The gradient (B, N, 3, H, d) of qkv, contiguous. out, lse: of the forward, contiguous."""
+    """The gradient (B, N, 3, H, d) of qkv, contiguous. out, lse: of the forward."""
     batch, n, _, heads, dim = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if not dqkv.numel():
@@ -309,7 +309,8 @@ def window_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tenso
     sizes = _sizes(qkv.dtype, dim, backward=True)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     given = _given(qkv, band, (sizes["BLOCK_M"], sizes["BLOCK_N"]))
-    dout, delta = dout.contiguous(), torch.empty_like(lse)
+    dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
     dq, dk, dv = dqkv.unbind(2)
     strides = dq.stride(0), dq.stride(1), dq.stride(2)
     numbers = *given.numbers, *strides

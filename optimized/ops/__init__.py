@@ -6,6 +6,7 @@ is differentiable twice or in forward mode; they say so by an error.
 
 from typing import TYPE_CHECKING
 
+from optimized.ops.layer_norm import MOST_CHANNELS as MOST_NORM_CHANNELS
 from optimized.ops.operator import Operator
 from optimized.ops.rotary import rotary_tables
 from optimized.ops.rows import inverse_map
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     coordinate_descent: Operator
     expert_attention: Operator
     gather_norm: Operator
+    layer_norm: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -32,6 +34,7 @@ else:
     from optimized.ops.coordinate_descent import coordinate_descent
     from optimized.ops.expert_attention import expert_attention
     from optimized.ops.gather_norm import gather_norm
+    from optimized.ops.layer_norm import layer_norm
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows
