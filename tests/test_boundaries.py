@@ -66,8 +66,9 @@ class Axis(NamedTuple):
 
 ROWS = ("selection", "coordinate_descent", "capped_simplex")
 SLOTS = ("gather_norm", "combine")
-CHANNELS = (*SLOTS, "router_logits", "token_gradient")
-HEADS = ("null_slot", "rotary", "value_score")
+CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm")
+TOKENS = (*SLOTS, "layer_norm")
+HEADS = ("null_slot", "rotary", "value_score", "window")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
     "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 33000),
@@ -75,7 +76,7 @@ AXES = {
     "router": Axis("channels", ("router_logits",), lambda n: FEW._replace(n=n), 1100, 33000),
     "channels": Axis("channels", CHANNELS, lambda dim: FEW._replace(n=3, ks=(2, 1), dim=dim), 4100, 33000),
     "slots": Axis("channels", SLOTS, lambda k: FEW._replace(n=k + 3, ks=(k, k + 1)), 130, 8200),
-    "tokens": Axis("channels", SLOTS, lambda n: FEW._replace(n=n, ks=(min(n, 2), 1)), 130, 33000),
+    "tokens": Axis("channels", TOKENS, lambda n: FEW._replace(n=n, ks=(min(n, 2), 1)), 130, 33000),
     "queries": Axis("heads", HEADS, lambda length: FEW._replace(length=length), 70, 8200),
     "head_channels": Axis("heads", HEADS, lambda dim: FEW._replace(heads=1, dim_head=dim), 4100, 4100),
     "heads": Axis("heads", HEADS, lambda count: FEW._replace(heads=count), 20, 600),
@@ -93,6 +94,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "gather_norm.MOST_ROWS": "slots",
     "gather_norm.TILE": "channels",
     "launch.CHUNK": "rows",
+    "layer_norm.CHUNK": "tokens",
+    "layer_norm.TILE": "channels",
     "launch.MAX_BLOCK_D": "channels",
     "launch.ROWS_IN_REGISTERS": "rows",
     "null_slot.ROWS": "queries",

@@ -96,6 +96,8 @@ WINDOW = Profile(
     "one_operator or (whole_stages and window) or (window_attention and opcheck and masked)",
     interpreted=True,
 )
+WINDOW_KERNEL = Profile(("test_window.py", "test_operators.py"), "test_window or (window and kernel)", interpreted=True)
+NORM = Profile(("test_cases.py", "test_operators.py"), "layer_norm", interpreted=True)
 GATHERED = Profile(
     ("test_mixture.py", "test_operators.py"),
     "own_context or two_dtypes or (injected_routes and bfloat16 and torch) "
@@ -177,6 +179,8 @@ PROFILES = {
     "optimized/kernels/token_gradient.py": GATHER,
     "optimized/kernels/value_score.py": EXPERTS,
     "optimized/kernels/rotary.py": ROTARY,
+    "optimized/kernels/window.py": WINDOW_KERNEL,
+    "optimized/kernels/layer_norm.py": NORM,
     "optimized/ops/operator.py": OPERATOR,
     "optimized/ops/router_logits.py": ROUTER,
     "optimized/ops/select.py": PICK,
@@ -194,6 +198,7 @@ PROFILES = {
     "optimized/ops/null_slot.py": ATTENTION,
     "optimized/ops/expert_attention.py": EXPERTS,
     "optimized/ops/window.py": WINDOW,
+    "optimized/ops/layer_norm.py": NORM,
     "optimized/attention/calls.py": ATTENTION,
     "optimized/attention/bias.py": ATTENTION,
     "optimized/attention/math.py": ATTENTION,

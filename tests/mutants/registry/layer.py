@@ -134,7 +134,7 @@ EDITS: Edits = {
             "type(parameter) not in _ORDINARY", "not isinstance(parameter, _ORDINARY)", "choice of backend"
         ),
         "plain-bias-overlooked": edit(
-            '        if name == "bias":\n            return "has a bias"\n', "", "choice of backend"
+            '        if name == "bias" and not bias:\n            return "has a bias"\n', "", "choice of backend"
         ),
     },
 }

@@ -39,7 +39,9 @@ EDITS: Edits = {
             "masked tokens leak",
         ),
         "local-masked-content": edit(
-            "hidden = _hide(x, mask)\n    if norm_weight", "hidden = x\n    if norm_weight", "trymirai/lalamo#310"
+            "return layer_norm(_hide(x, mask), weight, bias, eps)",
+            "return layer_norm(x, weight, bias, eps)",
+            "trymirai/lalamo#310",
         ),
         "local-masked-output": edit(
             "    return _hide(y.to(x.dtype), mask)\n\n\ndef", "    return y.to(x.dtype)\n\n\ndef", "trymirai/lalamo#310"

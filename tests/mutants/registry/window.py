@@ -1,0 +1,96 @@
+"""Faults of our kernels of local attention: the sliding window, and the norm before it."""
+
+from ..mutant import Edits, edit
+
+EDITS: Edits = {
+    "optimized/kernels/window.py": {
+        "window-kernel-sides-exchanged": edit(
+            "((j - i >= -before) & (j - i <= after) & valid_i & valid_j)",
+            "((j - i >= -after) & (j - i <= before) & valid_i & valid_j)",
+            "Dao-AILab/flash-attention#581",
+        ),
+        "window-kernel-one-short": edit("(j - i >= -before)", "(j - i > -before)", "window"),
+        "window-kernel-masked-query-sees-others": edit(
+            "(j - i <= after) & valid_i & valid_j)", "(j - i <= after) & valid_j)", "masked tokens leak"
+        ),
+        "window-kernel-nobody-sees-itself": edit(
+            "& valid_i & valid_j) | (i == j)", "& valid_i & valid_j)", "Dao-AILab/flash-attention#442"
+        ),
+        "window-kernel-reach-rounded-down": edit(
+            "reach = tl.cdiv(before, BLOCK_N) * BLOCK_N  # positions",
+            "reach = before // BLOCK_N * BLOCK_N  # positions",
+            "tail mask",
+        ),
+        "window-kernel-ends-before-its-keys": edit(
+            "end = tl.minimum(n, block * BLOCK_N + BLOCK_N + before) - base",
+            "end = tl.minimum(n, block * BLOCK_N + BLOCK_N + after) - base",
+            "causality",
+        ),
+        "window-kernel-lse-base-2": edit(
+            "(top + tl.log2(total)) * LN_2", "top + tl.log2(total)", "log-sum-exp and scale"
+        ),
+        "window-kernel-sum-does-not-fade": edit(
+            "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", "fla-org/flash-linear-attention#1214"
+        ),
+        "window-kernel-gradient-turned-on": edit(
+            "(second * cos - first * sin).to(ptr.dtype.element_ty)",
+            "(second * cos + first * sin).to(ptr.dtype.element_ty)",
+            "rotary",
+        ),
+        "window-kernel-keys-turned-from-zero": edit(
+            "    own = reach + tl.arange(0, BLOCK_N)", "    own = tl.arange(0, BLOCK_N)", "rotary"
+        ),
+        "window-kernel-keys-gradient-unscaled": edit(
+            "ds = (p * (dp - delta[None, :]) * scale).to(q1.dtype)",
+            "ds = (p * (dp - delta[None, :])).to(q1.dtype)",
+            "log-sum-exp and scale",
+        ),
+        "window-kernel-mask-of-item-0": edit(
+            "    result = (b * n * heads + h) * (2 * half)\n    mask_ptr += b * n\n    dim = 2 * half\n    reach = tl.cdiv(after",
+            "    result = (b * n * heads + h) * (2 * half)\n    dim = 2 * half\n    reach = tl.cdiv(after",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "window-kernel-gradients-strides-of-the-input": edit(
+            "strides = dq.stride(0), dq.stride(1), dq.stride(2)",
+            "strides = qkv.stride(0), qkv.stride(1), qkv.stride(3)",
+            "stride and layout",
+        ),
+        "window-kernel-causal-ignored": edit(
+            "return cls(before, 0 if causal else before, mask)", "return cls(before, before, mask)", "causality"
+        ),
+    },
+    "optimized/kernels/layer_norm.py": {
+        "norm-kernel-padding-in-the-variance": edit(
+            "apart = tl.where(inside[None, :], x - mean[:, None], 0.0)", "apart = x - mean[:, None]", "tail mask"
+        ),
+        "norm-kernel-eps-beside-the-root": edit(
+            "rate = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / dim + from_bits(eps_bits).to(DTYPE))",
+            "rate = 1.0 / (tl.sqrt(tl.sum(apart * apart, 1) / dim) + from_bits(eps_bits).to(DTYPE))",
+            "precision",
+        ),
+        "norm-kernel-mean-of-h-forgotten": edit(
+            "(h - (tl.sum(h, 1) / dim)[:, None] - z * along[:, None])", "(h - z * along[:, None])", "missing gradient"
+        ),
+        "norm-kernel-masked-rows-read": edit(
+            "x = tl.load(x_ptr + at, mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)\n        mean",
+            "x = tl.load(x_ptr + at, mask=there, other=0.0).to(DTYPE)\n        mean",
+            "fla-org/flash-linear-attention#77",
+        ),
+        "norm-kernel-bias-of-shown-rows-only": edit(
+            "        db += g\n", "        db += tl.where(shown[:, None], g, 0.0)\n", "missing gradient"
+        ),
+        "norm-kernel-last-chunk-lost": edit(
+            "chunks = cdiv(rows, CHUNK)", "chunks = max(rows // CHUNK, 1)", "tail mask"
+        ),
+    },
+    "optimized/ops/layer_norm.py": {
+        "norm-fake-in-the-models-dtype": edit(
+            "row = a.x.new_empty(a.x.shape[:-1], dtype=kind)", "row = a.x.new_empty(a.x.shape[:-1])", "fake tensors"
+        ),
+        "norm-rows-of-any-stride": edit(
+            "rows = a.mean[..., None].contiguous(), a.rate[..., None].contiguous()",
+            "rows = a.mean[..., None], a.rate[..., None]",
+            "stride and layout",
+        ),
+    },
+}
