@@ -44,7 +44,7 @@ EDITS: Edits = {
             "trymirai/lalamo#310",
         ),
         "local-masked-output": edit(
-            "    return _hide(y.to(x.dtype), mask)\n\n\ndef", "    return y.to(x.dtype)\n\n\ndef", "trymirai/lalamo#310"
+            "    return _hide(y.to(x.dtype), mask)\n\n\nEPS", "    return y.to(x.dtype)\n\n\nEPS", "trymirai/lalamo#310"
         ),
         "local-norm-bias-dropped": edit(
             "bias = None if bias is None else bias.to(inner)",

@@ -46,8 +46,8 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "window-kernel-mask-of-item-0": edit(
-            "    result = (b * n * heads + h) * (2 * half)\n    mask_ptr += b * n\n    dim = 2 * half\n    reach = tl.cdiv(after",
-            "    result = (b * n * heads + h) * (2 * half)\n    dim = 2 * half\n    reach = tl.cdiv(after",
+            "    mask_ptr += b * n\n    dim = 2 * half\n    reach = tl.cdiv(after",
+            "    dim = 2 * half\n    reach = tl.cdiv(after",
             "fla-org/flash-linear-attention#1115",
         ),
         "window-kernel-gradients-strides-of-the-input": edit(
