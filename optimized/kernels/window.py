@@ -57,6 +57,14 @@ def _product(a, b, total, HALF: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _rounded(t, ptr):
+    """In the dtype that products take; not in the interpreter, which cuts off what a GPU rounds: sums would be off."""
+    if INTERPRETED:
+        return t
+    return t.to(ptr.dtype.element_ty)
+
+
+@triton.jit
 def _turned(ptr, rows, stride, shown, cos_ptr, sin_ptr, places, half, BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr):
     """Both halves of rows, rotated by the angles of their places, in their own dtype; 0 where they are not shown."""
     channels = tl.arange(0, BLOCK_HALF)
@@ -68,8 +76,7 @@ def _turned(ptr, rows, stride, shown, cos_ptr, sin_ptr, places, half, BLOCK_HALF
     table = places[:, None] * (2 * half) + channels[None, :]
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
-    kind = ptr.dtype.element_ty
-    return (first * cos - second * sin).to(kind), (second * cos + first * sin).to(kind)
+    return _rounded(first * cos - second * sin, ptr), _rounded(second * cos + first * sin, ptr)
 
 
 @triton.jit
@@ -150,7 +157,7 @@ def _window_kernel(
         p = tl.exp2(s - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
-        out = _product(p.to(v.dtype), v, out * fade[:, None], HALF, DTYPE)
+        out = _product(_rounded(p, v_ptr), v, out * fade[:, None], HALF, DTYPE)
         top = higher
     total = tl.where(here, total, 1.0)
     channels = tl.arange(0, BLOCK_D)
@@ -205,7 +212,7 @@ def _window_queries_kernel(
         seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
         p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
         dp = _product(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        ds = (p * (dp - delta[:, None]) * scale).to(k1.dtype)
+        ds = _rounded(p * (dp - delta[:, None]) * scale, k_ptr)
         dq1 = _product(ds, k1, dq1, HALF, DTYPE)
         dq2 = _product(ds, k2, dq2, HALF, DTYPE)
     offset = b * grad_b + h.to(tl.int64) * grad_h
@@ -255,9 +262,9 @@ def _window_keys_kernel(
         s = _product(k2, tl.trans(q2), s, HALF, DTYPE) * (scale * LOG2_E)
         seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after) & inside[None, :]
         p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
-        dv = _product(p.to(dout.dtype), dout, dv, HALF, DTYPE)
+        dv = _product(_rounded(p, dout_ptr), dout, dv, HALF, DTYPE)
         dp = _product(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-        ds = (p * (dp - delta[None, :]) * scale).to(q1.dtype)
+        ds = _rounded(p * (dp - delta[None, :]) * scale, q_ptr)
         dk1 = _product(ds, q1, dk1, HALF, DTYPE)
         dk2 = _product(ds, q2, dk2, HALF, DTYPE)
     offset = b * grad_b + h.to(tl.int64) * grad_h

@@ -41,8 +41,8 @@ EDITS: Edits = {
             "    own = reach + tl.arange(0, BLOCK_N)", "    own = tl.arange(0, BLOCK_N)", "rotary"
         ),
         "window-kernel-keys-gradient-unscaled": edit(
-            "ds = (p * (dp - delta[None, :]) * scale).to(q1.dtype)",
-            "ds = (p * (dp - delta[None, :])).to(q1.dtype)",
+            "ds = _rounded(p * (dp - delta[None, :]) * scale, q_ptr)",
+            "ds = _rounded(p * (dp - delta[None, :]), q_ptr)",
             "log-sum-exp and scale",
         ),
         "window-kernel-mask-of-item-0": edit(
