@@ -795,18 +795,17 @@ def window(x: Inputs, s: Sizes, *, masked: bool, causal: bool) -> Yielded:
     dout, reach = x.normal(*shape, seed=31), max(n // 5, 1)
     mask = x.mask(s._replace(n=n)) if masked else None
     band = kernel.Band.of(n, reach, causal, mask)
-    out, lse = kernel.window_attention(qkv, band)
-    made = kernel.window_attention_backward(dout, qkv, out, lse, band)
+    angles = rotary_tables(n, s.dim_head, x.device, x.wide)
+    out, lse = kernel.window_attention(*qkv.unbind(2), band)
+    made = kernel.window_attention_backward(dout, qkv.unbind(2), out, lse, band, angles)
     yield {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), made.unbind(2)))}
-    # The dense form, (B, H, N, ...). A logit's error is one of a weight, relatively; half precision rounds rotated q
-    # and k, P and dS. Of those, and of sums of d or N terms:
+    # The dense form, (B, H, N, ...). A logit's error is one of a weight, relatively; half precision rounds P and dS. Of
+    # those, and of sums of d or N terms:
     short = torch.finfo(x.dtype).eps
     step = 0.0 if x.dtype == x.wide else 2 * short
     sums_of = (s.dim_head + n + 24) * x.eps * (2 if x.dtype == torch.float64 else 1)
     cos, sin = (t[:, None] for t in rotary_tables(n, s.dim_head, x.device, torch.float64))
-    q, k, v = (t.double() for t in qkv.unbind(2))
-    q, k = (_turned(t, cos, sin, False) for t in (q, k))
-    q, k, v, g = (t.transpose(1, 2) for t in (q, k, v, dout.double()))
+    q, k, v, g = (t.double().transpose(1, 2) for t in (*qkv.unbind(2), dout))
     root = s.dim_head**0.5
     at = torch.arange(n, device=x.device)
     apart = at - at[:, None]
@@ -816,7 +815,7 @@ def window(x: Inputs, s: Sizes, *, masked: bool, causal: bool) -> Yielded:
     seen = seen | (apart == 0)
     scores = (q @ k.mT / root).masked_fill(~seen, -torch.inf)
     most = (_lengths(q) @ _lengths(k).mT / root * seen).amax(-1, keepdim=True)
-    gain = (3 * step + sums_of) * (1 + most)
+    gain = sums_of * (1 + most)
     p, true_lse = scores.softmax(-1), scores.logsumexp(-1)
     result = p @ v
     slack = {"out": (gain + step) * (p @ v.abs() + result.abs()), "lse": gain[..., 0] * (1 + true_lse.abs())}

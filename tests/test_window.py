@@ -46,18 +46,27 @@ def over_all_pairs(qkv: Tensor, window: int, causal: bool, mask: Tensor | None) 
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device) -> None:
+def both(qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """out, lse and the gradient of qkv, by the kernels, which take rotated q and k of the strides of qkv."""
     from optimized.kernels.window import Band, window_attention, window_attention_backward
 
+    n, dim = qkv.shape[1], qkv.shape[-1]
+    band = Band.of(n, window, causal, mask)
+    ready = qkv.clone()
+    for part in range(2):
+        ready[:, :, part] = turned(qkv[:, :, part])
+    out, lse = window_attention(*ready.unbind(2), band)
+    angles = rotary_tables(n, dim, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
+    return out, lse, window_attention_backward(g, ready.unbind(2), out, lse, band, angles)
+
+
+def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device) -> None:
     qkv, g = problem(n, dim, device)
     mask = draw_mask(2, n, "random", n).to(device) if masked else None
     leaf = qkv.clone().requires_grad_()
     expected = over_all_pairs(leaf, window, causal, mask)
     (gradient,) = torch.autograd.grad(expected[0], leaf, g)
-    band = Band.of(n, window, causal, mask)
-    out, lse = window_attention(qkv, band)
-    actual = out, lse, window_attention_backward(g, qkv, out, lse, band)
-    for a, e in zip(actual, (*expected, gradient)):
+    for a, e in zip(both(qkv, g, window, causal, mask), (*expected, gradient)):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
@@ -91,19 +100,14 @@ def test_some_of_them(
 @TRITON
 @pytest.mark.interpreted
 def test_any_strides(kernels: str, device: torch.device) -> None:
-    """Of tokens, heads and of q, k and v among each other; channels side by side, or not."""
-    from optimized.kernels.window import Band, window_attention, window_attention_backward
-
+    """Of tokens, heads and of q, k and v among each other."""
     qkv, g = problem(18, 6, device)
-    band = Band.of(18, 4, False, None)
-    out, lse = window_attention(qkv, band)
-    gradient = window_attention_backward(g, qkv, out, lse, band)
-    for order in ((1, 0, 2, 3, 4), (3, 2, 1, 0, 4), (4, 3, 2, 1, 0)):
-        back = [order.index(i) for i in range(5)]
-        laid = qkv.permute(order).contiguous().permute(back)
-        check_identical(window_attention(laid, band)[0], out)
+    expected = both(qkv, g, 4)
+    for order in ((1, 0, 2, 3, 4), (3, 2, 1, 0, 4), (2, 0, 3, 1, 4)):
+        laid = qkv.permute(order).contiguous().permute([order.index(i) for i in range(5)])
         cotangent = g.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-        check_identical(window_attention_backward(cotangent, laid, out, lse, band), gradient)
+        for a, e in zip(both(laid, cotangent, 4), expected):
+            check_identical(a, e)
 
 
 @TRITON
@@ -111,32 +115,23 @@ def test_any_strides(kernels: str, device: torch.device) -> None:
 @pytest.mark.parametrize("level", [-3000.0, 3000.0])
 def test_logits_far_from_zero(kernels: str, level: float, device: torch.device) -> None:
     """Of all keys of some queries: exponentials of what is left after the largest are taken."""
-    from optimized.kernels.window import Band, window_attention, window_attention_backward
-
     qkv, g = problem(20, 4, device)
     qkv[:, :, 1] = qkv[:, :, 0] * level  # without a rotation between them logits were -level |q|^2 / 2
     leaf = qkv.clone().requires_grad_()
     expected = over_all_pairs(leaf, 3, False, None)
     (gradient,) = torch.autograd.grad(expected[0], leaf, g)
-    band = Band.of(20, 3, False, None)
-    out, lse = window_attention(qkv, band)
+    out, lse, found = both(qkv, g, 3)
     torch.testing.assert_close(lse, expected[1], rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(out, expected[0], rtol=1e-8, atol=1e-8)
-    found = window_attention_backward(g, qkv, out, lse, band)
     torch.testing.assert_close(found, gradient, rtol=1e-7, atol=1e-6 * gradient.abs().max().item())
 
 
 @TRITON
 @pytest.mark.gpu
 def test_runs_are_bitwise_equal(kernels: str, device: torch.device) -> None:
-    from optimized.kernels.window import Band, window_attention, window_attention_backward
-
     qkv, g = problem(5000, 64, device, torch.bfloat16)
-    band = Band.of(5000, 100, False, draw_mask(2, 5000, "random", 1).to(device))
-    runs = []
-    for _ in range(5):
-        out, lse = window_attention(qkv, band)
-        runs.append((out, lse, window_attention_backward(g, qkv, out, lse, band)))
+    mask = draw_mask(2, 5000, "random", 1).to(device)
+    runs = [both(qkv, g, 100, False, mask) for _ in range(5)]
     for run in runs[1:]:
         for a, b in zip(run, runs[0]):
             check_identical(a, b)

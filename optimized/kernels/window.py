@@ -1,19 +1,18 @@
-"""Attention in a sliding window of rotated queries and keys: forward, and backward without atomics.
+"""Attention in a sliding window: forward, and backward without atomics.
 
 q, k, v (B, N, H, d) of any strides but that of d, which is 1. Token i sees the valid tokens j with
--before <= j - i <= after, and itself; R_i is the rotation by the angles of position i:
+-before <= j - i <= after, and itself:
 
-    s = <R_i q_i, R_j k_j> / sqrt(d),   P = softmax over what i sees,   out = P v,   lse = log sum exp s
+    s = <q_i, k_j> / sqrt(d),   P = softmax over what i sees,   out = P v,   lse = log sum exp s
     D_i = <dout_i, out_i>,   dS = P (dout v^T - D) / sqrt(d)
-    dq_i = R_i^T sum_j dS_ij R_j k_j,   dk_j = R_j^T sum_i dS_ij R_i q_i,   dv = P^T dout
+    dq_i = sum_j dS_ij k_j,   dk_j = sum_i dS_ij q_i,   dv = P^T dout
 
-A rotation by the angles of an absolute position drops out of <R_i q, R_j k> but for i - j. So a program rotates what it
-reads by positions that it counts from its first neighbour on, and turns its gradient back by the same: one small table
-serves all programs, and no rotated q or k is ever stored. The halves of d are two products.
+q and k come rotated, by whoever owns them; the gradients of both are turned back before they are rounded and stored.
 
 A program of the forward, and of dq, has a block of queries and goes through the blocks of keys in reach; one of dk and
-dv has a block of keys and goes through queries. All start at multiples of their block from its own first token, so only
-the last block of a sequence and those at the ends of the window are cut. dq's program also stores D, for the other.
+dv has a block of keys and goes through queries. Only blocks at the ends of the window or of the sequence ask for each
+pair whether it is seen; with a mask all do. dq's program also stores D, for the other. A tile holds the channels of
+both halves of d beside each other, each padded to a power of 2, so that a rotation is a matter of its two halves.
 
 Products are in the dtype of q with sums in float32, P and dS rounded to it in between; float32 in exact float32.
 Blind spots: dk and dv compute the logits a second time (seven products in place of five); a window shorter than a block
@@ -40,7 +39,6 @@ from optimized.kernels.launch import (
     next_power_of_2,
     wide,
 )
-from optimized.kernels.rotary import tables
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -65,40 +63,38 @@ def _rounded(t, ptr):
 
 
 @triton.jit
-def _turned(ptr, rows, stride, shown, cos_ptr, sin_ptr, places, half, BLOCK_HALF: tl.constexpr, DTYPE: tl.constexpr):
-    """Both halves of rows, rotated by the angles of their places, in their own dtype; 0 where they are not shown."""
-    channels = tl.arange(0, BLOCK_HALF)
-    inside = (channels < half)[None, :]
-    at = rows[:, None].to(tl.int64) * stride + channels[None, :]
-    keep = shown[:, None] & inside
-    first = tl.load(ptr + at, mask=keep, other=0.0).to(DTYPE)
-    second = tl.load(ptr + at + half, mask=keep, other=0.0).to(DTYPE)
-    table = places[:, None] * (2 * half) + channels[None, :]
-    cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
-    return _rounded(first * cos - second * sin, ptr), _rounded(second * cos + first * sin, ptr)
+def _places(half, BLOCK_HALF: tl.constexpr):
+    """Channel of each place in a tile, and whether there is one."""
+    place = tl.arange(0, 2 * BLOCK_HALF)
+    return place % BLOCK_HALF + place // BLOCK_HALF * half, place % BLOCK_HALF < half
 
 
 @triton.jit
-def _store_turned_back(
-    ptr, rows, stride, shown, first, second, cos_ptr, sin_ptr, places, half, BLOCK_HALF: tl.constexpr,
-):  # fmt: skip
-    channels = tl.arange(0, BLOCK_HALF)
-    inside = (channels < half)[None, :]
-    table = places[:, None] * (2 * half) + channels[None, :]
-    cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
-    sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
+def _tile(ptr, rows, stride, shown, half, BLOCK_HALF: tl.constexpr):
+    """Rows of ptr; 0 where they are not shown."""
+    channels, inside = _places(half, BLOCK_HALF)
     at = rows[:, None].to(tl.int64) * stride + channels[None, :]
-    keep = shown[:, None] & inside
-    tl.store(ptr + at, (first * cos + second * sin).to(ptr.dtype.element_ty), mask=keep)
-    tl.store(ptr + at + half, (second * cos - first * sin).to(ptr.dtype.element_ty), mask=keep)
+    return tl.load(ptr + at, mask=shown[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
-def _rows_of(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
-    channels = tl.arange(0, BLOCK_D)
+def _store(ptr, rows, stride, shown, tile, half, BLOCK_HALF: tl.constexpr):
+    channels, inside = _places(half, BLOCK_HALF)
     at = rows[:, None].to(tl.int64) * stride + channels[None, :]
-    return tl.load(ptr + at, mask=shown[:, None] & (channels < dim)[None, :], other=0.0)
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=shown[:, None] & inside[None, :])
+
+
+@triton.jit
+def _turned_back(tile, rows, shown, cos_ptr, sin_ptr, half, BLOCK_HALF: tl.constexpr):
+    """The gradient of what was rotated to the places of `tile`, at positions `rows`."""
+    first, second = tl.split(tl.trans(tl.reshape(tile, (tile.shape[0], 2, BLOCK_HALF)), (0, 2, 1)))
+    channels = tl.arange(0, BLOCK_HALF)
+    keep = shown[:, None] & (channels < half)[None, :]
+    at = rows[:, None].to(tl.int64) * (2 * half) + channels[None, :]
+    cos1, sin1 = tl.load(cos_ptr + at, mask=keep, other=0.0), tl.load(sin_ptr + at, mask=keep, other=0.0)
+    cos2, sin2 = tl.load(cos_ptr + at + half, mask=keep, other=0.0), tl.load(sin_ptr + at + half, mask=keep, other=0.0)
+    both = tl.join(first * cos1 + second * sin2, second * cos2 - first * sin1)
+    return tl.reshape(tl.trans(both, (0, 2, 1)), (tile.shape[0], 2 * BLOCK_HALF))
 
 
 @triton.jit
@@ -115,166 +111,149 @@ def _seen(i, j, valid_i, valid_j, before, after):
     return ((j - i >= -before) & (j - i <= after) & valid_i & valid_j) | (i == j)
 
 
+@triton.jit
+def _cut(i, j, before, after, n, HAS_MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether one of BLOCK_M queries from i on may not see one of BLOCK_N keys from j on."""
+    whole = (j - i >= BLOCK_M - 1 - before) & (j - i <= after - BLOCK_N + 1) & (j + BLOCK_N <= n)
+    return (not whole) | HAS_MASK
+
+
 @triton.jit(do_not_specialize=["n", "heads", "before", "after", "scale_bits"])
 def _window_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr, out_ptr, lse_ptr,
-    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h,
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, lse_ptr,
+    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, v_b, v_n, v_h,
     HAS_MASK: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(n, BLOCK_M)
-    block = tl.program_id(0) % blocks
+    first = tl.program_id(0) % blocks * BLOCK_M
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = tl.program_id(0) // blocks % heads
     offset = b * stride_b + h.to(tl.int64) * stride_h
+    v_ptr += b * v_b + h.to(tl.int64) * v_h
+    result = (b * n * heads + h) * (2 * half)
     mask_ptr += b * n
-    dim = 2 * half
-    reach = tl.cdiv(before, BLOCK_N) * BLOCK_N  # positions are counted from as many tokens before the block
-    base = block * BLOCK_M - reach
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first + tl.arange(0, BLOCK_M)
     here = i < n
     valid_i = _valid(mask_ptr, i, n, HAS_MASK)
-    own = reach + tl.arange(0, BLOCK_M)
-    q1, q2 = _turned(q_ptr + offset, i, stride_n, here, cos_ptr, sin_ptr, own, half, BLOCK_HALF, DTYPE)
+    q = _tile(q_ptr + offset, i, stride_n, here, half, BLOCK_HALF)
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
     top = tl.full((BLOCK_M,), -float("inf"), DTYPE)
     total = tl.zeros((BLOCK_M,), DTYPE)
-    out = tl.zeros((BLOCK_M, BLOCK_D), DTYPE)
-    end = tl.minimum(n, block * BLOCK_M + BLOCK_M + after) - base
-    for start in range(tl.maximum(0, -base) // BLOCK_N * BLOCK_N, end, BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        j = base + places
-        valid_j = _valid(mask_ptr, j, n, HAS_MASK)
-        inside = (j >= 0) & (j < n)
-        k1, k2 = _turned(k_ptr + offset, j, stride_n, inside, cos_ptr, sin_ptr, places, half, BLOCK_HALF, DTYPE)
-        v = _rows_of(v_ptr + offset, j, stride_n, inside, dim, BLOCK_D)
-        s = _product(q1, tl.trans(k1), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        s = _product(q2, tl.trans(k2), s, HALF, DTYPE) * to_base_2
-        seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
-        s = tl.where(seen, s, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
+    out = tl.zeros((BLOCK_M, 2 * BLOCK_HALF), DTYPE)
+    end = tl.minimum(n, first + BLOCK_M + after)
+    for start in range(tl.maximum(first - before, 0) // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr + offset, j, stride_n, j < n, half, BLOCK_HALF)
+        v = _tile(v_ptr, j, v_n, j < n, half, BLOCK_HALF)
+        s = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
+        if _cut(first, start, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
+            valid_j = _valid(mask_ptr, j, n, HAS_MASK)
+            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
+            s = tl.where(seen, s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * to_base_2)
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # a block that shows nothing yet
-        p = tl.exp2(s - shift[:, None])
+        p = tl.exp2(s * to_base_2 - shift[:, None])
         fade = tl.exp2(top - shift)
         total = total * fade + tl.sum(p, 1)
         out = _product(_rounded(p, v_ptr), v, out * fade[:, None], HALF, DTYPE)
         top = higher
     total = tl.where(here, total, 1.0)
-    channels = tl.arange(0, BLOCK_D)
-    keep = here[:, None] & (channels < dim)[None, :]
-    at = ((b * n + i[:, None]) * heads + h) * dim + channels[None, :]
-    tl.store(out_ptr + at, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=keep)
+    _store(out_ptr + result, i, heads * 2 * half, here, out / total[:, None], half, BLOCK_HALF)
     tl.store(lse_ptr + (b * heads + h) * n + i, (top + tl.log2(total)) * LN_2, mask=here)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "before", "after", "scale_bits"])
 def _window_queries_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
-    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, grad_b, grad_n, grad_h,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
+    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, v_b, v_n, v_h, grad_b, grad_n, grad_h,
     HAS_MASK: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, and D."""
     blocks = tl.cdiv(n, BLOCK_M)
-    block = tl.program_id(0) % blocks
+    first = tl.program_id(0) % blocks * BLOCK_M
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = tl.program_id(0) // blocks % heads
     offset = b * stride_b + h.to(tl.int64) * stride_h
+    v_ptr += b * v_b + h.to(tl.int64) * v_h
     result = (b * n * heads + h) * (2 * half)
     mask_ptr += b * n
-    dim = 2 * half
-    reach = tl.cdiv(before, BLOCK_N) * BLOCK_N
-    base = block * BLOCK_M - reach
-    i = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first + tl.arange(0, BLOCK_M)
     here = i < n
     valid_i = _valid(mask_ptr, i, n, HAS_MASK)
-    own = reach + tl.arange(0, BLOCK_M)
-    q1, q2 = _turned(q_ptr + offset, i, stride_n, here, cos_ptr, sin_ptr, own, half, BLOCK_HALF, DTYPE)
-    dout = _rows_of(dout_ptr + result, i, heads * dim, here, dim, BLOCK_D)
-    out = _rows_of(out_ptr + result, i, heads * dim, here, dim, BLOCK_D)
+    q = _tile(q_ptr + offset, i, stride_n, here, half, BLOCK_HALF)
+    dout = _tile(dout_ptr + result, i, heads * 2 * half, here, half, BLOCK_HALF)
+    out = _tile(out_ptr + result, i, heads * 2 * half, here, half, BLOCK_HALF)
     delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
     row = (b * heads + h) * n + i
     tl.store(delta_ptr + row, delta, mask=here)
     scale = from_bits(scale_bits).to(DTYPE)
     lse = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2_E
-    dq1 = tl.zeros((BLOCK_M, BLOCK_HALF), DTYPE)
-    dq2 = tl.zeros((BLOCK_M, BLOCK_HALF), DTYPE)
-    end = tl.minimum(n, block * BLOCK_M + BLOCK_M + after) - base
-    for start in range(tl.maximum(0, -base) // BLOCK_N * BLOCK_N, end, BLOCK_N):
-        places = start + tl.arange(0, BLOCK_N)
-        j = base + places
-        valid_j = _valid(mask_ptr, j, n, HAS_MASK)
-        inside = (j >= 0) & (j < n)
-        k1, k2 = _turned(k_ptr + offset, j, stride_n, inside, cos_ptr, sin_ptr, places, half, BLOCK_HALF, DTYPE)
-        v = _rows_of(v_ptr + offset, j, stride_n, inside, dim, BLOCK_D)
-        s = _product(q1, tl.trans(k1), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        s = _product(q2, tl.trans(k2), s, HALF, DTYPE) * (scale * LOG2_E)
-        seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
-        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
+    dq = tl.zeros((BLOCK_M, 2 * BLOCK_HALF), DTYPE)
+    end = tl.minimum(n, first + BLOCK_M + after)
+    for start in range(tl.maximum(first - before, 0) // BLOCK_N * BLOCK_N, end, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        k = _tile(k_ptr + offset, j, stride_n, j < n, half, BLOCK_HALF)
+        v = _tile(v_ptr, j, v_n, j < n, half, BLOCK_HALF)
+        s = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
+        p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        if _cut(first, start, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
+            valid_j = _valid(mask_ptr, j, n, HAS_MASK)
+            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
+            p = tl.where(seen, p, 0.0)
         dp = _product(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        ds = _rounded(p * (dp - delta[:, None]) * scale, k_ptr)
-        dq1 = _product(ds, k1, dq1, HALF, DTYPE)
-        dq2 = _product(ds, k2, dq2, HALF, DTYPE)
-    offset = b * grad_b + h.to(tl.int64) * grad_h
-    _store_turned_back(dq_ptr + offset, i, grad_n, here, dq1, dq2, cos_ptr, sin_ptr, own, half, BLOCK_HALF)
+        dq = _product(_rounded(p * (dp - delta[:, None]) * scale, k_ptr), k, dq, HALF, DTYPE)
+    dq = _turned_back(dq, i, here, cos_ptr, sin_ptr, half, BLOCK_HALF)
+    _store(dq_ptr + b * grad_b + h.to(tl.int64) * grad_h, i, grad_n, here, dq, half, BLOCK_HALF)
 
 
 @triton.jit(do_not_specialize=["n", "heads", "before", "after", "scale_bits"])
 def _window_keys_kernel(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, mask_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
-    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, grad_b, grad_n, grad_h,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
+    n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, v_b, v_n, v_h, grad_b, grad_n, grad_h,
     HAS_MASK: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys."""
     blocks = tl.cdiv(n, BLOCK_N)
-    block = tl.program_id(0) % blocks
+    first = tl.program_id(0) % blocks * BLOCK_N
     b = (tl.program_id(0) // blocks // heads).to(tl.int64)
     h = tl.program_id(0) // blocks % heads
     offset = b * stride_b + h.to(tl.int64) * stride_h
+    v_ptr += b * v_b + h.to(tl.int64) * v_h
     result = (b * n * heads + h) * (2 * half)
     mask_ptr += b * n
-    dim = 2 * half
-    reach = tl.cdiv(after, BLOCK_M) * BLOCK_M  # queries as far before the block see its keys
-    base = block * BLOCK_N - reach
-    j = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = first + tl.arange(0, BLOCK_N)
     here = j < n
     valid_j = _valid(mask_ptr, j, n, HAS_MASK)
-    own = reach + tl.arange(0, BLOCK_N)
-    k1, k2 = _turned(k_ptr + offset, j, stride_n, here, cos_ptr, sin_ptr, own, half, BLOCK_HALF, DTYPE)
-    v = _rows_of(v_ptr + offset, j, stride_n, here, dim, BLOCK_D)
+    k = _tile(k_ptr + offset, j, stride_n, here, half, BLOCK_HALF)
+    v = _tile(v_ptr, j, v_n, here, half, BLOCK_HALF)
     scale = from_bits(scale_bits).to(DTYPE)
-    dk1 = tl.zeros((BLOCK_N, BLOCK_HALF), DTYPE)
-    dk2 = tl.zeros((BLOCK_N, BLOCK_HALF), DTYPE)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    end = tl.minimum(n, block * BLOCK_N + BLOCK_N + before) - base
-    for start in range(tl.maximum(0, -base) // BLOCK_M * BLOCK_M, end, BLOCK_M):
-        places = start + tl.arange(0, BLOCK_M)
-        i = base + places
-        valid_i = _valid(mask_ptr, i, n, HAS_MASK)
-        inside = (i >= 0) & (i < n)
-        q1, q2 = _turned(q_ptr + offset, i, stride_n, inside, cos_ptr, sin_ptr, places, half, BLOCK_HALF, DTYPE)
-        dout = _rows_of(dout_ptr + result, i, heads * dim, inside, dim, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, 2 * BLOCK_HALF), DTYPE)
+    dv = tl.zeros((BLOCK_N, 2 * BLOCK_HALF), DTYPE)
+    end = tl.minimum(n, first + BLOCK_N + before)
+    for start in range(tl.maximum(first - after, 0) // BLOCK_M * BLOCK_M, end, BLOCK_M):
+        i = start + tl.arange(0, BLOCK_M)
+        there = i < n
+        q = _tile(q_ptr + offset, i, stride_n, there, half, BLOCK_HALF)
+        dout = _tile(dout_ptr + result, i, heads * 2 * half, there, half, BLOCK_HALF)
         row = (b * heads + h) * n + i
-        lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
-        s = _product(k1, tl.trans(q1), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-        s = _product(k2, tl.trans(q2), s, HALF, DTYPE) * (scale * LOG2_E)
-        seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after) & inside[None, :]
-        p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
+        lse = tl.load(lse_ptr + row, mask=there, other=0.0) * LOG2_E
+        delta = tl.load(delta_ptr + row, mask=there, other=0.0)
+        s = _product(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
+        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        if _cut(start, first, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
+            valid_i = _valid(mask_ptr, i, n, HAS_MASK)
+            seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after)
+            p = tl.where(seen, p, 0.0)
         dv = _product(_rounded(p, dout_ptr), dout, dv, HALF, DTYPE)
         dp = _product(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-        ds = _rounded(p * (dp - delta[None, :]) * scale, q_ptr)
-        dk1 = _product(ds, q1, dk1, HALF, DTYPE)
-        dk2 = _product(ds, q2, dk2, HALF, DTYPE)
+        dk = _product(_rounded(p * (dp - delta[None, :]) * scale, q_ptr), q, dk, HALF, DTYPE)
+    dk = _turned_back(dk, j, here, cos_ptr, sin_ptr, half, BLOCK_HALF)
     offset = b * grad_b + h.to(tl.int64) * grad_h
-    _store_turned_back(dk_ptr + offset, j, grad_n, here, dk1, dk2, cos_ptr, sin_ptr, own, half, BLOCK_HALF)
-    channels = tl.arange(0, BLOCK_D)
-    keep = here[:, None] & (channels < dim)[None, :]
-    tl.store(
-        dv_ptr + offset + j[:, None].to(tl.int64) * grad_n + channels[None, :],
-        dv.to(dv_ptr.dtype.element_ty), mask=keep,
-    )  # fmt: skip
+    _store(dk_ptr + offset, j, grad_n, here, dk, half, BLOCK_HALF)
+    _store(dv_ptr + offset, j, grad_n, here, dv, half, BLOCK_HALF)
 
 
 class Band(NamedTuple):
@@ -290,87 +269,82 @@ class Band(NamedTuple):
         return cls(before, 0 if causal else before, mask)
 
 
-def window_attention(qkv: Tensor, band: Band) -> tuple[Tensor, Tensor]:
-    """out (B, N, H, d) and lse (B, H, N), contiguous. qkv: (B, N, 3, H, d), not rotated."""
-    batch, n, _, heads, dim = qkv.shape
-    out = qkv.new_empty(batch, n, heads, dim)
-    lse = qkv.new_empty(batch, heads, n, dtype=wide(qkv.dtype))
+def window_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, Tensor]:
+    """out (B, N, H, d) and lse (B, H, N), contiguous. q, k, v: (B, N, H, d); q and k rotated, of the same strides."""
+    batch, n, heads, dim = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, n, dtype=wide(q.dtype))
     if out.numel():
-        sizes = _sizes(qkv.dtype, dim, backward=False)
-        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-        m, given = sizes["BLOCK_M"], _given(qkv, band, (sizes["BLOCK_M"], sizes["BLOCK_N"]))
+        sizes = _sizes(q.dtype, dim, "forward")
         launch(
-            _window_kernel, (cdiv(n, m) * batch * heads,),
-            *qkv.unbind(2), *given.read, out, lse, *given.numbers,
-            HAS_MASK=band.mask is not None, **sizes,
+            _window_kernel, (cdiv(n, sizes["BLOCK_M"]) * batch * heads,),
+            *_read(q, k, v, band), out, lse, *_numbers(q, v, band), HAS_MASK=band.mask is not None, **sizes,
         )  # fmt: skip
     return out, lse
 
 
-def window_attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, band: Band) -> Tensor:
-    """The gradient (B, N, 3, H, d) of qkv, contiguous. out, lse: of the forward."""
-    batch, n, _, heads, dim = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+def window_attention_backward(
+    dout: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    lse: Tensor,
+    band: Band,
+    angles: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The gradient (B, N, 3, H, d), contiguous, of v, and of q and k before their rotation.
+
+    qkv, out, lse: of the forward. angles: cos and sin (N, d) of that rotation.
+    """
+    q, k, v = qkv
+    batch, n, heads, dim = q.shape
+    dqkv = q.new_empty(batch, n, 3, heads, dim)
     if not dqkv.numel():
         return dqkv
-    sizes = _sizes(qkv.dtype, dim, backward=True)
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    given = _given(qkv, band, (sizes["BLOCK_M"], sizes["BLOCK_N"]))
     dout, out, lse = dout.contiguous(), out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     dq, dk, dv = dqkv.unbind(2)
-    strides = dq.stride(0), dq.stride(1), dq.stride(2)
-    numbers = *given.numbers, *strides
-    launch(
-        _window_queries_kernel, (cdiv(n, sizes["BLOCK_M"]) * batch * heads,),
-        *qkv.unbind(2), *given.read, out, lse, dout, delta, dq, *numbers,
-        HAS_MASK=band.mask is not None, **sizes,
-    )  # fmt: skip
-    launch(
-        _window_keys_kernel, (cdiv(n, sizes["BLOCK_N"]) * batch * heads,),
-        *qkv.unbind(2), *given.read, lse, dout, delta, dk, dv, *numbers,
-        HAS_MASK=band.mask is not None, **sizes,
-    )  # fmt: skip
+    read, numbers = _read(q, k, v, band), (*_numbers(q, v, band), *dq.stride()[:3])
+    for kernel, role, given in (
+        (_window_queries_kernel, "queries", (out, lse, dout, delta, dq)),
+        (_window_keys_kernel, "keys", (lse, dout, delta, dk, dv)),
+    ):
+        sizes = _sizes(q.dtype, dim, role)
+        blocks = cdiv(n, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
+        launch(
+            kernel, (blocks * batch * heads,), *read, *angles, *given, *numbers,
+            HAS_MASK=band.mask is not None, **sizes,
+        )  # fmt: skip
     return dqkv
 
 
-class _Given(NamedTuple):
-    """What all three kernels are given: pointers to be read, and numbers."""
-
-    read: tuple[Any, ...]
-    numbers: tuple[int, ...]
-
-
-def _given(qkv: Tensor, band: Band, blocks: tuple[int, int]) -> _Given:
-    """Positions of a program: as many as the longer side of the window in blocks, its own, and the other side."""
-    _, n, _, heads, dim = qkv.shape
-    most = max(blocks)
-    positions = (cdiv(band.before, most) + cdiv(band.after, most) + 2) * most
+def _read(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, ...]:
+    assert q.stride() == k.stride()
+    assert q.stride(-1) == v.stride(-1) == 1
     mask = as_bytes(band.mask)
-    angles = tables(positions, dim, qkv.device, wide(qkv.dtype))
-    numbers = n, heads, dim // 2, band.before, band.after, double_bits(dim**-0.5)
-    return _Given((*angles, qkv if mask is None else mask), (*numbers, qkv.stride(0), qkv.stride(1), qkv.stride(3)))
+    return q, k, v, q if mask is None else mask
 
 
-def _sizes(dtype: torch.dtype, dim: int, backward: bool) -> dict[str, Any]:
+def _numbers(q: Tensor, v: Tensor, band: Band) -> tuple[int, ...]:
+    _, n, heads, dim = q.shape
+    return n, heads, dim // 2, band.before, band.after, double_bits(dim**-0.5), *q.stride()[:3], *v.stride()[:3]
+
+
+def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     """Blocks and warps. A product has at least 16 channels."""
-    half = max(next_power_of_2(dim // 2), 16)
+    half = max(next_power_of_2(dim // 2), 8)
     chunky = dtype in (torch.float16, torch.bfloat16)
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
     elif not chunky:
         rows, warps = (32, 32), 8
-    elif backward:
-        rows, warps = (64, 64), 4 if half <= 32 else 8
     else:
-        rows, warps = (128, 64), 4 if half <= 32 else 8
+        rows, warps = (64, 64), 4 if half <= 32 or role == "forward" else 8
     return {
         "HALF": chunky,
         "DTYPE": arithmetic(dtype),
         "BLOCK_M": rows[0],
         "BLOCK_N": rows[1],
         "BLOCK_HALF": half,
-        "BLOCK_D": 2 * half,
         "num_warps": warps,
         "num_stages": 2,
     }

@@ -1,8 +1,8 @@
 """Attention in a sliding window, with rotary positions: alone, and with its projections as one operator.
 
-By a Triton kernel that rotates what it reads, by a library that has windows, or in banded blocks by one that takes a
+By a Triton kernel, by a library that has windows, or in banded blocks by one that takes a
 mask (`attention.banded`). How N compares with the window and with a block matters inside the operators only. What stays
-alive until the backward: the input, q and k (rotated, but for the kernel) with v, out, log-sum-exp.
+alive until the backward: the input, rotated q and k with v, out, log-sum-exp.
 Letters: B batch, N tokens, D model dimension, H heads, d head dimension.
 """
 
@@ -34,13 +34,10 @@ class window:
         qkv: (B, N, 3, H, d). mask: (B, N) bool, False for tokens that see themselves alone and are seen by no other;
             for banded backends and Triton.
         backend: of the stage local_attention. triton: rotate, at theta = 10000, by a Triton kernel.
-    Returns out (B, N, H, d), rotated q and k (B, N, 2, H, d), empty by Triton, and the log-sum-exp (B, H, N).
+    Returns out (B, N, H, d), rotated q and k (B, N, 2, H, d), and the log-sum-exp (B, H, N).
     """
 
     def forward(a: Any) -> Any:
-        if _by_triton(a):
-            out, lse = _window(a, a.qkv)
-            return out, a.qkv.new_empty(0), lse
         turned = a.qkv[:, :, :2].clone(memory_format=torch.contiguous_format)
         _turn(turned, a.triton)
         out, lse = _attend(a, turned, a.qkv[:, :, 2])
@@ -49,12 +46,9 @@ class window:
     def fake(a: Any) -> Any:
         batch, n, _, heads, dim = a.qkv.shape
         lse = a.qkv.new_empty(batch, heads, n, dtype=torch.promote_types(a.qkv.dtype, torch.float32))
-        turned = a.qkv.new_empty(0) if _by_triton(a) else a.qkv.new_empty(batch, n, 2, heads, dim)
-        return a.qkv.new_empty(batch, n, heads, dim), turned, lse
+        return a.qkv.new_empty(batch, n, heads, dim), a.qkv.new_empty(batch, n, 2, heads, dim), lse
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        if _by_triton(a):
-            return {"qkv": _window_backward(a, g.out)}
         return {"qkv": _attend_backward(a, g.out, a.turned, a.qkv[:, :, 2])}
 
     def flops(a: Any, out: Any) -> int:
@@ -77,18 +71,14 @@ class window_attention:
     """`window` between its projections.
 
     Args: x (B, N, D); w_qkv (3 H d, D), rows (q, k, v; head, channel); w_out (D, H d); the others as of `window`.
-    Returns y (B, N, D), q and k (rotated, but for Triton) with v (B, N, 3, H, d), out (B, N, H, d), and the log-sum-exp
-    (B, H, N).
+    Returns y (B, N, D), rotated q and k with v (B, N, 3, H, d), out (B, N, H, d), and the log-sum-exp (B, H, N).
     """
 
     def forward(a: Any) -> Any:
         batch, n, _ = a.x.shape
         qkv = F.linear(a.x, a.w_qkv).view(batch, n, 3, a.heads, a.w_out.shape[1] // a.heads)
-        if _by_triton(a):
-            out, lse = _window(a, qkv)
-        else:
-            _turn(qkv[:, :, :2], a.triton)
-            out, lse = _attend(a, qkv[:, :, :2], qkv[:, :, 2])
+        _turn(qkv[:, :, :2], a.triton)
+        out, lse = _attend(a, qkv[:, :, :2], qkv[:, :, 2])
         return F.linear(out.flatten(2), a.w_out), qkv, out, lse
 
     def fake(a: Any) -> Any:
@@ -104,10 +94,7 @@ class window_attention:
             found["w_out"] = dy.flatten(0, 1).mT @ a.out.flatten(2).flatten(0, 1)
         if needs.x or needs.w_qkv:
             dout = (dy @ a.w_out).view(a.out.shape)
-            if _by_triton(a):
-                dqkv = _window_backward(a, dout).flatten(2)
-            else:
-                dqkv = _attend_backward(a, dout, a.qkv[:, :, :2], a.qkv[:, :, 2]).flatten(2)
+            dqkv = _attend_backward(a, dout, a.qkv[:, :, :2], a.qkv[:, :, 2]).flatten(2)
             if needs.x:
                 found["x"] = dqkv @ a.w_qkv
             if needs.w_qkv:
@@ -132,19 +119,6 @@ def _by_triton(a: Any) -> bool:
     return a.backend.startswith("triton")
 
 
-def _window(a: Any, qkv: Tensor) -> tuple[Tensor, Tensor]:
-    from optimized.kernels import window as kernel
-
-    return kernel.window_attention(qkv, kernel.Band.of(qkv.shape[1], a.window, a.causal, a.mask))
-
-
-def _window_backward(a: Any, dout: Tensor) -> Tensor:
-    from optimized.kernels import window as kernel
-
-    band = kernel.Band.of(a.qkv.shape[1], a.window, a.causal, a.mask)
-    return kernel.window_attention_backward(dout, a.qkv, a.out, a.lse, band)
-
-
 def _turn(qk: Tensor, triton: bool) -> None:
     """Queries and keys (B, N, 2, H, d) rotated in place, in one launch."""
     batch, n, _, heads, dim = qk.shape
@@ -154,6 +128,10 @@ def _turn(qk: Tensor, triton: bool) -> None:
 
 def _attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k = qk.unbind(2)
+    if _by_triton(a):
+        from optimized.kernels import window as kernel
+
+        return kernel.window_attention(q, k, _rows(v), kernel.Band.of(v.shape[1], a.window, a.causal, a.mask))
     library = adapter(a.backend, v.device)
     if a.backend.startswith(banded.PREFIX):
         return banded.forward(library, q, k, v, banded.Band(a.window, a.causal, a.mask))
@@ -165,6 +143,11 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
     """The gradient (B, N, 3, H, d) of q and k before their rotation, and of v."""
     batch, n, heads, dim = v.shape
     q, k = qk.unbind(2)
+    if _by_triton(a):
+        from optimized.kernels import window as kernel
+
+        band = kernel.Band.of(n, a.window, a.causal, a.mask)
+        return kernel.window_attention_backward(dout, (q, k, _rows(v)), a.out, a.lse, band, _tables(v, a.triton))
     library, dout = adapter(a.backend, v.device), dout.contiguous()
     dqkv = v.new_empty(batch, n, 3, heads, dim)
     dq, dk, dv = dqkv.unbind(2)
@@ -178,6 +161,11 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
     rotate_into(dq, turned, tables, True, a.triton)
     rotate_into(dk, dk, tables, True, a.triton)
     return dqkv
+
+
+def _rows(v: Tensor) -> Tensor:
+    """Channels side by side, as the kernel reads them."""
+    return v if v.stride(-1) == 1 else v.contiguous()
 
 
 def _tables(v: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
