@@ -321,6 +321,8 @@ def _read(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, ...]:
     assert q.stride() == k.stride()
     assert q.stride(-1) == v.stride(-1) == 1
     mask = as_bytes(band.mask)
+    if mask is not None and q.dtype == torch.float64:  # Triton to 3.6 lays a float64 product out by the narrowest of
+        mask = mask.int()  # all that its factors were made from: https://github.com/triton-lang/triton/pull/11632
     return q, k, v, q if mask is None else mask
 
 
@@ -333,12 +335,19 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     """Blocks and warps. A product has at least 16 channels."""
     half = max(next_power_of_2(dim // 2), 8)
     chunky = dtype in (torch.float16, torch.bfloat16)
+    stages = 2
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
-    elif not chunky:
-        rows, warps = (32, 32), 8
+    elif not chunky:  # beyond 64 channels as many numbers spill
+        rows, warps = (32, 32) if half <= 32 else (16, 32) if role == "keys" else (32, 16), 8
+    elif half <= 32:  # measured: docs/lab-log.md
+        rows, warps, stages = (
+            {"forward": (64, 64), "queries": (64, 32), "keys": (32, 64)}[role],
+            4,
+            1 if role == "keys" else 3,
+        )
     else:
-        rows, warps = (64, 64), 4 if half <= 32 or role == "forward" else 8
+        rows, warps = (64, 64), 4 if role == "forward" else 8
     return {
         "HALF": chunky,
         "DTYPE": arithmetic(dtype),
@@ -346,5 +355,5 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
         "BLOCK_N": rows[1],
         "BLOCK_HALF": half,
         "num_warps": warps,
-        "num_stages": 2,
+        "num_stages": stages,
     }

@@ -16,15 +16,17 @@ EDITS: Edits = {
         "window-kernel-nobody-sees-itself": edit(
             "& valid_i & valid_j) | (i == j)", "& valid_i & valid_j)", "Dao-AILab/flash-attention#442"
         ),
-        "window-kernel-reach-rounded-down": edit(
-            "reach = tl.cdiv(before, BLOCK_N) * BLOCK_N  # positions",
-            "reach = before // BLOCK_N * BLOCK_N  # positions",
-            "tail mask",
+        "window-kernel-queries-before-the-block-lost": edit(
+            "range(tl.maximum(first - after, 0) // BLOCK_M * BLOCK_M, end, BLOCK_M)",
+            "range(first // BLOCK_M * BLOCK_M, end, BLOCK_M)",
+            "missing gradient",
+        ),
+        "window-kernel-last-block-not-cut": edit(" & (j + BLOCK_N <= n)\n", "\n", "tail mask"),
+        "window-kernel-cut-a-token-late": edit(
+            "(j - i >= BLOCK_M - 1 - before)", "(j - i >= BLOCK_M - 2 - before)", "window"
         ),
         "window-kernel-ends-before-its-keys": edit(
-            "end = tl.minimum(n, block * BLOCK_N + BLOCK_N + before) - base",
-            "end = tl.minimum(n, block * BLOCK_N + BLOCK_N + after) - base",
-            "causality",
+            "end = tl.minimum(n, first + BLOCK_N + before)", "end = tl.minimum(n, first + BLOCK_N + after)", "causality"
         ),
         "window-kernel-lse-base-2": edit(
             "(top + tl.log2(total)) * LN_2", "top + tl.log2(total)", "log-sum-exp and scale"
@@ -33,28 +35,23 @@ EDITS: Edits = {
             "total = total * fade + tl.sum(p, 1)", "total = total + tl.sum(p, 1)", "fla-org/flash-linear-attention#1214"
         ),
         "window-kernel-gradient-turned-on": edit(
-            "(second * cos - first * sin).to(ptr.dtype.element_ty)",
-            "(second * cos + first * sin).to(ptr.dtype.element_ty)",
-            "rotary",
+            "second * cos2 - first * sin1", "second * cos2 + first * sin1", "rotary"
         ),
         "window-kernel-keys-turned-from-zero": edit(
-            "    own = reach + tl.arange(0, BLOCK_N)", "    own = tl.arange(0, BLOCK_N)", "rotary"
+            "dk = _turned_back(dk, j, here,", "dk = _turned_back(dk, j - first, here,", "rotary"
         ),
         "window-kernel-keys-gradient-unscaled": edit(
-            "ds = _rounded(p * (dp - delta[None, :]) * scale, q_ptr)",
-            "ds = _rounded(p * (dp - delta[None, :]), q_ptr)",
+            "_rounded(p * (dp - delta[None, :]) * scale, q_ptr)",
+            "_rounded(p * (dp - delta[None, :]), q_ptr)",
             "log-sum-exp and scale",
         ),
         "window-kernel-mask-of-item-0": edit(
-            "    mask_ptr += b * n\n    dim = 2 * half\n    reach = tl.cdiv(after",
-            "    dim = 2 * half\n    reach = tl.cdiv(after",
-            "fla-org/flash-linear-attention#1115",
+            "    mask_ptr += b * n\n    j = first", "    j = first", "fla-org/flash-linear-attention#1115"
         ),
         "window-kernel-gradients-strides-of-the-input": edit(
-            "strides = dq.stride(0), dq.stride(1), dq.stride(2)",
-            "strides = qkv.stride(0), qkv.stride(1), qkv.stride(3)",
-            "stride and layout",
+            "(*_numbers(q, v, band), *dq.stride()[:3])", "(*_numbers(q, v, band), *q.stride()[:3])", "stride and layout"
         ),
+        "window-kernel-values-strided-as-queries": edit("*v.stride()[:3]", "*q.stride()[:3]", "stride and layout"),
         "window-kernel-causal-ignored": edit(
             "return cls(before, 0 if causal else before, mask)", "return cls(before, before, mask)", "causality"
         ),
