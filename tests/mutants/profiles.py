@@ -61,8 +61,8 @@ ATTENTION = Profile(
     examples=20,
 )
 ROTARY = Profile(
-    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) "
+    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py", "test_poison.py"),
+    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages or one_layout)) "
     "or (triton and (matches or (gradcheck and not whole_stages)))",
     interpreted=True,
     examples=40,
