@@ -61,7 +61,7 @@ def table(printed: str, columns: int) -> list[list[str]]:
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """Worst / budget by stage and dtype, from the table: names of GPU backends are long, and a row is two lines then."""
+    """Worst / budget by stage and dtype. A GPU's backends have long names: a row is two lines then."""
     wide = {f"{row[0]} {row[2]}": row[3] for row in table(printed, 8)}
     lines = iter(table(printed, 4))
     return wide or {f"{first[0]} {second[0].split(', ')[-1]}": first[1] for first, second in zip(lines, lines)}
