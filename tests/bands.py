@@ -247,7 +247,7 @@ def measure(examples: int, fault_examples: int, out: Path, seed: int, minutes: f
 
 
 def _kept(kept: StateFile, seed: int) -> dict[str, Any]:
-    """What earlier runs found, made current."""
+    """What earlier runs found; nothing yet in a file that was made just now."""
     if not kept.content():
         return {"kind": "bands", "seed": seed, "chunks": {}}
     try:

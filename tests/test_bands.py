@@ -49,7 +49,7 @@ out = Path({str(tmp_path / "bands.json")!r})
 
 def refused(only="combine"):
     before = out.read_bytes()
-    sys.argv = ["bands", "--out", str(out), "--only", only, "--examples", "100"]
+    sys.argv = ["bands", "--out", str(out), "--only", only, "--examples", "100", "--minutes", "0"]
     try:
         bands.main()
     except SystemExit as stop:

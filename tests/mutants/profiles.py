@@ -31,7 +31,7 @@ SELECTION = Profile(
 )
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (iterative or descent or temperature or equality) and not (none_valid and 34)) "
+    "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
     "or (coordinate_descent and masked and (opcheck or batching))",
     interpreted=True,
 )
@@ -42,7 +42,7 @@ CAPPED = Profile(
 )
 ROWS = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (rows or solver or gradient) and not (select or 34 or whole_stages)) "
+    "(triton and (rows or solver or gradient) and not (select or 45 or whole_stages)) "
     "or (descent and masked and opcheck)",
     interpreted=True,
     examples=60,
@@ -61,8 +61,8 @@ ATTENTION = Profile(
     examples=20,
 )
 ROTARY = Profile(
-    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py"),
-    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages)) "
+    ("test_operators.py", "test_routed_attention.py", "test_local_attention.py", "test_poison.py"),
+    "rotation or rotary_tables or (rotary and (opcheck or leave or whole_stages or one_layout)) "
     "or (triton and (matches or (gradcheck and not whole_stages)))",
     interpreted=True,
     examples=40,
