@@ -167,7 +167,9 @@ def queries_of(
     elif c.everybody:
         scores = torch.ones_like(s)
     else:
-        above = s + limits[1][..., None]
+        above = (
+            torch.where(mask, s, 0) + limits[1][..., None]
+        )  # an empty slot may hold NaN, which the dual must not meet
         scores = torch.where(above >= 0, 0, above / o.last_temperature).exp()
     starts = width * torch.arange(slots.shape[2], device=s.device)[:, None]
     scores = with_zero_gradient(handed_on(scores, mask, o), token)

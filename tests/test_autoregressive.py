@@ -31,6 +31,15 @@ SMALL: dict[str, Any] = {
     "dim_head": 4,
     "heads": 2,
 }
+RAW: dict[str, Any] = {
+    **SMALL,
+    "num_routed_queries": 1,
+    "num_routed_key_values": 1,
+    "local_attn_window_size": 1,
+    "prenorm": False,
+    "solver": "iterative",
+    "cosine_sim_routing": False,
+}
 SOLVERS = ("sigmoid", "iterative", "exact")
 
 
@@ -168,6 +177,9 @@ def output_and_gradient(layer: Any, x: Tensor, given: dict[str, Tensor], cut: in
 
 @given(case=cases(), cut=st.floats(0, 1))
 @example(case=Case({**SMALL, "solver": "sigmoid"}, 2, 13, 5), cut=0.5)
+# A NaN score of an earlier token's value, and a NaN logit in an empty slot beside the dual of earlier tokens.
+@example(case=Case({**RAW, "routed_window_size": 1}, 1, 4, 0), cut=0.5)
+@example(case=Case({**RAW, "routed_window_size": 2}, 1, 3, 0), cut=0.5)
 def test_later_tokens_change_nothing(case: Case, cut: float, device: torch.device) -> None:
     """Output and gradients before the cut, bit for bit."""
     layer, (x, given) = case.layer(device), case.call(device)
