@@ -132,11 +132,20 @@ def thresholds_of(laid: Laid, past: Cache, c: AutoregressiveConfig) -> tuple[Ten
         if c.options.solver != "sigmoid":
             odd = rows.isnan().any(-1, keepdim=True)
             mass = min(k * c.options.fetch_k_ratio, c.routed_window_size)
-            dual = torch.where(odd, torch.nan, dual_of(torch.where(odd, 0, rows), mass, c.options))[..., 0]
+            dual = torch.where(odd, torch.nan, dual_of(tame(rows, odd, c.options), mass, c.options))[..., 0]
     blocks = laid.there.shape[1] // c.routed_window_size
     limits = (torch.cat((old[..., None], new), -1) for old, new in ((past.threshold, threshold), (past.dual, dual)))
     first, second = (t[..., :blocks] for t in limits)
     return first, second
+
+
+def tame(rows: Tensor, odd: Tensor, options: RouterOptions) -> Tensor:
+    """Logits that a solver can take: of rows with a NaN zeros, and no others so large that they overflow over eps.
+
+    Else the gradient of all tokens in a row would be NaN if that of one is, though what came before asks nothing of it.
+    """
+    most = torch.finfo(rows.dtype).max / 8 * min(options.last_temperature, 1)
+    return torch.where(odd, 0, rows).clamp(-most, most)
 
 
 class Queries(NamedTuple):
@@ -223,7 +232,7 @@ def memory_scores(
         if not cached:
             parts = [scores[:, :, i] for i in range(scores.shape[2])]
             for i in range(slots // width + 1, len(parts)):
-                row = torch.where(odd[:, :, i], 0, laid.kv_logits[..., : i * width])
+                row = tame(laid.kv_logits[..., : i * width], odd[:, :, i], o)
                 soft = solve(row, min(slots * o.fetch_k_ratio, i * width), None, o)
                 parts[i] = soft.gather(-1, (memory.places[:, :, i] - slots).clamp(0, i * width - 1))
             scores = torch.stack(parts, 2) if parts else scores

@@ -10,6 +10,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from strategies import generator
 from torch import Tensor
 
 import reference
+from reference import autoregressive
 from reference.autoregressive_oracle import mixture_of_autoregressive_attention
 
 SMALL: dict[str, Any] = {
@@ -69,6 +71,8 @@ class Case:
             x[:, 1:-1:2] = x[:, 2::2]
         if self.masked:
             drawn = torch.rand(self.batch, self.n, generator=generator(self.seed)) < 0.7
+            if self.seed % 2:  # items lie in different blocks
+                drawn[0, : 2 * self.n // 3] = False
             given["mask"] = drawn.to(device)
         if self.rotary:
             angles = self.normal(self.n + 2, self.options["dim_head"], seed=2, device=device)
@@ -96,6 +100,10 @@ def cases(draw_: st.DrawFn, solvers: tuple[str, ...] = SOLVERS) -> Case:
         "straight_through": draw_(st.booleans()),
         "cosine_sim_routing": draw_(st.booleans()),
     }
+    if options["solver"] != "sigmoid":
+        options["fetch_k_ratio"] = draw_(st.sampled_from((1.0, 9 / 8, 4 / 3, 2.0)))
+        options["eps"] = draw_(st.sampled_from((0.03, 0.5)))
+        options["n_iters"] = draw_(st.sampled_from((1, 3, 20)))
     n = draw_(st.sampled_from(sorted({0, 1, width - 1, width, width + 1, 2 * width, 3 * width + 1, 13})))
     flags = {name: draw_(st.booleans()) for name in ("masked", "rotary", "ties")}
     return Case(options, draw_(st.integers(1, 2)), n, draw_(st.integers(0, 2**20)), **flags)
@@ -106,7 +114,8 @@ def of_oracle(layer: Any, case: Case, x: Tensor, given: dict[str, Tensor]) -> tu
     state = {name: t.detach().cpu().numpy() for name, t in layer.state_dict().items()}
     names = "num_routed_queries num_routed_key_values local_attn_window_size routed_window_size heads local_attn_heads"
     options = {name: o[name] for name in (*names.split(), "capacity_factor", "average_routed")}
-    router = {name: o[name] for name in ("solver", "straight_through", "cosine_sim_routing")}
+    chosen = ("solver", "straight_through", "cosine_sim_routing", "fetch_k_ratio", "eps", "n_iters")
+    router = {name: o[name] for name in chosen if name in o}
     out, decisions = mixture_of_autoregressive_attention(
         x.cpu().numpy(), state, **{name: t.cpu().numpy() for name, t in given.items()}, **options, router_options=router
     )
@@ -127,7 +136,8 @@ def test_the_oracle(case: Case, device: torch.device) -> None:
     for spoil in (False, True):
         if spoil and case.n:
             x[0, case.seed % case.n] = math.nan
-        out, (queries, memory) = layer(x, **given, return_routes=True)
+        with mock.patch.object(autoregressive, "ROWS", 3 if spoil else 128):  # queries of local attention at a time
+            out, (queries, memory) = layer(x, **given, return_routes=True)
         expected, decisions = of_oracle(layer, case, x, given)
         same(out.detach().cpu(), expected)
         check_decisions(queries, memory, decisions, given.get("mask"), case.options["routed_window_size"])
@@ -153,8 +163,9 @@ def check_decisions(queries: Any, memory: Any, decisions: list, mask: Tensor | N
 # --- the law
 
 
-def tails(case: Case, x: Tensor, cut: int) -> dict[str, Tensor]:
+def tails(case: Case, layer: Any, x: Tensor, cut: int) -> dict[str, Tensor]:
     """What comes from the cut on, changed."""
+    tokens = {name: t.detach() for name, t in layer.named_parameters() if name.endswith("routing_token")}
     rest = x[:, cut:]
     changed = {
         "noise": case.normal(*rest.shape, seed=3, device=x.device),
@@ -164,6 +175,9 @@ def tails(case: Case, x: Tensor, cut: int) -> dict[str, Tensor]:
         "reversed": rest.flip(1),
         "shown before": x[:, :1].expand_as(rest),
     }
+    for name, token in tokens.items():  # logits that overflow, which a sum of any signs would not
+        for sign in (1, -1):
+            changed[f"{sign} times a {name}"] = (sign * 1e308 * token[0].sign()).expand_as(rest)
     return {name: torch.cat((x[:, :cut], tail), 1) for name, tail in changed.items()}
 
 
@@ -186,7 +200,7 @@ def test_later_tokens_change_nothing(case: Case, cut: float, device: torch.devic
     at, g = round(cut * case.n), case.normal(*x.shape, seed=4, device=device)
     expected = output_and_gradient(layer, x, given, at, g)
     assert all(t.isfinite().all() for t in expected)
-    for name, changed in tails(case, x, at).items():
+    for name, changed in tails(case, layer, x, at).items():
         for actual, e in zip(output_and_gradient(layer, changed, given, at, g), expected):
             assert torch.equal(actual, e), name
 
@@ -198,7 +212,7 @@ def test_later_tokens_change_no_gradient_of_parameters(case: Case, cut: float, d
     at, g = round(cut * case.n), case.normal(*x.shape, seed=4, device=device)
     found = []
     for name in (None, "noise", "reversed"):
-        out = layer(x if name is None else tails(case, x, at)[name], **given)[:, :at]
+        out = layer(x if name is None else tails(case, layer, x, at)[name], **given)[:, :at]
         found.append(torch.autograd.grad(out, list(layer.parameters()), g[:, :at]))
     for changed in found[1:]:
         for actual, expected in zip(changed, found[0]):
@@ -211,7 +225,7 @@ def test_every_cut(solver: str, device: torch.device) -> None:
     layer, (x, _) = case.layer(device), case.call(device)
     out = layer(x)
     for at in range(case.n):
-        for name, changed in tails(case, x, at).items():
+        for name, changed in tails(case, layer, x, at).items():
             assert torch.equal(layer(changed)[:, :at], out[:, :at]), (at, name)
 
 
@@ -222,6 +236,8 @@ def test_every_cut(solver: str, device: torch.device) -> None:
 def test_padding_anywhere(case: Case, more: int, device: torch.device) -> None:
     """Masked tokens, NaN among them, before, between and after the others."""
     layer, (x, given) = case.layer(device), replace(case, masked=False).call(device)
+    g = case.normal(*x.shape, seed=4, device=device)
+    parameters = list(layer.parameters())
     expected = layer(x, **given)
     place = torch.randperm(case.n + more, generator=generator(case.seed))[: case.n].sort().values.to(device)
     spread = torch.full((case.batch, case.n + more, x.shape[-1]), math.nan, dtype=x.dtype, device=device)
@@ -230,9 +246,14 @@ def test_padding_anywhere(case: Case, more: int, device: torch.device) -> None:
     mask[:, place] = True
     if "rotary_emb" in given:
         given["rotary_emb"] = torch.cat((given["rotary_emb"], torch.zeros(4, case.options["dim_head"]).to(x)))
-    out = layer(spread, mask=mask, **given)
+    out, routes = layer(spread, mask=mask, **given, return_routes=True)
     same(out[:, place], expected)
     assert not out[~mask].any()
+    for side in routes:
+        assert not side.logits.masked_fill(mask[:, None], 0).any()
+    found = torch.autograd.grad(out[:, place], parameters, g), torch.autograd.grad(expected, parameters, g)
+    for actual, e in zip(*found):
+        same(actual, e, 1e-9)
 
 
 @given(case=cases())
@@ -284,6 +305,41 @@ def test_any_pieces_are_the_whole(drawn: tuple[Case, list[int]], device: torch.d
         assert cache.length.tolist() == (given["mask"].sum(1).tolist() if case.masked else [case.n] * case.batch)
 
 
+@given(drawn=pieces())
+def test_routes_of_pieces(drawn: tuple[Case, list[int]], device: torch.device) -> None:
+    """Each call tells of its own tokens; together of all."""
+    case, lengths = drawn
+    layer, (x, given) = case.layer(device), case.call(device)
+    whole = layer(x, **given, return_routes=True)[1]
+    mask, at, cache, told = given.get("mask"), 0, None, []
+    for length in lengths:
+        piece = slice(at, at + length)
+        shown = None if mask is None else mask[:, piece]
+        _, cache, routes = layer(x[:, piece], shown, given.get("rotary_emb"), cache, use_cache=True, return_routes=True)
+        held = routes[0].indices[routes[0].mask]
+        assert held.numel() == 0 or 0 <= held.min() <= held.max() < length
+        told.append(routes)
+        at += length
+    if lengths:
+        for i in range(2):
+            same(torch.cat([routes[i].logits for routes in told], -1), whole[i].logits)
+        for name in ("load", "candidates"):
+            assert torch.equal(sum(getattr(r[0], name).sum(-1) for r in told), getattr(whole[0], name).sum(-1))
+        scores = sum((r[0].scores * r[0].mask).sum((-1, -2)) for r in told)
+        same(scores, (whole[0].scores * whole[0].mask).sum((-1, -2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_half_precision_are_remembered_as_they_were(dtype: torch.dtype, device: torch.device) -> None:
+    case = Case(SMALL, 2, 23, 5)
+    layer, (x, _) = case.layer(device).to(dtype), case.call(device)
+    whole = layer(x.to(dtype), return_routes=True)[1][1]
+    _, cache = layer(x[:, :18].to(dtype), use_cache=True)
+    last = layer(x[:, 18:].to(dtype), cache=cache, return_routes=True)[1][1]
+    assert cache.logits.dtype == cache.tail_kv_logits.dtype == torch.float32
+    assert torch.equal(last.scores[:, :, 1], whole.scores[:, :, 5])  # of the block of tokens 20 to 23
+
+
 @given(drawn=pieces(), back=st.floats(0, 1), seed=st.integers(0, 2**20))
 def test_select_and_crop(drawn: tuple[Case, list[int]], back: float, seed: int, device: torch.device) -> None:
     """A cache of other items, and without its newest tokens, goes on as if it had never seen the others."""
@@ -301,11 +357,17 @@ def test_select_and_crop(drawn: tuple[Case, list[int]], back: float, seed: int, 
         for i, b in enumerate(index.tolist()):
             kept = x[b : b + 1, : case.n - int(dropped[b])]
             same(out[i], layer(torch.cat((kept, more[i : i + 1]), 1), **rotary)[0, kept.shape[1] :])
-    with pytest.raises(ValueError, match=r"^n: expected from 0 to \["):
-        cache.crop(newest + 1)
+    for item in range(case.batch):
+        for wrong in (newest[item] + 1, -1):
+            too_many = dropped.clone()
+            too_many[item] = wrong
+            with pytest.raises(ValueError, match=r"^n: expected from 0 to \["):
+                cache.crop(too_many)
 
 
 @given(case=cases(("iterative", "exact")))
+@example(case=Case({**SMALL, "solver": "iterative", "cosine_sim_routing": False}, 1, 9, 9 * 7))
+@example(case=Case({**SMALL, "solver": "exact", "num_routed_queries": 3}, 2, 15, 15 * 8 + 2))
 def test_hard_scores_of_a_solver_with_a_cache(case: Case, device: torch.device) -> None:
     case = replace(case, options={**case.options, "straight_through": True})
     layer, (x, given) = case.layer(device), case.call(device)
@@ -434,6 +496,9 @@ def test_bad_calls(device: torch.device) -> None:
         ({"cache": one, "rotary_emb": angles}, "cache: expected one for batch"),
         ({"rotary_emb": angles[:5]}, "rotary_emb: expected at least 6 rows"),
     ]
+    shown = torch.zeros(2, 6, dtype=torch.bool, device=device)
+    _, short = layer(x, mask=shown, rotary_emb=angles, use_cache=True)  # masked tokens are passed, too
+    refused.append(({"cache": short, "rotary_emb": angles}, "rotary_emb: expected at least 12 rows"))
     for arguments, message in refused:
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             layer(x, **arguments)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from harness import BOTH, EVERY_KERNEL, check, counted
-from hypothesis import given
+from hypothesis import example, given
 from strategies import LayerCase, RouterCase, layer_cases, router_cases
 from torch import Tensor
 
@@ -37,6 +37,7 @@ def numbers(t: Tensor | None) -> np.ndarray | None:
 
 @BOTH
 @given(case=router_cases(values=("normal", "integer")))
+@example(case=RouterCase(n=9, k=6, options={"route_block_size": 4, "straight_through": False}))  # a short last block
 @counted
 def test_routes(implementation: ModuleType, case: RouterCase, device: torch.device) -> None:
     """What is chosen, and scores, by the definition."""
@@ -69,6 +70,14 @@ def test_every_chosen_logit_has_a_gradient(
     (e,) = torch.autograd.grad(routes.logits.gather(-1, routes.indices), x, slopes)
     torch.testing.assert_close(actual, e, rtol=1e-12, atol=1e-14)
     assert actual.any()
+
+
+@BOTH
+def test_straight_through_scores_are_1(implementation: ModuleType, device: torch.device) -> None:
+    """Exactly, in float32."""
+    x, tokens, _ = (None if t is None else t.float().to(device) for t in RouterCase(n=300, k=200).tensors())
+    scores = implementation.route(x, tokens, 200, solver="sigmoid", straight_through=True).scores
+    assert torch.equal(scores, torch.ones_like(scores))
 
 
 @BOTH
