@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from reference import contract
 from reference.autoregressive_cache import Cache, take
-from reference.autoregressive_contract import AutoregressiveConfig, check_call
+from reference.autoregressive_call import check_call
+from reference.autoregressive_contract import AutoregressiveConfig
 from reference.contract import RouterOptions, TokenMask
 from reference.local_attention import CLASSES as LOCAL
 from reference.local_attention import LocalAttention
 from reference.routed_attention import CLASSES as ROUTED
 from reference.routed_attention import RoutedAttention, rotate
-from reference.routing import dual_of, routing_logits, solve, widen, with_zero_gradient
+from reference.routing import dual_of, last_temperature, routing_logits, solve, widen, with_zero_gradient
 
 ROWS = 128  # queries of local attention at a time: bounds memory, and has no influence on the result
 
@@ -132,20 +133,28 @@ def thresholds_of(laid: Laid, past: Cache, c: AutoregressiveConfig) -> tuple[Ten
         if c.options.solver != "sigmoid":
             odd = rows.isnan().any(-1, keepdim=True)
             mass = min(k * c.options.fetch_k_ratio, c.routed_window_size)
-            dual = torch.where(odd, torch.nan, dual_of(tame(rows, odd, c.options), mass, c.options))[..., 0]
+            tamed, shift = tame(rows, odd, c.options)
+            dual = torch.where(odd, torch.nan, dual_of(tamed, mass, c.options) - shift)[..., 0]
     blocks = laid.there.shape[1] // c.routed_window_size
     limits = (torch.cat((old[..., None], new), -1) for old, new in ((past.threshold, threshold), (past.dual, dual)))
     first, second = (t[..., :blocks] for t in limits)
     return first, second
 
 
-def tame(rows: Tensor, odd: Tensor, options: RouterOptions) -> Tensor:
-    """Logits that a solver can take: of rows with a NaN zeros, and no others so large that they overflow over eps.
+def tame(rows: Tensor, odd: Tensor, options: RouterOptions) -> tuple[Tensor, Tensor]:
+    """Logits that a solver can take, and what was subtracted: zeros for rows with a NaN, others bounded.
 
     Else the gradient of all tokens in a row would be NaN if that of one is, though what came before asks nothing of it.
+    The exact solver does not mind a shift: beside a logit of 1e300 it could not tell the others apart.
     """
-    most = torch.finfo(rows.dtype).max / 8 * min(options.last_temperature, 1)
-    return torch.where(odd, 0, rows).clamp(-most, most)
+    rows = torch.where(odd, 0, rows)
+    finfo, last = torch.finfo(rows.dtype), last_temperature(options)
+    most = finfo.max / 8 * min(last, 1)
+    rows = rows.clamp(-most, most)
+    if options.solver != "exact" or not rows.shape[-1]:
+        return rows, torch.zeros_like(rows[..., :1])
+    shift = rows.detach().amax(-1, keepdim=True)
+    return (rows - shift).clamp_min(-last / finfo.eps / 8), shift  # below, s + a has no digit left
 
 
 class Queries(NamedTuple):
@@ -179,7 +188,7 @@ def queries_of(
         above = (
             torch.where(mask, s, 0) + limits[1][..., None]
         )  # an empty slot may hold NaN, which the dual must not meet
-        scores = torch.where(above >= 0, 0, above / o.last_temperature).exp()
+        scores = torch.where(above >= 0, 0, above / last_temperature(o)).exp()
     starts = width * torch.arange(slots.shape[2], device=s.device)[:, None]
     scores = with_zero_gradient(handed_on(scores, mask, o), token)
     return Queries(starts + slots, mask, scores, (candidate & new).sum(-1))
@@ -232,7 +241,7 @@ def memory_scores(
         if not cached:
             parts = [scores[:, :, i] for i in range(scores.shape[2])]
             for i in range(slots // width + 1, len(parts)):
-                row = tame(laid.kv_logits[..., : i * width], odd[:, :, i], o)
+                row, _ = tame(laid.kv_logits[..., : i * width], odd[:, :, i], o)
                 soft = solve(row, min(slots * o.fetch_k_ratio, i * width), None, o)
                 parts[i] = soft.gather(-1, (memory.places[:, :, i] - slots).clamp(0, i * width - 1))
             scores = torch.stack(parts, 2) if parts else scores

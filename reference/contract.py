@@ -541,11 +541,6 @@ class RouterOptions:
             if not low <= numbers[name] <= high:
                 object.__setattr__(self, "beyond_float32", name)
 
-    @property
-    def last_temperature(self) -> float:
-        """That of the scores, one decay beyond the last step of the descent."""
-        return self.eps if self.solver == "exact" else max(self.eps_init * self.eps_decay**self.n_iters, self.eps)
-
     @staticmethod
     def of_module(options: dict[str, Any]) -> RouterOptions:
         return _router_options(options, _OPTIONS)

@@ -164,7 +164,7 @@ def coordinate_descent(
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid, logits, 0)
     a, below = _descend(s, valid, k, options, saturated)
-    scores = torch.where(below, (s + a) / options.last_temperature, 0).exp()
+    scores = torch.where(below, (s + a) / last_temperature(options), 0).exp()
     return _zero_masked_spread_nan(scores, logits, valid)
 
 
@@ -219,6 +219,11 @@ def _cap(s: Tensor, valid: Tensor, k: float, eps: float) -> tuple[Tensor, Tensor
         if torch.equal(grown, saturated):
             return a, free
         saturated = grown
+
+
+def last_temperature(o: RouterOptions) -> float:
+    """That of the scores: of the descent one decay beyond its last step."""
+    return o.eps if o.solver == "exact" else max(o.eps_init * o.eps_decay**o.n_iters, o.eps)
 
 
 def dual_of(logits: Float[Tensor, "*rows N"], k: float, options: RouterOptions) -> Float[Tensor, "*rows 1"]:

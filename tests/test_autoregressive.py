@@ -42,6 +42,17 @@ RAW: dict[str, Any] = {
     "solver": "iterative",
     "cosine_sim_routing": False,
 }
+# As `cases` draws them; three of four tokens are queries.
+HARD: dict[str, Any] = {
+    "routed_window_size": 4,
+    "num_routed_queries": 3,
+    "local_attn_heads": None,
+    "capacity_factor": 2.0,
+    "prenorm": True,
+    "average_routed": False,
+    "straight_through": False,
+    "cosine_sim_routing": True,
+}
 SOLVERS = ("sigmoid", "iterative", "exact")
 
 
@@ -129,6 +140,9 @@ def same(actual: Tensor, expected: Tensor, within: float = 1e-11) -> None:
 # --- the definition
 
 
+# The mass of the threshold's dual, bound by the block: beyond it, and at it.
+@example(case=Case({**SMALL, **HARD, "solver": "iterative", "fetch_k_ratio": 2.0, "n_iters": 3, "eps": 0.5}, 1, 13, 3))
+@example(case=Case({**SMALL, **HARD, "solver": "exact", "fetch_k_ratio": 4 / 3}, 1, 13, 3))
 @given(case=cases())
 def test_the_oracle(case: Case, device: torch.device) -> None:
     """Values, and which tokens are routed and remembered, a NaN among the tokens or not."""
@@ -194,6 +208,9 @@ def output_and_gradient(layer: Any, x: Tensor, given: dict[str, Tensor], cut: in
 # A NaN score of an earlier token's value, and a NaN logit in an empty slot beside the dual of earlier tokens.
 @example(case=Case({**RAW, "routed_window_size": 1}, 1, 4, 0), cut=0.5)
 @example(case=Case({**RAW, "routed_window_size": 2}, 1, 3, 0), cut=0.5)
+# An infinite logit in a row that a solver shares with earlier tokens.
+@example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact"}, 1, 11, 0), cut=0.55)
+@example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact", "num_routed_queries": 3}, 1, 11, 1), cut=0.55)
 def test_later_tokens_change_nothing(case: Case, cut: float, device: torch.device) -> None:
     """Output and gradients before the cut, bit for bit."""
     layer, (x, given) = case.layer(device), case.call(device)
@@ -291,6 +308,9 @@ def pieces(draw_: st.DrawFn) -> tuple[Case, list[int]]:
 
 
 @given(drawn=pieces())
+# Items in different blocks where a call ends: item 0 has half as many tokens.
+@example(drawn=(Case({**SMALL, "capacity_factor": 2.0}, 2, 24, 5, masked=True), [15, 9]))
+@example(drawn=(Case({**SMALL, "capacity_factor": 2.0}, 2, 24, 7, masked=True), [19, 1, 4]))
 def test_any_pieces_are_the_whole(drawn: tuple[Case, list[int]], device: torch.device) -> None:
     """Values, and gradients through the steps."""
     case, lengths = drawn
@@ -366,16 +386,28 @@ def test_select_and_crop(drawn: tuple[Case, list[int]], back: float, seed: int, 
 
 
 @given(case=cases(("iterative", "exact")))
-@example(case=Case({**SMALL, "solver": "iterative", "cosine_sim_routing": False}, 1, 9, 9 * 7))
-@example(case=Case({**SMALL, "solver": "exact", "num_routed_queries": 3}, 2, 15, 15 * 8 + 2))
+# A NaN in a block that has numbers enough for a threshold, and candidates after the first of the next.
+@example(case=Case({**SMALL, **HARD, "solver": "iterative", "num_routed_queries": 2}, 1, 9, 9 * 7))
+@example(case=Case({**SMALL, **HARD, "solver": "iterative", "num_routed_queries": 2}, 1, 9, 9 * 7 + 1))
+@example(case=Case({**SMALL, **HARD, "solver": "exact", "num_routed_queries": 2}, 1, 15, 15 * 8 + 2))
 def test_hard_scores_of_a_solver_with_a_cache(case: Case, device: torch.device) -> None:
+    """Also which are NaN, of queries that see nothing else odd."""
     case = replace(case, options={**case.options, "straight_through": True})
     layer, (x, given) = case.layer(device), case.call(device)
+    mask, rotary = given.get("mask"), given.get("rotary_emb")
     with torch.no_grad():
-        same(in_pieces(layer, x, given, [1] * case.n)[0], layer(x, **given))
-        if case.n:
-            x[0, case.seed % case.n] = math.nan
-            same(in_pieces(layer, x, given, [1] * case.n)[0], layer(x, **given))
+        for spoil in (False, True):
+            if spoil and case.n:
+                x[0, case.seed % case.n] = math.nan
+            whole, (queries, _) = layer(x, **given, return_routes=True)
+            outs, odd, cache = [whole[:, :0]], 0, None
+            for t in range(case.n):
+                shown = None if mask is None else mask[:, t : t + 1]
+                out, cache, routes = layer(x[:, t : t + 1], shown, rotary, cache, use_cache=True, return_routes=True)
+                outs.append(out)
+                odd += routes[0].scores.isnan().sum()
+            same(torch.cat(outs, 1), whole)
+            assert odd == queries.scores.isnan().sum()
 
 
 def test_a_cache_is_constant_in_size_and_never_changed(device: torch.device) -> None:
