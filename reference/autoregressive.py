@@ -31,10 +31,10 @@ from reference.autoregressive_call import check_call
 from reference.autoregressive_contract import AutoregressiveConfig
 from reference.contract import RouterOptions, TokenMask
 from reference.local_attention import CLASSES as LOCAL
-from reference.local_attention import LocalAttention
+from reference.local_attention import LocalAttention, rotary_angles_at
 from reference.routed_attention import CLASSES as ROUTED
 from reference.routed_attention import RoutedAttention, rotate
-from reference.routing import dual_of, last_temperature, routing_logits, solve, widen, with_zero_gradient
+from reference.routing import dual_of, handed_on, last_temperature, routing_logits, solve, widen, with_zero_gradient
 
 ROWS = 128  # queries of local attention at a time: bounds memory, and has no influence on the result
 
@@ -194,13 +194,6 @@ def queries_of(
     return Queries(starts + slots, mask, scores, (candidate & new).sum(-1))
 
 
-def handed_on(scores: Tensor, mask: Tensor, options: RouterOptions) -> Tensor:
-    """1 with the gradient of the scores, if straight-through; 0 where masked."""
-    if options.straight_through:
-        scores = 1 + (scores - scores.detach())
-    return torch.where(mask, scores, 0)
-
-
 def remember(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """The best of what was stored and of the blocks before each: numbers before NaN, larger logits, later tokens."""
     slots, width = c.num_routed_key_values, c.routed_window_size
@@ -333,8 +326,7 @@ class CausalLocalAttention(LocalAttention):
         qkv = self.to_qkv(x if self.norm is None else self.norm(x))
         q, k, v = rearrange(qkv, "b n (three h d) -> three b n h d", three=3, h=self.heads)
         position = cache.length[:, None] + torch.arange(n, device=x.device)
-        frequency = 10000.0 ** (-torch.arange(0, q.shape[-1], 2, device=x.device, dtype=torch.float64) / q.shape[-1])
-        angles = (position[..., None] * frequency).repeat(1, 1, 2)[:, :, None]
+        angles = rotary_angles_at(position, q.shape[-1])[:, :, None]
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = torch.cat((cache.local_keys.to(k.dtype), k), 1), torch.cat((cache.local_values.to(v.dtype), v), 1)
         back = torch.arange(self.window_size, -1, -1, device=x.device)
@@ -343,10 +335,8 @@ class CausalLocalAttention(LocalAttention):
             rows = slice(start, min(start + ROWS, n))
             wanted = position[:, rows, None] - back  # (B, R, w + 1)
             old = wanted - cache.start[:, None, None] + self.window_size
-            place = torch.where(
-                wanted < cache.length[:, None, None], old, stored + wanted - cache.length[:, None, None]
-            )
-            place = place.clamp_min(0)
+            since = wanted - cache.length[:, None, None]
+            place = torch.where(since < 0, old, stored + since).clamp_min(0)
             visible = (wanted >= 0)[:, :, None]
             near_k, near_v = (
                 torch.where(visible[..., None], take(t, 1, place).transpose(2, 3), 0) for t in (k, v)

@@ -67,7 +67,7 @@ def _route(
     if n <= k:
         indices = torch.arange(n, device=x.device).expand_as(logits)
         if alone:
-            return Routes(indices, valid, _handed_on(logits.sigmoid(), valid, options), logits)
+            return Routes(indices, valid, handed_on(logits.sigmoid(), valid, options), logits)
         return Routes(indices, valid, valid.to(logits.dtype), logits.detach())
 
     keys = logits
@@ -96,14 +96,14 @@ def _route(
     chosen = chosen.gather(-1, order)
     slot_mask = valid.gather(-1, chosen)
 
-    scores = _handed_on(torch.cat(soft, dim=-1).gather(-1, chosen), slot_mask, options)
+    scores = handed_on(torch.cat(soft, dim=-1).gather(-1, chosen), slot_mask, options)
     if not alone:
         poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
         scores = torch.where(poisoned, float("nan"), scores)
     return Routes(chosen, slot_mask, scores, logits)
 
 
-def _handed_on(soft: Tensor, slot_mask: Tensor, options: RouterOptions) -> Tensor:
+def handed_on(soft: Tensor, slot_mask: Tensor, options: RouterOptions) -> Tensor:
     """Scores of the slots: the soft ones, or 1 with their gradient. A NaN stays one."""
     if options.straight_through:
         soft = 1 + (soft - soft.detach())

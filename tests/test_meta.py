@@ -403,3 +403,9 @@ def test_a_run_writes_its_report(tmp_path: Path) -> None:
     assert found["outcomes"]["passed"] == 1
     assert {"optimized", "tests"} <= found["hashes"].keys()
     assert [row["property"] for row in found["properties"]] == ["test_identical"]
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "reports").glob("*.json")), ids=lambda path: path.stem)
+def test_reports_name_no_place_on_a_machine(path: Path) -> None:
+    """A package that is a parameter is named, not shown by its repr, which tells where it lies."""
+    assert "<module" not in path.read_text()
