@@ -244,9 +244,10 @@ def memory_scores(
 
 
 def scored(t: Tensor, scores: Tensor) -> Tensor:
-    """t times scores, in t's dtype. Where a score is NaN, so is the product, and t gets a gradient of 0, not NaN."""
-    odd = scores.isnan()
-    return torch.where(odd, torch.nan, t * torch.where(odd, 0, scores).to(t.dtype))
+    """t times scores, in t's dtype. What is not finite is a constant: 0 times it, in a gradient, would be NaN."""
+    odd = scores.isnan() | ~t.isfinite()
+    product = torch.where(odd, 0, t) * torch.where(odd, 0, scores).to(t.dtype)
+    return torch.where(odd, (t * scores.to(t.dtype)).detach(), product)
 
 
 class LogitsRouter(nn.Module):

@@ -208,6 +208,8 @@ def output_and_gradient(layer: Any, x: Tensor, given: dict[str, Tensor], cut: in
 # A NaN score of an earlier token's value, and a NaN logit in an empty slot beside the dual of earlier tokens.
 @example(case=Case({**RAW, "routed_window_size": 1}, 1, 4, 0), cut=0.5)
 @example(case=Case({**RAW, "routed_window_size": 2}, 1, 3, 0), cut=0.5)
+# An expert's output that overflows, times a score that depends on earlier tokens.
+@example(case=Case({**RAW, "routed_window_size": 3, "cosine_sim_routing": True, "n_iters": 3}, 2, 6, 0), cut=0.125)
 # An infinite logit in a row that a solver shares with earlier tokens.
 @example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact"}, 1, 11, 0), cut=0.55)
 @example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact", "num_routed_queries": 3}, 1, 11, 1), cut=0.55)
