@@ -219,7 +219,7 @@ def _kernels_of(item: pytest.Item) -> str:
     """What the parametrisation says about who computes, kernels of ours first; "-" where it says nothing."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     found = [parameters.get(name) for name in ("kernels", "implementation", "backend")]
-    return " ".join(str(name) for name in found if name) or "-"
+    return " ".join(getattr(value, "__name__", str(value)) for value in found if value) or "-"  # a package by its name
 
 
 def cpu_seconds() -> float:

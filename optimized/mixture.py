@@ -273,6 +273,8 @@ class MixtureOfAttention(nn.Module):
         # torch.compile, to which their numbers may be symbolic, is asked for no comparison.
         if ours.options is not theirs.options and (torch.compiler.is_compiling() or ours.options != theirs.options):
             return "the routers have different options"
+        if ours.options.solver == "sigmoid":
+            return "scores by a sigmoid are not part of the operator"
         norms = {"attn.norm": (attn.norm, RMSNorm), "attn.context_norm": (attn.context_norm, RMSNorm)}
         return obstacle_to_fusion(**norms)
 

@@ -38,7 +38,8 @@ def route(
             drawn with `generator`), with constant scores: a negative control.
         router_options: see `RouterOptions`.
     Returns Routes; scores and logits in float32, or float64 for float64 input. With straight_through scores are 1.
-    A NaN logit of a valid token makes all scores of its (batch, expert) NaN.
+    A NaN logit of a valid token makes all scores of its (batch, expert) NaN; with solver="sigmoid", whose scores have a
+    gradient also if N <= k, its own.
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
@@ -60,9 +61,21 @@ def _route(
 ) -> Routes:
     """Valid slots first. keys (B, E, N): what ranks the tokens in place of their logits."""
     logits, *_ = ops.router_logits(x, tokens, mask, cosine_scale(options), triton)
+    if options.solver == "sigmoid" and keys is None:
+        return _alone(logits, mask, k, options, triton)
     how = options.route_block_size, *solver_of(options)
     indices, slots, _, scores, *_ = ops.pick(logits, keys, mask, k, *how, triton)
     return Routes(indices, slots, scores, _deciding(logits, k))
+
+
+def _alone(logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions, triton: bool) -> Routes:
+    """Of scores that each depend on their own logit alone, and so pass a gradient on where N <= K too."""
+    how = options.route_block_size, *solver_of(options)
+    indices, slots, *_ = ops.pick(logits.detach(), logits.detach(), mask, k, *how, triton)
+    scores = logits.gather(-1, indices).sigmoid()
+    if options.straight_through:
+        scores = 1 + (scores - scores.detach())
+    return Routes(indices, slots, torch.where(slots, scores, 0), logits)
 
 
 class _Times(torch.autograd.Function):

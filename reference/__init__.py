@@ -4,6 +4,8 @@
 `reference.testing` compares a kernel of your own with them.
 """
 
+from reference.autoregressive import MixtureOfAutoregressiveAttention
+from reference.autoregressive_cache import Cache
 from reference.contract import RouterOptions, Routes
 from reference.local_attention import local_attention
 from reference.mixture import MixtureOfAttention, combine
@@ -11,7 +13,9 @@ from reference.routed_attention import routed_attention
 from reference.routing import Router, capped_simplex, coordinate_descent, route, select
 
 __all__ = [
+    "Cache",
     "MixtureOfAttention",
+    "MixtureOfAutoregressiveAttention",
     "Router",
     "RouterOptions",
     "Routes",

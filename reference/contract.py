@@ -490,7 +490,9 @@ class RouterOptions:
 
     straight_through: scores are exactly 1 and pass their gradient to the soft scores; else the soft scores themselves.
     solver: "iterative", n_iters steps of coordinate descent at temperatures max(eps_init * eps_decay**t, eps), or
-        "exact", its limit at eps. Their mass is min(K * fetch_k_ratio, N).
+        "exact", its limit at eps. Their mass is min(K * fetch_k_ratio, N). "sigmoid": the sigmoid of each logit, which
+        couples no tokens, has a gradient also where N <= K, and takes none of these options. The logits of raw dot
+        products are soon so large that it is 1 in float32; cosine_sim_routing bounds them.
     cosine_sim_routing, cosine_sim_scale: logits are scaled cosines in place of dot products.
     learned_routing_tokens: the module holds no routing tokens, the caller passes them at forward.
     route_block_size: pick evenly from blocks of so many tokens.
@@ -528,8 +530,8 @@ class RouterOptions:
             "eps_decay": number("eps_decay", self.eps_decay, "a number in (0, 1]", lambda v: 0 < v <= 1),
             "cosine_sim_scale": positive("cosine_sim_scale", self.cosine_sim_scale),
         }
-        if self.solver not in ("iterative", "exact"):
-            reject("solver", "'iterative' or 'exact'", describe(self.solver))
+        if self.solver not in ("iterative", "exact", "sigmoid"):
+            reject("solver", "'iterative', 'exact' or 'sigmoid'", describe(self.solver))
         if self.route_block_size is not None:
             numbers["route_block_size"] = positive_int("route_block_size", self.route_block_size)
         for name, value in numbers.items():
@@ -557,6 +559,9 @@ _OPTIONS_OF_STAGE = tuple(name for name in _OPTIONS if name != "learned_routing_
 def _router_options(options: dict[str, Any], names: tuple[str, ...]) -> RouterOptions:
     for unknown in options.keys() - set(names):
         reject("router_options", f"names among {', '.join(names)}", describe(unknown), TypeError)
+    for name in ("n_iters", "fetch_k_ratio", "eps", "eps_init", "eps_decay"):
+        if options.get("solver") == "sigmoid" and name in options:
+            reject(name, "no option of a solver with solver='sigmoid', which solves nothing", options[name])
     return RouterOptions(**options)
 
 

@@ -92,9 +92,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 
 
 def rotary_angles(n: int, dim_head: int, device: torch.device) -> Float[Tensor, "N d"]:
-    """Angles i * 10000**(-2j/d), twice side by side. float64: in float32 position 100000 is off by 0.004 radians."""
-    frequency = 10000.0 ** (-torch.arange(0, dim_head, 2, device=device, dtype=torch.float64) / dim_head)
-    angles = torch.arange(n, device=device, dtype=torch.float64)[:, None] * frequency
+    """Of positions 0 .. N-1."""
+    return rotary_angles_at(torch.arange(n, device=device), dim_head)
+
+
+def rotary_angles_at(position: Tensor, dim_head: int) -> Float[Tensor, "*any d"]:
+    """Angles p * 10000**(-2j/d), twice side by side. float64: in float32 position 100000 is off by 0.004 radians."""
+    frequency = 10000.0 ** (-torch.arange(0, dim_head, 2, device=position.device, dtype=torch.float64) / dim_head)
+    angles = position.to(torch.float64)[..., None] * frequency
     return torch.cat((angles, angles), dim=-1)
 
 

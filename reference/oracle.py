@@ -79,7 +79,8 @@ def route(
 
     With N <= k there is nothing to choose: all tokens in order, with score 1. Otherwise each block of
     `route_block_size` tokens (by default one block of N) gives its best ceil(k / blocks), or all with score 1
-    if it has no more; and a NaN logit of a valid token makes every score of its row (b, e) NaN.
+    if it has no more; and a NaN logit of a valid token makes every score of its row (b, e) NaN. solver="sigmoid":
+    the score of a token is the sigmoid of its logit, chosen among others or not, NaN or not.
     """
     x = _zero_masked(x, mask)
     batch, n = x.shape[:2]
@@ -102,13 +103,16 @@ def route(
         chosen: list[int] = []
         for start in starts:
             s, m = logits[b, e, start : start + size], valid[b, start : start + size]
+            if solver == "sigmoid":
+                with np.errstate(invalid="ignore"):  # a NaN logit
+                    soft[start : start + size] = np.exp(-np.logaddexp(0.0, -s))
             if len(s) <= k_block:
                 chosen += range(start, start + len(s))
                 continue
             mass = min(k_block * fetch_k_ratio, len(s))
             if solver == "exact":
                 soft[start : start + size] = capped_simplex(s, mass, m, eps=eps)
-            else:
+            elif solver == "iterative":
                 soft[start : start + size] = coordinate_descent(
                     s, mass, m, n_iters=n_iters, eps=eps, eps_init=eps_init, eps_decay=eps_decay
                 )
@@ -117,8 +121,10 @@ def route(
             chosen.sort(key=lambda i: (not valid[b, i], i))  # valid ascending, then masked ascending
         indices[b, e] = chosen
         chosen_valid[b, e] = valid[b, indices[b, e]]
-        scores[b, e] = chosen_valid[b, e] if straight_through else soft[indices[b, e]]
-        if n > k and np.isnan(logits[b, e, valid[b]]).any():
+        scores[b, e] = chosen_valid[b, e] if straight_through else soft[indices[b, e]] * chosen_valid[b, e]
+        if solver == "sigmoid":
+            scores[b, e, chosen_valid[b, e] & np.isnan(logits[b, e, indices[b, e]])] = np.nan
+        elif n > k and np.isnan(logits[b, e, valid[b]]).any():
             scores[b, e] = np.nan
     return Routes(indices, chosen_valid, scores, logits)
 

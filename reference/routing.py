@@ -39,7 +39,8 @@ def route(
     to choose: all tokens in order, score 1 (0 where masked), no gradient. `random_route` draws valid tokens uniformly
     (a float32 torch.rand of shape (B, E, N) takes the logits' place), the negative control; scores are then constant.
 
-    Returns Routes of int64, bool and >= float32. A NaN logit of a valid token makes all scores of its row NaN.
+    Returns Routes of int64, bool and >= float32. A NaN logit of a valid token makes all scores of its row NaN, with
+    solver="sigmoid" its own alone. With that solver scores have a gradient also if N <= k.
     Raises TypeError or ValueError naming the argument.
     """
     options = RouterOptions.of_stage(router_options)
@@ -62,8 +63,11 @@ def _route(
         mask = torch.ones(batch, n, dtype=torch.bool, device=x.device)
     logits = routing_logits(x.masked_fill(~mask[..., None], 0), tokens, options)
     valid = mask[:, None].expand_as(logits)
+    alone = options.solver == "sigmoid" and not random_route
     if n <= k:
         indices = torch.arange(n, device=x.device).expand_as(logits)
+        if alone:
+            return Routes(indices, valid, handed_on(logits.sigmoid(), valid, options), logits)
         return Routes(indices, valid, valid.to(logits.dtype), logits.detach())
 
     keys = logits
@@ -79,7 +83,9 @@ def _route(
         block = slice(start, n if width is None else min(start + width, n))
         length = block.stop - start
         taken.append(start + select(keys[..., block], min(k_block, length), mask[:, block])[0])
-        if length <= k_block or random_route:
+        if alone:
+            soft.append(logits[..., block].sigmoid())
+        elif length <= k_block or random_route:
             soft.append(valid[..., block].to(logits.dtype))
         else:
             mass = min(k_block * options.fetch_k_ratio, length)
@@ -90,12 +96,18 @@ def _route(
     chosen = chosen.gather(-1, order)
     slot_mask = valid.gather(-1, chosen)
 
-    scores = torch.cat(soft, dim=-1).gather(-1, chosen)
-    if options.straight_through:
-        scores = slot_mask.to(scores.dtype) + (scores - scores.detach())
-    poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
-    scores = torch.where(poisoned, float("nan"), torch.where(slot_mask, scores, 0.0))
+    scores = handed_on(torch.cat(soft, dim=-1).gather(-1, chosen), slot_mask, options)
+    if not alone:
+        poisoned = (logits.isnan() & valid).any(dim=-1, keepdim=True)
+        scores = torch.where(poisoned, float("nan"), scores)
     return Routes(chosen, slot_mask, scores, logits)
+
+
+def handed_on(soft: Tensor, slot_mask: Tensor, options: RouterOptions) -> Tensor:
+    """Scores of the slots: the soft ones, or 1 with their gradient. A NaN stays one."""
+    if options.straight_through:
+        soft = 1 + (soft - soft.detach())
+    return torch.where(slot_mask, soft, 0.0)
 
 
 def widen(t: Tensor) -> Tensor:
@@ -116,7 +128,7 @@ def routing_logits(
     return logits * options.cosine_sim_scale if options.cosine_sim_routing else logits
 
 
-def solve(logits: Tensor, k: float, mask: Tensor, options: RouterOptions) -> Tensor:
+def solve(logits: Tensor, k: float, mask: Tensor | None, options: RouterOptions) -> Tensor:
     if options.solver == "exact":
         return capped_simplex(logits, k, mask, eps=options.eps)
     o = options
@@ -151,17 +163,25 @@ def coordinate_descent(
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid, logits, 0)
+    a, below = _descend(s, valid, k, options, saturated)
+    scores = torch.where(below, (s + a) / last_temperature(options), 0).exp()
+    return _zero_masked_spread_nan(scores, logits, valid)
+
+
+def _descend(
+    s: Tensor, valid: Tensor, k: float, o: RouterOptions, saturated: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The last a (..., 1), and which entries it does not saturate."""
     counted = valid | ~valid.any(dim=-1, keepdim=True)  # a row without valid tokens stays finite
-    temperature = [max(eps_init * eps_decay**t, eps) for t in range(n_iters + 1)]
+    temperature = [max(o.eps_init * o.eps_decay**t, o.eps) for t in range(o.n_iters)]
     u = torch.zeros_like(s)
-    for t in range(n_iters):
+    for t in range(o.n_iters):
         exponent = torch.where(counted, u / temperature[t], -torch.inf)
         a = temperature[t] * (math.log(k) - exponent.logsumexp(dim=-1, keepdim=True))
         # `where`, not minimum: autograd of minimum splits a tie in two.
         below = valid & (s < -a if saturated is None else ~saturated[t])
         u = torch.where(below, s, -a)
-    scores = torch.where(below, (s + a) / temperature[n_iters], 0).exp()
-    return _zero_masked_spread_nan(scores, logits, valid)
+    return a, below
 
 
 def capped_simplex(
@@ -180,6 +200,13 @@ def capped_simplex(
     logits = widen(logits)
     valid = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask[:, None].expand_as(logits)
     s = torch.where(valid & ~logits.isnan(), logits, 0)
+    a, free = _cap(s, valid, k, eps)
+    scores = torch.where(free, (s + a) / eps, 0).exp()
+    return _zero_masked_spread_nan(scores, logits, valid)
+
+
+def _cap(s: Tensor, valid: Tensor, k: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The smallest a (..., 1) of that mass, 0 where all are saturated, and which entries it does not saturate."""
     saturated = valid & (valid.sum(dim=-1, keepdim=True) <= k)
     while True:
         free = valid & ~saturated
@@ -190,10 +217,23 @@ def capped_simplex(
         a = eps * (left.log() - exponent.logsumexp(dim=-1, keepdim=True))
         grown = saturated | (free & (s + a >= 0))
         if torch.equal(grown, saturated):
-            break
+            return a, free
         saturated = grown
-    scores = torch.where(free, (s + a) / eps, 0).exp()
-    return _zero_masked_spread_nan(scores, logits, valid)
+
+
+def last_temperature(o: RouterOptions) -> float:
+    """That of the scores: of the descent one decay beyond its last step."""
+    return o.eps if o.solver == "exact" else max(o.eps_init * o.eps_decay**o.n_iters, o.eps)
+
+
+def dual_of(logits: Float[Tensor, "*rows N"], k: float, options: RouterOptions) -> Float[Tensor, "*rows 1"]:
+    """The a in lambda = exp(min(s + a, 0) / last_temperature) of rows of numbers; infinite where all are saturated."""
+    valid = torch.ones_like(logits, dtype=torch.bool)
+    if options.solver == "iterative":
+        return _descend(logits, valid, k, options)[0]
+    if k >= logits.shape[-1]:
+        return torch.full_like(logits[..., :1], torch.inf)
+    return _cap(logits, valid, k, options.eps)[0]
 
 
 def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Tensor:

@@ -773,6 +773,7 @@ def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
 
 # Stages as functions of tensors, which users and the oracle call.
 STAGES = {"route", "routed_attention", "local_attention", "combine", "mixture_of_attention"}
+STAGES |= {"mixture_of_autoregressive_attention", "newest_token"}  # of the causal oracle
 
 
 @pytest.mark.parametrize("package", ["reference", "optimized"])
