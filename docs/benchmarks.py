@@ -239,7 +239,9 @@ def summarised(report: Report) -> list[str]:
 
 def summary(report: Report) -> str:
     """The layer beside what it may replace."""
-    columns = {"this layer": "optimized", "as a CUDA graph": "optimized graph", "dense attention": "dense"}
+    columns = {"this layer": "optimized", "torch.compile": "optimized compiled"}
+    columns |= {"reduce-overhead": "optimized reduce-overhead", "as a CUDA graph": "optimized graph"}
+    columns |= {"dense attention": "dense"}
     columns |= {"mixture-of-attention 0.0.25": "upstream", "reference": "reference"}
     cases = summarised(report)
     shown = {

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks import __main__ as command
 from benchmarks import flops, session
-from benchmarks.attentions import FlexWindow, UnavailableError, attention
+from benchmarks.attentions import BLOCK, Flex, UnavailableError, attention, near, some_blocks
 from benchmarks.competitors import BOTH, DIRECTIONS, FORWARD, Replayed, Steps, enter
 from benchmarks.floor import Floor
 from benchmarks.measure import CpuClock, Profile, host_ms, interleaved, peak_bytes, summarise, time_call
@@ -25,6 +25,7 @@ from benchmarks.session import FLOOR, Job, Session, jobs
 from benchmarks.shapes import Case, cases
 from benchmarks.stages import ORDER, own_kernels, stage_of
 from harness import check_identical
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -276,17 +277,30 @@ def test_a_graph_is_captured_once_for_each_direction(monkeypatch: pytest.MonkeyP
     assert len(calls) == 2 * 4, "three warm calls and the captured one"
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
-def test_flex_window_sees_the_window() -> None:
+def flex_pairs(attend: Flex, n: int, seen: Tensor) -> None:
+    """Whether attention is that over the pairs seen (N, N)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = FlexWindow(3)
     attend.compiled = flex_attention  # compiled, it is only faster
-    q, k, v = torch.randn(3, 2, 20, 2, 16).unbind()
-    at = torch.arange(20)
-    near = (at[:, None] - at).abs() <= 3
-    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=near)
+    q, k, v = torch.randn(3, 2, n, 2, 16).unbind()
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=seen)
     torch.testing.assert_close(attend(q, k, v), expected.transpose(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_window_sees_the_window() -> None:
+    at = torch.arange(20)
+    flex_pairs(Flex(near(3)), 20, (at[:, None] - at).abs() <= 3)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_flex_blocks_see_as_many_keys_as_the_layer() -> None:
+    n, keys = 4 * BLOCK, 2 * BLOCK
+    at = torch.arange(n)
+    sees = some_blocks(keys)(n, CPU)
+    seen = sees(at, at, at[:, None], at)
+    assert (seen.sum(-1) == keys).all()
+    flex_pairs(Flex(some_blocks(keys)), n, seen)
 
 
 def test_windows_of_the_libraries_are_asked_for() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Mask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+BLOCK = 128  # of FlexAttention's block masks
 SDPA = {
     "sdpa": None,
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -50,7 +52,7 @@ def attention(name: str, *, dropout: float = 0.0, mask: Tensor | None = None, wi
     if name == "torch varlen":
         return functools.partial(_varlen, _sides(window, -1))
     if name == "flex" and window is not None:
-        return FlexWindow(window)
+        return Flex(near(window))
     raise UnavailableError(f"no attention named {name!r} for window {window}")
 
 
@@ -86,26 +88,38 @@ def _varlen(sides: tuple[int, int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return varlen_attn(*flat, starts, starts, length, length, window_size=sides).view(q.shape)
 
 
-class FlexWindow:
-    """Compiled; its block mask is made once per length, and is not part of the time."""
+class Flex:
+    """FlexAttention, compiled; its block mask is made once per length, and is not part of the time."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, mask_of: Callable[[int, torch.device], Mask]) -> None:
+        """mask_of(N, device): what `create_block_mask` takes: whether query i of (b, h) sees key j."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        self.window, self.masks = window, {}
+        self.mask_of, self.masks = mask_of, {}
         self.compiled = torch.compile(flex_attention, dynamic=False)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[1]
         if n not in self.masks:
-            self.masks[n] = self._block_mask(n, q.device)
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            self.masks[n] = create_block_mask(self.mask_of(n, q.device), None, None, n, n, device=str(q.device))
         turned = (t.transpose(1, 2) for t in (q, k, v))
         return self.compiled(*turned, block_mask=self.masks[n]).transpose(1, 2)
 
-    def _block_mask(self, n: int, device: torch.device) -> object:
-        from torch.nn.attention.flex_attention import create_block_mask
 
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i - j).abs() <= self.window
+def near(window: int) -> Callable[[int, torch.device], Mask]:
+    """|i - j| <= window."""
+    return lambda n, device: lambda b, h, i, j: (i - j).abs() <= window
 
-        return create_block_mask(visible, None, None, n, n, device=str(device))
+
+def some_blocks(keys: int) -> Callable[[int, torch.device], Mask]:
+    """Every block of queries sees keys / BLOCK blocks of keys, drawn once: as a block-sparse attention would choose."""
+
+    def mask_of(n: int, device: torch.device) -> Mask:
+        blocks = -(-n // BLOCK)
+        drawn = torch.rand(blocks, blocks, generator=torch.Generator().manual_seed(0)).argsort(-1).argsort(-1)
+        seen = (drawn < max(keys // BLOCK, 1)).to(device)
+        return lambda b, h, i, j: seen[i // BLOCK, j // BLOCK]
+
+    return mask_of

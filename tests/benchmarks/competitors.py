@@ -2,11 +2,15 @@
 
 - `optimized`: this layer, with the backends that it chooses; `optimized STAGE=BACKEND ...`: with these;
   `optimized graph`: replayed as a CUDA graph; `optimized compiled`: torch.compile(fullgraph=True);
+  `optimized reduce-overhead`: the same with mode="reduce-overhead", which records CUDA graphs itself;
   `optimized deterministic`: torch.use_deterministic_algorithms(True)
 - `reference`, `reference compiled`: the readable layer, and that under torch.compile
 - `upstream`: mixture-of-attention 0.0.25
 - `dense`: LayerNorm, qkv projection, F.scaled_dot_product_attention as it chooses, output projection;
-  `dense flash-attn 2`, `dense flash-attn 4`, `dense flex window` (FlexAttention), `dense deterministic`
+  `dense flash-attn 2`, `dense flash-attn 4`, `dense deterministic`
+- what one may take in place of the layer, by FlexAttention between the same projections: `dense flex window` (every
+  token sees a window as wide as that of local attention, or of K keys) and `dense flex blocks` (every 128 queries
+  see K keys in blocks of 128, which nobody had to choose: a block-sparse attention without its selection)
 
 A name that can't take part raises: the reason becomes its row.
 """
@@ -23,10 +27,11 @@ from torch import Tensor, nn
 import optimized
 import reference
 
-from .attentions import Attention, UnavailableError, attention
+from .attentions import Attention, Flex, UnavailableError, attention, some_blocks
 from .shapes import Case
 
 FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
+COMPILED = {"compiled": "default", "reduce-overhead": "reduce-overhead"}  # modes of torch.compile
 
 
 class Steps:
@@ -116,14 +121,14 @@ def enter(name: str, case: Case, device: torch.device) -> Iterator[Steps]:
     with contextlib.ExitStack() as stack:
         if mode == "deterministic":
             stack.enter_context(_deterministic())
-        if mode == "compiled":
+        if mode in COMPILED:
             stack.callback(torch._dynamo.reset)
             torch._dynamo.reset()
         if family == "optimized":
             stack.enter_context(optimized.use_backends(**_choices(mode)))
             yield _optimized(case, device, mode)
         elif family == "reference":
-            yield _steps(reference.MixtureOfAttention, case, device, compiled=mode == "compiled")
+            yield _steps(reference.MixtureOfAttention, case, device, compiled=COMPILED.get(mode))
         elif family == "dense":
             yield _dense(case, device, mode)
         elif name == "upstream":
@@ -148,12 +153,17 @@ def _deterministic() -> Iterator[None]:
 
 
 def _steps(
-    make: Callable[..., nn.Module], case: Case, device: torch.device, *, compiled: bool = False, fullgraph: bool = False
+    make: Callable[..., nn.Module],
+    case: Case,
+    device: torch.device,
+    *,
+    compiled: str | None = None,
+    fullgraph: bool = False,
 ) -> Steps:
-    """A layer with the arguments and the forward of ours."""
+    """A layer with the arguments and the forward of ours. compiled: a mode of torch.compile."""
     x, mask = case.make_x(device), case.make_mask(device)
     layer = make(**case.layer_arguments(), device=device, dtype=x.dtype)
-    run = torch.compile(layer, dynamic=False, fullgraph=fullgraph) if compiled else layer
+    run = torch.compile(layer, dynamic=False, fullgraph=fullgraph, mode=compiled) if compiled else layer
     steps = Steps(lambda given: run(given, mask=mask), x, list(layer.parameters()))
     if isinstance(layer, optimized.MixtureOfAttention):
         report = optimized.explain(layer, x, mask=mask)
@@ -162,16 +172,19 @@ def _steps(
 
 
 def _optimized(case: Case, device: torch.device, mode: str) -> Steps:
-    if mode == "graph" and device.type != "cuda":
+    if mode in ("graph", "reduce-overhead") and device.type != "cuda":
         raise UnavailableError("CUDA graphs need CUDA")
-    steps = _steps(optimized.MixtureOfAttention, case, device, compiled=mode == "compiled", fullgraph=True)
+    steps = _steps(optimized.MixtureOfAttention, case, device, compiled=COMPILED.get(mode), fullgraph=True)
+    steps.memory = mode != "reduce-overhead"  # whose graphs keep their own pool
     return Replayed(steps) if mode == "graph" else steps
 
 
 def _dense(case: Case, device: torch.device, mode: str) -> Steps:
     x, mask = case.make_x(device), case.make_mask(device)
     if mode == "flex window":
-        attend = attention("flex", window=case.window, mask=mask)
+        attend = attention("flex", window=case.reach, mask=mask)
+    elif mode == "flex blocks":
+        attend = Flex(some_blocks(case.slots))
     else:
         attend = attention(mode if mode.startswith("flash") else "sdpa", dropout=case.dropout, mask=mask)
     layer = Dense(case, attend, device, x.dtype)

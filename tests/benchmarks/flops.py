@@ -51,6 +51,9 @@ def total(parts: dict[str, float], direction: str) -> float:
 
 def of(competitor: str, case: Case, direction: str) -> float:
     """Operations of the competitor named so, see `competitors`."""
-    if competitor == "dense flex window" and case.window is not None:
-        return total(local(case, case.window), direction)
+    if competitor == "dense flex window":
+        return total(local(case, case.reach), direction)
+    if competitor == "dense flex blocks":
+        parts = dense(case)
+        return total(parts | {"attention": parts["attention"] * case.taken / case.n}, direction)
     return total(dense(case) if competitor.startswith("dense") else layer(case), direction)

@@ -13,7 +13,9 @@ import optimized
 LAYERS = ("optimized", "reference")
 DENSE = ("dense", "dense flash-attn 2", "dense flash-attn 4")
 MODES = ("optimized graph", "optimized deterministic")
-COMPILED = ("optimized compiled", "reference compiled")
+SPARSE = ("dense flex window", "dense flex blocks")
+BY_COMPILER = ("optimized compiled", "optimized reduce-overhead")
+COMPILED = (*BY_COMPILER, "reference compiled")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Case:
     def taken(self) -> int:
         """Slots that are filled: all tokens where N <= K."""
         return min(self.slots, self.n)
+
+    @property
+    def reach(self) -> int:
+        """Of a window that stands in for the layer: that of its local attention, or one of about K keys."""
+        return max(self.slots // 2, 1) if self.window is None else self.window
 
     @property
     def inner(self) -> int:
@@ -91,12 +98,12 @@ def _cuda() -> list[Case]:
             "2k", batch=8, n=2048, dim=512, heads=8, experts=4, slots=256,
             **standard | {"competitors": (*full, by_torch, *backends, *COMPILED)},
         ),
-        Case("32k", batch=1, n=32768, slots=2048, **large, **standard | {"competitors": (*full, "reference compiled")}),
+        Case("32k", batch=1, n=32768, slots=2048, **large, **standard | {"competitors": (*full, *COMPILED, *SPARSE)}),
         replace(
             k8, name="8k local", window=128,
-            competitors=(*full, "dense flex window", *_each_backend("local_attention"), "optimized compiled"),
+            competitors=(*full, *SPARSE[:1], *_each_backend("local_attention"), *BY_COMPILER),
         ),
-        replace(tiny, competitors=(*full, "optimized compiled")),
+        replace(tiny, competitors=(*full, *BY_COMPILER)),
         replace(tiny, name="tiny 400", n=400, competitors=(*full, *COMPILED)),
     ]  # fmt: skip
     variant = replace(k8, group="variants", competitors=(*LAYERS, *DENSE))
@@ -112,7 +119,9 @@ def _cuda() -> list[Case]:
         by_length = {"group": "sweep K = N/8", "competitors": (*LAYERS, "optimized graph", "dense")}
         out.append(Case(f"N {n} K N/8", n=n, slots=n // 8, **sweep, **by_length))
     fixed = {"slots": 1024, "group": "sweep K = 1024", "competitors": (*LAYERS, "optimized graph")}
-    out += [Case(f"N {n} K 1024", n=n, **sweep, **fixed) for n in lengths]
+    out += [Case(f"N {n} K 1024", n=n, **sweep, **fixed) for n in lengths[:-1]]
+    fixed |= {"competitors": (*fixed["competitors"], "dense", *SPARSE)}
+    out.append(Case(f"N {lengths[-1]} K 1024", n=lengths[-1], **sweep, **fixed))
     for experts in (1, 2, 4, 8, 16):
         out.append(
             replace(k8, name=f"8k E {experts}", group="sweep E", experts=experts, detail=False, competitors=LAYERS)
@@ -129,7 +138,8 @@ def _cpu() -> list[Case]:
         out.append(Case(f"N {n} local", "fixed K, local", n=n, **shape, window=64, competitors=competitors))
     tiny = Case("tiny", "short", batch=16, n=50, dim=512, heads=8, experts=4, slots=100, dtype="float32")
     tiny = replace(tiny, competitors=competitors)
-    return [*out, tiny, replace(tiny, name="tiny 400", n=400, competitors=(*competitors, *COMPILED))]
+    compiled = "optimized compiled", "reference compiled"
+    return [*out, tiny, replace(tiny, name="tiny 400", n=400, competitors=(*competitors, *compiled))]
 
 
 def _each_backend(stage: str) -> tuple[str, ...]:

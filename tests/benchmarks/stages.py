@@ -22,6 +22,8 @@ MODULES = {
     "gather_norm": "gather",
     "null_slot": "null slot",
     "token_gradient": "dx",
+    "window": "attention",
+    "layer_norm": "norm",
     "value_score": "null slot",  # both are about values and scores around the flash kernel
 }
 LIBRARIES = (  # in this order: flash-attn 4's kernels are called cutlass too
