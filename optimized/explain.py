@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optimized.attention import note
+from optimized.attention import Request, note
 from optimized.mixture import MixtureOfAttention
-from optimized.plan import BY_TRITON, REGISTRY, choose
+from optimized.plan import BY_TRITON, REGISTRY, Backend, choose
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ def explain(module: MixtureOfAttention, x: Any, **forward_arguments: Any) -> Exp
     for stage in kind.stages:
         request = kind.request(stage)
         taken = choose(stage, request).name
-        reasons = {b.name: b.obstacle(request) or f"{taken} is preferred" for b in REGISTRY[stage] if b.name != taken}
+        reasons = {b.name: _why_not(b, taken, request) for b in REGISTRY[stage] if b.name != taken}
         stages[stage] = StageReport(taken, reasons, "" if stage in BY_TRITON else note(taken))
     return Explanation(stages, path)
+
+
+def _why_not(backend: Backend, taken: str, request: Request) -> str:
+    obstacle, reservation = backend.obstacle(request), backend.reservation(request)
+    return obstacle or f"{taken} is preferred" + (f": {reservation}" if reservation else "")

@@ -1,8 +1,9 @@
 """Which code computes each stage: the registry of backends, how the user chooses, and the plan of a call.
 
-A backend states why it can't serve a request (`obstacle`), or None if it can. Without a choice the first capable one is
-taken, in the order listed; a chosen one that can't serve raises and never gives way to another. A `Plan` is what came
-out of it for one kind of call: it is looked up once a call, and all stages work by it.
+A backend states why it can't serve a request (`obstacle`), or None if it can. Without a choice it is the first capable
+one, in the order listed, that none after it outruns (`reservation`); a chosen one that can't serve raises and never
+gives way to another. A `Plan` is what came out of it for one kind of call: it is looked up once a call, and all stages
+work by it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,20 @@ from optimized.attention.request import HALF, constant, too_old
 from optimized.choice import Choices, choices, choose_for_process, close_block, open_block
 
 
+def _always(request: Request) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """obstacle(request): None, or in words why this backend can't serve it."""
+    """obstacle(request): None, or in words why this backend can't serve it.
+
+    reservation(request): likewise, why it can, but one that is listed after it does so faster.
+    """
 
     name: str
     obstacle: Callable[[Request], str | None]
+    reservation: Callable[[Request], str | None] = _always
 
     @property
     def triton(self) -> bool:
@@ -33,10 +42,6 @@ class Backend:
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
-
-
-def _always(request: Request) -> str | None:
-    return None
 
 
 @constant
@@ -95,6 +100,16 @@ def _window(probe: Callable[[Request], str | None]) -> Callable[[Request], str |
     return obstacle
 
 
+def _window_reservation(r: Request) -> str | None:
+    """Where libraries were faster on an H200: products in exact float32, and tiles that are padded or too large.
+
+    Of libraries none but banded ones take a mask, and of these none is faster in half precision.
+    """
+    if r.dtype not in HALF:
+        return "libraries are faster but in float16 and bfloat16"
+    return None if r.masked or r.dim_head in (16, 32, 64) else "libraries are faster but at dim_head 16, 32, 64"
+
+
 # --- registry --------------------------------------------------------------------------------------------------------
 
 TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
@@ -107,7 +122,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
 }
 _compiled, *_, _interpreted = TRITON
 REGISTRY["local_attention"] = (
-    Backend(_compiled.name, _window(_compiled.obstacle)),
+    Backend(_compiled.name, _window(_compiled.obstacle), _window_reservation),
     *REGISTRY["local_attention"],
     Backend(_interpreted.name, _window(_interpreted.obstacle)),
 )
@@ -125,7 +140,8 @@ def choose(stage: str, request: Request, chosen: Choices | None = None) -> Backe
     """
     name = (choices() if chosen is None else chosen).of(stage)
     if name is None:
-        return next(b for b in REGISTRY[stage] if b.obstacle(request) is None)
+        capable = [b for b in REGISTRY[stage] if b.obstacle(request) is None]
+        return next((b for b in capable if b.reservation(request) is None), capable[0])
     backend = _by_name(stage, name)
     reason = backend.obstacle(request)
     if reason is not None:

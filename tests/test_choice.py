@@ -6,6 +6,7 @@ import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import optimized
 from optimized import plan
-from optimized.choice import choices
+from optimized.attention import Request
+from optimized.choice import Choices, choices
 
 pytestmark = pytest.mark.cpu
 
@@ -273,3 +275,41 @@ def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         kind = plan.Kind(torch.device("cpu"), torch.float32, ("routed_attention",), 8, dropout=1 / (step + 1))
         assert plan.bind(kind).routed_attention == "math"
         assert 0 < len(plan._plans) <= 4
+
+
+def test_a_slower_backend_is_taken_where_nothing_faster_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is listed first and has a reservation gives way to what comes after it, not to an obstacle, nor to a
+    choice.
+    """
+
+    def narrow(r: Request) -> str | None:
+        return "too wide" if r.dim_head > 64 else None
+
+    slow = plan.Backend("slow", lambda r: None, lambda r: None if r.masked else "no")
+    fast, last = plan.Backend("fast", narrow), plan.Backend("last", lambda r: "never")
+    monkeypatch.setitem(plan.REGISTRY, "routing", (slow, fast, last))
+    request = Request(torch.device("cpu"), torch.float32, 64)
+    for asked, name in (
+        (request, "fast"),
+        (replace(request, masked=True), "slow"),
+        (replace(request, dim_head=128), "slow"),
+    ):
+        assert plan.choose("routing", asked).name == name
+    assert plan.choose("routing", request, Choices((), (("routing", "slow"),))).name == "slow"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim_head", "masked", "fastest"),
+    [
+        (torch.bfloat16, 64, False, True),
+        (torch.float16, 16, False, True),
+        (torch.bfloat16, 48, False, False),
+        (torch.bfloat16, 128, False, False),
+        (torch.bfloat16, 128, True, True),
+        (torch.float32, 64, False, False),
+        (torch.float32, 64, True, False),
+    ],
+)
+def test_where_our_window_is_the_fastest(dtype: torch.dtype, dim_head: int, masked: bool, fastest: bool) -> None:
+    request = Request(torch.device("cuda"), dtype, dim_head, masked)
+    assert (plan.REGISTRY["local_attention"][0].reservation(request) is None) == fastest

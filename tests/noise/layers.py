@@ -7,7 +7,7 @@ autograd can tell, stays causal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -23,7 +23,7 @@ from reference.autoregressive_contract import AutoregressiveConfig
 class _Patched(reference.MixtureOfAutoregressiveAttention):
     """The strict layer, computed with other functions of its module in place of those named."""
 
-    in_place_of: dict[str, Callable[..., Any]]
+    in_place_of: ClassVar[dict[str, Callable[..., Any]]]
 
     def forward(self, *args: Any, **named: Any) -> Any:
         with mock.patch.multiple(autoregressive, **self.in_place_of):
@@ -45,7 +45,7 @@ def _of_its_own_window(laid: Laid, past: Cache, c: AutoregressiveConfig) -> tupl
 class WindowTopK(_Patched):
     """Queries of a block are the best of that block, as in mixture-of-attention 0.0.25."""
 
-    in_place_of = {"thresholds_of": _of_its_own_window}
+    in_place_of: ClassVar = {"thresholds_of": _of_its_own_window}
 
 
 def _of_the_sequence(laid: Laid, past: Cache, c: AutoregressiveConfig) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def _of_the_best_in_all(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Mem
 class SequenceTopK(_Patched):
     """Queries, keys and values are the best of the whole sequence, masked afterwards, as in MoSA."""
 
-    in_place_of = {"thresholds_of": _of_the_sequence, "remember": _of_the_best_in_all}
+    in_place_of: ClassVar = {"thresholds_of": _of_the_sequence, "remember": _of_the_best_in_all}
 
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {

@@ -30,8 +30,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="steps", ylabel="loss of new tokens, nats")
     s = first["settings"]
     axis.set_title(
-        f"Trained on noise: {s['layers']} layers, N {s['n']}, W = w = {s['window']}, Kq {s['queries']}, K {s['keys']},\n"
-        f"E {s['experts']}, V {s['vocabulary']}; {report['hardware']['name']}",
+        f"Trained on noise: {s['layers']} layers, N {s['n']}, W = w = {s['window']}, Kq {s['queries']},\n"
+        f"K {s['keys']}, E {s['experts']}, V {s['vocabulary']}; {report['hardware']['name']}",
         fontsize=10,
     )
     axis.legend(frameon=False, fontsize=9, loc="lower left")
