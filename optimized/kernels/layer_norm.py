@@ -13,6 +13,8 @@ Blind spots: a row lies in registers, so D has a most (`MAX_BLOCK_D`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -139,7 +141,7 @@ def _shape(x: Tensor) -> tuple[int, int]:
     return x.numel() // dim if dim else 0, dim
 
 
-def _sizes(x: Tensor, dim: int) -> dict[str, object]:
+def _sizes(x: Tensor, dim: int) -> dict[str, Any]:
     """A warp for 4 KB of the arithmetic's numbers."""
     kind, block = wide(x.dtype), next_power_of_2(dim)
     assert block <= MAX_BLOCK_D

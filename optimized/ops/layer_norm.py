@@ -44,8 +44,8 @@ class layer_norm:
         if a.triton:
             from optimized.kernels import layer_norm as kernel
 
-            dx, dw, db = kernel.layer_norm_backward(g.y, a.x, a.weight, a.mask, a.mean, a.rate)
-            dw, db = dw.sum(0) if needs.weight else None, db.sum(0) if needs.bias else None
+            dx, *parts = kernel.layer_norm_backward(g.y, a.x, a.weight, a.mask, a.mean, a.rate)
+            dw, db = (part.sum(0) if wanted else None for part, wanted in zip(parts, (needs.weight, needs.bias)))
         else:
             x, weight, bias = _wide(a)
             rows = a.mean[..., None].contiguous(), a.rate[..., None].contiguous()  # PyTorch takes no other strides

@@ -152,8 +152,8 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
     dqkv = v.new_empty(batch, n, 3, heads, dim)
     dq, dk, dv = dqkv.unbind(2)
     if a.backend.startswith(banded.PREFIX):
-        band = banded.Band(a.window, a.causal, a.mask)
-        turned = banded.backward(library, dout, (q, k, v), (a.out, a.lse), band, (dk, dv))
+        rows = banded.Band(a.window, a.causal, a.mask)
+        turned = banded.backward(library, dout, (q, k, v), (a.out, a.lse), rows, (dk, dv))
     else:
         done = Attended(q, k, v, a.out, a.lse, calls.state_of(library, q, k, 0.0))
         turned = calls.backward(library, dout, done, _setting(a, v), (dk, dv))
