@@ -45,7 +45,7 @@ class layer_norm:
             from optimized.kernels import layer_norm as kernel
 
             dx, *parts = kernel.layer_norm_backward(g.y, a.x, a.weight, a.mask, a.mean, a.rate)
-            dw, db = (part.sum(0) if wanted else None for part, wanted in zip(parts, (needs.weight, needs.bias)))
+            dw, db = [part.sum(0) if wanted else part for part, wanted in zip(parts, (needs.weight, needs.bias))]
         else:
             x, weight, bias = _wide(a)
             rows = a.mean[..., None].contiguous(), a.rate[..., None].contiguous()  # PyTorch takes no other strides
@@ -54,7 +54,7 @@ class layer_norm:
             )
             if dx is not None and a.mask is not None:
                 dx = dx.masked_fill(~a.mask[..., None], 0)
-        found = {}
+        found: dict[str, Any] = {}
         if needs.x:
             found["x"] = dx.to(a.x.dtype).contiguous()
         if needs.weight:

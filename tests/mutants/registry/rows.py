@@ -233,8 +233,8 @@ EDITS: Edits = {
             "reach = min(a.window, max", "reach = min(a.window - 1, max", "huggingface/transformers#39408"
         ),
         "window-operator-gradient-not-causal": edit(
-            "band = banded.Band(a.window, a.causal, a.mask)",
-            "band = banded.Band(a.window, False, a.mask)",
+            "rows = banded.Band(a.window, a.causal, a.mask)",
+            "rows = banded.Band(a.window, False, a.mask)",
             "triton-lang/triton#5660",
             "causality",
         ),
