@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from optimized import ops
 from optimized.autoregressive_attention import CLASSES as ROUTED
 from optimized.autoregressive_attention import Asked, MemoryAttention
-from optimized.autoregressive_cache import Cache
+from optimized.autoregressive_cache import Cache, StaticCache
 from optimized.autoregressive_layout import Order, Places, continued, first_call
 from optimized.autoregressive_local import CLASSES as LOCAL
 from optimized.autoregressive_local import CausalLocalAttention
@@ -35,7 +35,9 @@ from optimized.autoregressive_routing import (
     own_scores,
     queries_of,
     remember,
+    routed_now,
     solved_scores,
+    stored_scores,
 )
 from optimized.plan import Kind, Plan, bind
 from optimized.routed_attention import RoutedAttention
@@ -206,6 +208,54 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if return_routes:
             results.append(self._routes(places, decided, logits, order, n, cache))
         return results[0] if len(results) == 1 else tuple(results)
+
+    @torch.no_grad()
+    def step(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        cache: StaticCache,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
+        border: bool = False,
+    ) -> Float[Tensor, "B 1 D"]:
+        """One more token of every item, without gradients; the cache is changed in place, its sizes are not.
+
+        border: an item may begin a block with this token (`cache.due()`); right for any mixture of lengths, and many
+        times as much work. Without it no item may, and that is not looked at: nothing waits for the device. Capture a
+        step of either kind in a CUDA graph, and replay that with a border where one is due: with items of one length,
+        once every routed_window_size tokens.
+        rotary_emb: as many rows as tokens will ever be passed. Raises TypeError or ValueError naming the argument.
+        """
+        c = self.config
+        if not isinstance(cache, StaticCache):
+            contract.reject("cache", "a StaticCache, as `cache.static()` makes it", contract.describe(cache), TypeError)
+        check_call(c, x, None, rotary_emb, cache, contract.flag("border", border), False)
+        if x.shape[1] != 1:
+            contract.reject("x", "one token of every item", x)
+        contract.parameters(self, x, CLASSES)
+        if border:
+            out, later = self(x, rotary_emb=rotary_emb, cache=cache.value(), use_cache=True)
+            cache.put(later)
+            return out
+        plan = bind(self._kind(x, False))
+        logits = both_logits((self.query_router, self.key_value_router), x, plan)
+        place = cache.append(x, logits)
+        routed, q_scores = routed_now(cache, place, c)
+        held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
+        nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
+        inverse = torch.where(routed, 0, -1).int()[..., None]
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, cache.length)
+        stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
+        given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
+        y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
+        given = {"plan": plan} if _is(self.local_attn, CausalLocalAttention) else {}
+        local, *_ = self.local_attn(x, cache, **given)
+        slots = nowhere[..., 0], routed[..., None]
+        out = ops.blend(
+            y, q_scores[..., None], *slots, inverse, local, self.null_tokens, cache.length, c.routed_window_size,
+            c.average_routed, x.dtype, plan.mixture,
+        )  # fmt: skip
+        cache.advance()
+        return out
 
     def _decide(self, places: Places, past: Cache | None, plan: Plan, watched: bool) -> Decided:
         c = self.config

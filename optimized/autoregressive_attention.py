@@ -30,7 +30,7 @@ class Asked(NamedTuple):
     places: Int[Tensor, "B E J C"]  # rows of x
     mask: Bool[Tensor, "B E J C"]
     inverse: Int[Tensor, "B E M"]  # slot j C + c of a row, -1 for none
-    columns: Int[Tensor, "B E J K"]
+    columns: Int[Tensor, "B E J K"] | None  # None: all blocks see the stored ones, and no row of x
     counts: Int[Tensor, "B E J"]
     start: Int[Tensor, " B"] | None  # position of the first row of x; None for 0
 
@@ -50,8 +50,8 @@ class MemoryAttention(RoutedAttention):
         stored: tuple[Tensor, Tensor] | None = None,
         rotary_emb: Float[Tensor, "P d"] | None = None,
         plan: Plan | None = None,
-    ) -> tuple[Float[Tensor, "E B Q D"], Float[Tensor, "E B S 2 H d"]]:
-        """Outputs of the Q = J C slots before the query scores, and rotated keys and values of all columns.
+    ) -> tuple[Float[Tensor, "E B Q D"], Float[Tensor, "E B S 2 H d"] | None]:
+        """Outputs of the Q = J C slots before the query scores, and rotated keys and values of all columns, if any.
 
         scores: of the columns, or of the slots of every block. stored: keys and values of a cache, (B, E, K, H, d).
         plan: that of the layer's call.
@@ -69,17 +69,25 @@ class MemoryAttention(RoutedAttention):
         contract.ordinary("null_kv", null_kv)
         angles = None if rotary_emb is None else _angles(rotary_emb, plan)
         q = self._queries(x, asked, plan)
-        kv = self._keys_values(x, plan)
         if angles is not None:
             q = _rotated(q, angles, asked.positions(asked.places).flatten(2).transpose(0, 1), plan)
-            at = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
-            k, v = kv.unbind(3)
-            k = _rotated(k, angles, asked.positions(at).expand(k.shape[0], -1, -1), plan)
-            kv = torch.stack((k, v), 3)
-        if stored is not None:
-            old = torch.stack([t.to(kv.dtype).transpose(0, 1) for t in stored], 3)
-            kv = torch.cat((old, kv), 2)
-        out = attend_gathered(q, kv, scores, asked, null_kv.to(plan.dtype), self._probability(), plan)
+        dropout, kv = self._probability(), None
+        null_kv = null_kv.to(plan.dtype)
+        old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
+        if asked.columns is None:
+            assert old is not None
+            odd = odd_rows(old).any(3)
+            rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
+            held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+            out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
+        else:
+            kv = self._keys_values(x, plan)
+            if angles is not None:
+                at = asked.positions(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+                k, v = kv.unbind(3)
+                kv = torch.stack((_rotated(k, angles, at.expand(k.shape[0], -1, -1), plan), v), 3)
+            kv = kv if old is None else torch.cat((old, kv), 2)
+            out = attend_gathered(q, kv, scores, asked, null_kv, dropout, plan)
         rows = out.flatten(3)
         if plain(self.to_out, ExpertProjection) is None:
             return _projected(rows, self.to_out.weight, plan), kv
@@ -160,37 +168,51 @@ def attend_gathered(
     dropout: float,
     plan: Plan,
 ) -> Float[Tensor, "E B Q H d"]:
-    """By a library, of rows that are gathered block by block: a block is a row of its own to it.
-
-    A query that is not finite, or sees what is not, gets NaN, others nothing of it (`ops.finite`).
-    """
-    experts, batch, _, heads, dim = q.shape
+    """By a library, of rows that are gathered block by block: a block is a row of its own to it."""
     columns, counts = asked.columns, asked.counts
+    experts, batch, _, _, heads, dim = kv.shape
     blocks, slots = columns.shape[2:]
-    odd_kv = odd_rows(kv.detach()).any(3)  # (E, B, S, H)
-    safe = kv.masked_fill(odd_kv[:, :, :, None, :, None], 0)
+    odd = odd_rows(kv.detach()).any(3)  # (E, B, S, H)
+    safe = kv.masked_fill(odd[:, :, :, None, :, None], 0)
     rows = ops.gathered(safe.flatten(3), columns, counts).unflatten(-1, (2, heads, dim))  # (E, B, J, K, 2, H, d)
-    k, v = rows.flatten(0, 2).unbind(2)
     by_slot = columns.transpose(0, 1).flatten(2).long()
-    odd_slots = odd_kv.gather(2, by_slot[..., None].expand(-1, -1, -1, heads)).view(experts, batch, blocks, slots, heads)
+    odd = odd.gather(2, by_slot[..., None].expand(-1, -1, -1, heads)).view(experts, batch, blocks, slots, heads)
     if scores.ndim == 3:
         scores = ops.gathered(scores.transpose(0, 1)[..., None], columns, counts)[..., 0]
     else:
         scores = scores.transpose(0, 1)
-    odd_scores = scores.isnan()
-    shown = torch.arange(slots, device=q.device) < counts.transpose(0, 1)[..., None]
-    odd_blocks = ((odd_slots | odd_scores[..., None]) & shown[..., None]).any(3)  # (E, B, J, H)
-    v = (v * torch.where(odd_scores, 0, scores).flatten(0, 2)[..., None, None]).to(v.dtype)
-
     by_block = q.reshape(experts, batch, blocks, asked.places.shape[3], heads, dim)
-    odd = odd_rows(by_block.detach()) | odd_blocks[:, :, :, None]
-    lengths = counts.transpose(0, 1).flatten().int()
+    held = Held(rows, scores, odd, counts.transpose(0, 1))
+    return attend_rows(by_block, held, null_kv, dropout, plan).flatten(2, 3)
+
+
+class Held(NamedTuple):
+    """What the queries of each block see."""
+
+    rows: Float[Tensor, "E B J K 2 H d"]  # keys and values, 0 where odd
+    scores: Float[Tensor, "E B J K"]
+    odd: Bool[Tensor, "E B J K H"]  # which were not finite
+    counts: Int[Tensor, "E B J"]  # filled slots, the first ones
+
+
+def attend_rows(
+    q: Float[Tensor, "E B J C H d"], held: Held, null_kv: Float[Tensor, "2 E H 1 d"], dropout: float, plan: Plan
+) -> Float[Tensor, "E B J C H d"]:
+    """Attention of a block as a row of its own.
+
+    A query that is not finite, or sees what is not, gets NaN, others nothing of it (`ops.finite`).
+    """
+    k, v = held.rows.flatten(0, 2).unbind(2)
+    odd_scores = held.scores.isnan()
+    shown = torch.arange(k.shape[1], device=q.device) < held.counts[..., None]
+    odd = ((held.odd | odd_scores[..., None]) & shown[..., None]).any(3)[:, :, :, None] | odd_rows(q.detach())
+    v = (v * torch.where(odd_scores, 0, held.scores).flatten(0, 2)[..., None, None]).to(v.dtype)
     null_k, null_v = null_kv.squeeze(3).unbind(0)
     out = ops.attention(
-        by_block.masked_fill(odd[..., None], 0).flatten(0, 2), k, v, null_k, null_v, lengths, None, dropout, -1, False,
-        plan.routed_attention, plan.dispatch,
+        q.masked_fill(odd[..., None], 0).flatten(0, 2), k, v, null_k, null_v, held.counts.flatten().int(), None,
+        dropout, -1, False, plan.routed_attention, plan.dispatch,
     )[0]  # fmt: skip
-    return out.view(by_block.shape).masked_fill(odd[..., None], torch.nan).flatten(2, 3)
+    return out.view(q.shape).masked_fill(odd[..., None], torch.nan)
 
 
 CLASSES: contract.Classes = {**ROUTED, MemoryAttention: ()}

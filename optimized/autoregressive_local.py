@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimized import ops
 from optimized.attention import flex_window
+from optimized.autoregressive_cache import StaticCache
 from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LayerNorm, LocalAttention, normed
 from optimized.ops.finite import odd_rows
@@ -29,7 +30,7 @@ class CausalLocalAttention(LocalAttention):
         """x: the valid tokens first, which continue those of the cache. plan: that of the layer's call.
 
         Returns (B, N, D), and if they are to be kept rotated keys and values, (B, N, H, d), before them those of the
-        cache.
+        cache. A static cache is given those of x, one token of every item.
         """
         if plan is None or not contract.takes_as_given(self, CausalLocalAttention):
             contract.parameters(self, x, CLASSES)
@@ -48,7 +49,12 @@ class CausalLocalAttention(LocalAttention):
         else:
             hidden = norm(x).to(x.dtype)
         qkv = self.to_qkv(hidden).to(plan.dtype).unflatten(2, (3, self.heads, self.dim_head))
-        out, k, v = self._first(qkv, kept, plan) if cache is None else self._continued(qkv, cache, plan)
+        if cache is None:
+            out, k, v = self._first(qkv, kept, plan)
+        elif isinstance(cache, StaticCache):
+            out, k, v = self._step(qkv, cache, plan), None, None
+        else:
+            out, k, v = self._continued(qkv, cache, plan)
         return self.to_out(out.flatten(2).to(x.dtype)), k, v
 
     def _first(self, qkv: Tensor, kept: bool, plan: Plan) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -63,7 +69,7 @@ class CausalLocalAttention(LocalAttention):
         n, stored = qkv.shape[1], cache.local_keys.shape[1]
         new = torch.arange(n, device=qkv.device)
         tables = angles_at(cache.length[:, None] + new, self.dim_head, _wide(qkv))
-        at = torch.arange(tables[0].shape[0], device=qkv.device).view(-1, n)
+        at = torch.arange(qkv.shape[0] * n, device=qkv.device).view(qkv.shape[0], n)
         q, k = (ops.rotary(qkv[:, :, i], *tables, at, False, plan.dispatch) for i in (0, 1))
         keys = torch.cat((cache.local_keys.to(k.dtype), k), 1)
         values = torch.cat((cache.local_values.to(k.dtype), qkv[:, :, 2]), 1)
@@ -76,6 +82,22 @@ class CausalLocalAttention(LocalAttention):
         rows = torch.stack([take(t, 1, place) for t in (queries, keys, values)], 2)
         out = self._attend(rows, there, True, plan)
         return take(out, 1, old[:, None] + new), keys, values
+
+    def _step(self, qkv: Float[Tensor, "B 1 3 H d"], cache: StaticCache, plan: Plan) -> Float[Tensor, "B 1 H d"]:
+        tables = angles_at(cache.length, self.dim_head, _wide(qkv))
+        at = torch.arange(qkv.shape[0], device=qkv.device)[:, None]
+        q, k = (ops.rotary(qkv[:, :, i], *tables, at, False, plan.dispatch) for i in (0, 1))
+        keys, values, count = cache.append_near(k, qkv[:, :, 2])
+        rows = torch.stack((keys, values), 2).to(q.dtype)  # (B, w + 1, 2, H, d)
+        odd = odd_rows(rows).any(2)
+        k, v = rows.masked_fill(odd[:, :, None, :, None], 0).unbind(2)
+        shown = torch.arange(k.shape[1], device=k.device) < count[:, None]
+        hidden = (odd_rows(q) | (odd & shown[..., None]).any(1, keepdim=True))[..., None]
+        lengths, q = count.int(), q.masked_fill(hidden, 0)
+        out = ops.attention(
+            q, k, v, None, None, lengths, None, 0.0, -1, False, plan.routed_attention, plan.dispatch
+        )[0]
+        return out.masked_fill(hidden, torch.nan)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None, turned: bool, plan: Plan) -> Tensor:
         if plan.local_attention != "flex_attention":

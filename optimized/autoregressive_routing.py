@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from optimized import ops, pending
+from optimized.autoregressive_cache import StaticCache
 from optimized.autoregressive_layout import Places
 from optimized.ops.coordinate_descent import temperature
 from optimized.plain import obstacle_to_fusion
@@ -217,6 +218,37 @@ def solved_scores(
     there = torch.arange(slots, device=columns.device) < memory.counts[..., None]
     scores = handed_on(scores, there, o)
     return scores if token is None else with_zero_gradient(scores, token)
+
+
+# --- one token of every item ------------------------------------------------------------------------------------------
+
+
+def routed_now(cache: StaticCache, place: Tensor, c: AutoregressiveConfig) -> tuple[Bool[Tensor, "B E"], Tensor]:
+    """Whether the token at a place (B) of the unfinished block has a slot, and its score (B, E)."""
+    logits = cache.tail_q_logits
+    own = logits.gather(-1, place[:, None, None].expand(-1, logits.shape[1], -1))[..., 0]
+    later = (cache.start > 0)[:, None]
+    if c.everybody:
+        routed, soft = later.expand_as(own), torch.ones_like(own)
+    else:
+        so_far = torch.arange(logits.shape[-1], device=logits.device) <= place[:, None]
+        candidate = (logits >= cache.threshold[..., None]) & so_far[:, None]
+        reached = own >= cache.threshold
+        routed = later & reached & (candidate.sum(-1) <= c.capacity)
+        above = torch.where(routed, own, 0) + cache.dual
+        soft = torch.where(above >= 0, 0, above / last_temperature(c.options)).exp()
+    if c.options.solver == "sigmoid":
+        soft = own.sigmoid()
+    return routed, handed_on(soft, routed, c.options)
+
+
+def stored_scores(cache: StaticCache, c: AutoregressiveConfig) -> Float[Tensor, "B E K"]:
+    """Of the stored memory."""
+    there = cache.positions >= 0
+    if c.options.solver == "sigmoid":
+        return handed_on(cache.logits.sigmoid(), there, c.options)
+    odd = cache.poisoned & (cache.start > c.num_routed_key_values)[:, None]
+    return torch.where(there, torch.where(odd[..., None], torch.nan, torch.ones_like(cache.logits)), 0)
 
 
 # --- solvers ----------------------------------------------------------------------------------------------------------
