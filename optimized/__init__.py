@@ -5,6 +5,8 @@ backend a call takes, `use_backends` and `set_default_backends` fix it. What the
 read in the package `reference`.
 """
 
+from optimized.autoregressive import MixtureOfAutoregressiveAttention
+from optimized.autoregressive_cache import Cache
 from optimized.explain import Explanation, StageReport, explain
 from optimized.local_attention import local_attention
 from optimized.mixture import MixtureOfAttention, combine
@@ -14,8 +16,10 @@ from optimized.routing import Router, capped_simplex, coordinate_descent, route,
 from reference.contract import RouterOptions, Routes
 
 __all__ = [
+    "Cache",
     "Explanation",
     "MixtureOfAttention",
+    "MixtureOfAutoregressiveAttention",
     "Router",
     "RouterOptions",
     "Routes",

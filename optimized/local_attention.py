@@ -49,7 +49,7 @@ def local_attention(
     mask = contract.local_input(x, window_size, mask, causal, heads, weights)
     window_size, heads = contract.positive_int("window_size", window_size), contract.positive_int("heads", heads)
     plan = _plan(x, mask, w_out.shape[1] // heads)
-    hidden = _hide(x, mask) if norm_weight is None else _normed(x, mask, norm_weight, norm_bias, EPS, plan)
+    hidden = _hide(x, mask) if norm_weight is None else normed(x, mask, norm_weight, norm_bias, EPS, plan)
     if plan.local_attention == "flex_attention":
         qkv = F.linear(hidden, w_qkv).unflatten(2, (3, heads, -1))
         y = F.linear(_by_flex(qkv, mask, window_size, causal, plan).flatten(2), w_out)
@@ -61,7 +61,7 @@ def local_attention(
 EPS = 1e-5
 
 
-def _normed(x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, plan: Plan) -> Tensor:
+def normed(x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, plan: Plan) -> Tensor:
     """LayerNorm of x, whose masked tokens are not read and count as zeros."""
     if plan.dispatch and x.shape[-1] <= ops.MOST_NORM_CHANNELS:
         return ops.layer_norm(x, weight, bias, mask, eps, True)[0]
@@ -158,7 +158,7 @@ class LocalAttention(nn.Module):
         if norm is None:
             hidden = _hide(x, mask)
         elif plain(norm, LayerNorm, bias=True) is None:
-            hidden = _normed(x, mask, norm.weight, norm.bias, norm.eps, plan)
+            hidden = normed(x, mask, norm.weight, norm.bias, norm.eps, plan)
         else:
             hidden = norm(_hide(x, mask)).to(x.dtype)
         if plan.local_attention != "flex_attention" and self.obstacle_to_fusion() is None:

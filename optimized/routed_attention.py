@@ -264,8 +264,8 @@ class RoutedAttention(nn.Module):
             parameters = to_q.weight, to_kv.weight, to_out.weight, null_kv
             return _fused(queries, keys_values, parameters, keys, dropout, unit_scores, plan)
         heads = (self.heads, self.dim_head)
-        q = _project(to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
-        k, v = _project(to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
+        q = project(to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
+        k, v = project(to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
         if keys.cos is not None:
             q = ops.rotary(q, keys.cos, keys.sin, keys.q_positions, False, plan.dispatch)
             k = ops.rotary(k, keys.cos, keys.sin, keys.k_positions, False, plan.dispatch)
@@ -274,7 +274,7 @@ class RoutedAttention(nn.Module):
         out = ops.attention(
             q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
         )[0]
-        return _project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
+        return project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
@@ -304,7 +304,7 @@ def _obstacle(to_q: nn.Module, to_kv: nn.Module, to_out: nn.Module) -> str | Non
     )
 
 
-def _project(projection: nn.Module, rows: Float[Tensor, "E B K I"]) -> Float[Tensor, "E B K O"]:
+def project(projection: nn.Module, rows: Float[Tensor, "E B K I"]) -> Float[Tensor, "E B K O"]:
     """By a module that takes (B, E I, K), as a convolution does."""
     out = projection(rows.permute(1, 0, 3, 2).flatten(1, 2))
     return out.unflatten(1, (rows.shape[0], -1)).permute(1, 0, 3, 2)

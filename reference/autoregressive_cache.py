@@ -7,7 +7,8 @@ next block comes: until then the newest tokens, up to W, can be taken back (`cro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,8 @@ from reference import contract
 from reference.autoregressive_contract import AutoregressiveConfig
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from reference.autoregressive import Laid, Memory
 
 
@@ -52,8 +55,8 @@ class Cache:
     passed: int  # tokens ever passed, masked ones too
     rotary: bool  # whether rotary_emb is given
 
-    @staticmethod
-    def empty(c: AutoregressiveConfig, x: Tensor, rotary: bool) -> Cache:
+    @classmethod
+    def empty(cls, c: AutoregressiveConfig, x: Tensor, rotary: bool) -> Self:
         """Before the first token of x's batch."""
         batch, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
         width, near = c.routed_window_size, c.local_attn_window_size + c.routed_window_size
@@ -62,7 +65,7 @@ class Cache:
             return torch.zeros(batch, *shape, dtype=dtype, device=x.device)
 
         memory = c.num_experts, c.num_routed_key_values
-        return Cache(
+        return cls(
             length=zeros(dtype=torch.int64),
             start=zeros(dtype=torch.int64),
             keys=zeros(*memory, c.heads, c.dim_head),
@@ -81,12 +84,12 @@ class Cache:
             rotary=rotary,
         )
 
-    def select(self, index: Integer[Tensor, " B2"]) -> Cache:
+    def select(self, index: Integer[Tensor, " B2"]) -> Self:
         """Of these batch items, in this order: some repeated, or left out."""
         contract.tensor("index", index, "B", dtypes=(torch.int64, torch.int32), beside=self.length)
         return self._each(lambda t: t.index_select(0, index))
 
-    def crop(self, n: int | Integer[Tensor, " B"]) -> Cache:
+    def crop(self, n: int | Integer[Tensor, " B"]) -> Self:
         """Without the newest n valid tokens: as many as came since a block last joined the memory, or fewer.
 
         n: of all items, or of each. Raises ValueError beyond.
@@ -99,9 +102,8 @@ class Cache:
             contract.reject("n", f"from 0 to {kept.tolist()}, the tokens of the unfinished block", str(n.tolist()))
         return replace(self, length=self.length - n)
 
-    def _each(self, change: object) -> Cache:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Cache(**{name: change(t) if isinstance(t, Tensor) else t for name, t in tensors.items()})  # type: ignore
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, **{name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)})
 
     def sizes(self) -> tuple[int, ...]:
         """(D, W, w, E, K, H, d, h)."""
@@ -126,7 +128,7 @@ class Cache:
         rows: tuple[Tensor, Tensor],
         limits: tuple[Tensor, Tensor],
         local: tuple[Tensor, Tensor],
-    ) -> Cache:
+    ) -> Self:
         """With `count` more valid tokens of `passed`.
 
         rows: keys and values of the stored memory and what is laid out, (B, E, K + L, H, d). limits: thresholds and
@@ -151,7 +153,8 @@ class Cache:
         known = ((wanted >= 0) & (wanted < length[:, None]))[..., None, None]
         keys, values = (torch.where(there[..., None, None], take(t, 2, chosen), 0) for t in rows)
         local_keys, local_values = (torch.where(known, take(t, 1, at), 0) for t in local)
-        return Cache(
+        return replace(
+            self,
             length=length,
             start=start,
             keys=keys,
@@ -167,5 +170,4 @@ class Cache:
             local_keys=local_keys,
             local_values=local_values,
             passed=passed,
-            rotary=self.rotary,
         )

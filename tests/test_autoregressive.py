@@ -9,18 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from harness import BOTH, counted
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import generator
 from torch import Tensor
 
-import reference
 from reference import autoregressive
 from reference.autoregressive_oracle import mixture_of_autoregressive_attention
 
@@ -66,10 +67,10 @@ class Case:
     rotary: bool = False
     ties: bool = False  # equal neighbours
 
-    def layer(self, device: torch.device) -> reference.MixtureOfAutoregressiveAttention:
+    def layer(self, implementation: ModuleType, device: torch.device) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            layer = reference.MixtureOfAutoregressiveAttention(**self.options, dtype=torch.float64)
+            layer = implementation.MixtureOfAutoregressiveAttention(**self.options, dtype=torch.float64)
             torch.nn.init.normal_(layer.null_tokens)
         return layer.to(device)
 
@@ -141,12 +142,14 @@ def same(actual: Tensor, expected: Tensor, within: float = 1e-11) -> None:
 
 
 # The mass of the threshold's dual, bound by the block: beyond it, and at it.
+@BOTH
 @example(case=Case({**SMALL, **HARD, "solver": "iterative", "fetch_k_ratio": 2.0, "n_iters": 3, "eps": 0.5}, 1, 13, 3))
 @example(case=Case({**SMALL, **HARD, "solver": "exact", "fetch_k_ratio": 4 / 3}, 1, 13, 3))
 @given(case=cases())
-def test_the_oracle(case: Case, device: torch.device) -> None:
+@counted
+def test_the_oracle(implementation: ModuleType, case: Case, device: torch.device) -> None:
     """Values, and which tokens are routed and remembered, a NaN among the tokens or not."""
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     for spoil in (False, True):
         if spoil and case.n:
             x[0, case.seed % case.n] = math.nan
@@ -203,6 +206,7 @@ def output_and_gradient(layer: Any, x: Tensor, given: dict[str, Tensor], cut: in
     return out.detach(), gradient[:, :cut]
 
 
+@BOTH
 @given(case=cases(), cut=st.floats(0, 1))
 @example(case=Case({**SMALL, "solver": "sigmoid"}, 2, 13, 5), cut=0.5)
 # A NaN score of an earlier token's value, and a NaN logit in an empty slot beside the dual of earlier tokens.
@@ -213,9 +217,10 @@ def output_and_gradient(layer: Any, x: Tensor, given: dict[str, Tensor], cut: in
 # An infinite logit in a row that a solver shares with earlier tokens.
 @example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact"}, 1, 11, 0), cut=0.55)
 @example(case=Case({**RAW, "routed_window_size": 4, "solver": "exact", "num_routed_queries": 3}, 1, 11, 1), cut=0.55)
-def test_later_tokens_change_nothing(case: Case, cut: float, device: torch.device) -> None:
+@counted
+def test_later_tokens_change_nothing(implementation: ModuleType, case: Case, cut: float, device: torch.device) -> None:
     """Output and gradients before the cut, bit for bit."""
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     at, g = round(cut * case.n), case.normal(*x.shape, seed=4, device=device)
     expected = output_and_gradient(layer, x, given, at, g)
     assert all(t.isfinite().all() for t in expected)
@@ -224,10 +229,14 @@ def test_later_tokens_change_nothing(case: Case, cut: float, device: torch.devic
             assert torch.equal(actual, e), name
 
 
+@BOTH
 @given(case=cases(), cut=st.floats(0, 1))
-def test_later_tokens_change_no_gradient_of_parameters(case: Case, cut: float, device: torch.device) -> None:
+@counted
+def test_later_tokens_change_no_gradient_of_parameters(
+    implementation: ModuleType, case: Case, cut: float, device: torch.device
+) -> None:
     """Of a loss on what came before; later tokens are finite."""
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     at, g = round(cut * case.n), case.normal(*x.shape, seed=4, device=device)
     found = []
     for name in (None, "noise", "reversed"):
@@ -238,10 +247,11 @@ def test_later_tokens_change_no_gradient_of_parameters(case: Case, cut: float, d
             same(actual, expected)
 
 
+@BOTH
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_every_cut(solver: str, device: torch.device) -> None:
+def test_every_cut(implementation: ModuleType, solver: str, device: torch.device) -> None:
     case = Case({**SMALL, "solver": solver}, 1, 14, 11)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     out = layer(x)
     for at in range(case.n):
         for name, changed in tails(case, layer, x, at).items():
@@ -251,10 +261,12 @@ def test_every_cut(solver: str, device: torch.device) -> None:
 # --- what must not matter
 
 
+@BOTH
 @given(case=cases(), more=st.integers(0, 4))
-def test_padding_anywhere(case: Case, more: int, device: torch.device) -> None:
+@counted
+def test_padding_anywhere(implementation: ModuleType, case: Case, more: int, device: torch.device) -> None:
     """Masked tokens, NaN among them, before, between and after the others."""
-    layer, (x, given) = case.layer(device), replace(case, masked=False).call(device)
+    layer, (x, given) = case.layer(implementation, device), replace(case, masked=False).call(device)
     g = case.normal(*x.shape, seed=4, device=device)
     parameters = list(layer.parameters())
     expected = layer(x, **given)
@@ -275,9 +287,11 @@ def test_padding_anywhere(case: Case, more: int, device: torch.device) -> None:
         same(actual, e, 1e-9)
 
 
+@BOTH
 @given(case=cases())
-def test_items_of_a_batch_are_apart(case: Case, device: torch.device) -> None:
-    layer, (x, given) = case.layer(device), replace(case, batch=2).call(device)
+@counted
+def test_items_of_a_batch_are_apart(implementation: ModuleType, case: Case, device: torch.device) -> None:
+    layer, (x, given) = case.layer(implementation, device), replace(case, batch=2).call(device)
     out = layer(x, **given)
     x[1] = math.nan
     assert torch.equal(layer(x, **given)[0], out[0])
@@ -309,14 +323,18 @@ def pieces(draw_: st.DrawFn) -> tuple[Case, list[int]]:
     return case, lengths
 
 
+@BOTH
 @given(drawn=pieces())
 # Items in different blocks where a call ends: item 0 has half as many tokens.
 @example(drawn=(Case({**SMALL, "capacity_factor": 2.0}, 2, 24, 5, masked=True), [15, 9]))
 @example(drawn=(Case({**SMALL, "capacity_factor": 2.0}, 2, 24, 7, masked=True), [19, 1, 4]))
-def test_any_pieces_are_the_whole(drawn: tuple[Case, list[int]], device: torch.device) -> None:
+@counted
+def test_any_pieces_are_the_whole(
+    implementation: ModuleType, drawn: tuple[Case, list[int]], device: torch.device
+) -> None:
     """Values, and gradients through the steps."""
     case, lengths = drawn
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     x.requires_grad_()
     leaves, g = (x, *layer.parameters()), case.normal(*x.shape, seed=4, device=device)
     whole, (out, cache) = layer(x, **given), in_pieces(layer, x, given, lengths)
@@ -327,11 +345,13 @@ def test_any_pieces_are_the_whole(drawn: tuple[Case, list[int]], device: torch.d
         assert cache.length.tolist() == (given["mask"].sum(1).tolist() if case.masked else [case.n] * case.batch)
 
 
+@BOTH
 @given(drawn=pieces())
-def test_routes_of_pieces(drawn: tuple[Case, list[int]], device: torch.device) -> None:
+@counted
+def test_routes_of_pieces(implementation: ModuleType, drawn: tuple[Case, list[int]], device: torch.device) -> None:
     """Each call tells of its own tokens; together of all."""
     case, lengths = drawn
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     whole = layer(x, **given, return_routes=True)[1]
     mask, at, cache, told = given.get("mask"), 0, None, []
     for length in lengths:
@@ -351,10 +371,13 @@ def test_routes_of_pieces(drawn: tuple[Case, list[int]], device: torch.device) -
         same(scores, (whole[0].scores * whole[0].mask).sum((-1, -2)))
 
 
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_logits_of_half_precision_are_remembered_as_they_were(dtype: torch.dtype, device: torch.device) -> None:
+def test_logits_of_half_precision_are_remembered_as_they_were(
+    implementation: ModuleType, dtype: torch.dtype, device: torch.device
+) -> None:
     case = Case(SMALL, 2, 23, 5)
-    layer, (x, _) = case.layer(device).to(dtype), case.call(device)
+    layer, (x, _) = case.layer(implementation, device).to(dtype), case.call(device)
     whole = layer(x.to(dtype), return_routes=True)[1][1]
     _, cache = layer(x[:, :18].to(dtype), use_cache=True)
     last = layer(x[:, 18:].to(dtype), cache=cache, return_routes=True)[1][1]
@@ -362,11 +385,15 @@ def test_logits_of_half_precision_are_remembered_as_they_were(dtype: torch.dtype
     assert torch.equal(last.scores[:, :, 1], whole.scores[:, :, 5])  # of the block of tokens 20 to 23
 
 
+@BOTH
 @given(drawn=pieces(), back=st.floats(0, 1), seed=st.integers(0, 2**20))
-def test_select_and_crop(drawn: tuple[Case, list[int]], back: float, seed: int, device: torch.device) -> None:
+@counted
+def test_select_and_crop(
+    implementation: ModuleType, drawn: tuple[Case, list[int]], back: float, seed: int, device: torch.device
+) -> None:
     """A cache of other items, and without its newest tokens, goes on as if it had never seen the others."""
     case, lengths = drawn
-    layer, (x, given) = case.layer(device), replace(case, masked=False).call(device)
+    layer, (x, given) = case.layer(implementation, device), replace(case, masked=False).call(device)
     rotary = {name: torch.cat((t, t)) for name, t in given.items()}
     with torch.no_grad():
         _, cache = in_pieces(layer, x, rotary, lengths or [0])
@@ -387,15 +414,17 @@ def test_select_and_crop(drawn: tuple[Case, list[int]], back: float, seed: int, 
                 cache.crop(too_many)
 
 
+@BOTH
 @given(case=cases(("iterative", "exact")))
 # A NaN in a block that has numbers enough for a threshold, and candidates after the first of the next.
 @example(case=Case({**SMALL, **HARD, "solver": "iterative", "num_routed_queries": 2}, 1, 9, 9 * 7))
 @example(case=Case({**SMALL, **HARD, "solver": "iterative", "num_routed_queries": 2}, 1, 9, 9 * 7 + 1))
 @example(case=Case({**SMALL, **HARD, "solver": "exact", "num_routed_queries": 2}, 1, 15, 15 * 8 + 2))
-def test_hard_scores_of_a_solver_with_a_cache(case: Case, device: torch.device) -> None:
+@counted
+def test_hard_scores_of_a_solver_with_a_cache(implementation: ModuleType, case: Case, device: torch.device) -> None:
     """Also which are NaN, of queries that see nothing else odd."""
     case = replace(case, options={**case.options, "straight_through": True})
-    layer, (x, given) = case.layer(device), case.call(device)
+    layer, (x, given) = case.layer(implementation, device), case.call(device)
     mask, rotary = given.get("mask"), given.get("rotary_emb")
     with torch.no_grad():
         for spoil in (False, True):
@@ -412,9 +441,10 @@ def test_hard_scores_of_a_solver_with_a_cache(case: Case, device: torch.device) 
             assert odd == queries.scores.isnan().sum()
 
 
-def test_a_cache_is_constant_in_size_and_never_changed(device: torch.device) -> None:
+@BOTH
+def test_a_cache_is_constant_in_size_and_never_changed(implementation: ModuleType, device: torch.device) -> None:
     case = Case(SMALL, 2, 40, 3)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     with torch.no_grad():
         _, cache = in_pieces(layer, x, {}, [7])
         tensors = {name: t for name, t in vars(cache).items() if isinstance(t, Tensor)}
@@ -425,10 +455,11 @@ def test_a_cache_is_constant_in_size_and_never_changed(device: torch.device) -> 
         assert getattr(later, name).shape == t.shape, name
 
 
-def test_memory_only_forgets(device: torch.device) -> None:
+@BOTH
+def test_memory_only_forgets(implementation: ModuleType, device: torch.device) -> None:
     """M_{j + 1} is within M_j and block j."""
     case = Case({**SMALL, "routed_window_size": 3}, 1, 30, 9)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     _, (_, memory) = layer(x, return_routes=True)
     for e in range(3):
         sets = [set(p[m].tolist()) for p, m in zip(memory.positions[0, e], memory.mask[0, e])]
@@ -440,13 +471,14 @@ def test_memory_only_forgets(device: torch.device) -> None:
 # --- gradients
 
 
+@BOTH
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_gradcheck(solver: str, straight_through: bool, device: torch.device) -> None:
+def test_gradcheck(implementation: ModuleType, solver: str, straight_through: bool, device: torch.device) -> None:
     """With the scores' own values; where they are 1, against the gradient of the soft ones. Steps are far apart."""
     options = {**SMALL, "solver": solver, "cosine_sim_routing": True, "heads": 1, "num_experts": 2}
     case = Case(options | ({"eps": 2.0} if solver != "sigmoid" else {}), 1, 11, 1)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     parameters = [x.requires_grad_(), *layer.parameters()]
 
     def run(*leaves: Tensor) -> Tensor:
@@ -456,7 +488,7 @@ def test_gradcheck(solver: str, straight_through: bool, device: torch.device) ->
     if not straight_through:
         assert torch.autograd.gradcheck(run, parameters)
         return
-    hard = Case(case.options | {"straight_through": True}, 1, 11, 1).layer(device)
+    hard = Case(case.options | {"straight_through": True}, 1, 11, 1).layer(implementation, device)
     for i in range(2):
         found = []
         for made in (layer, hard):
@@ -471,19 +503,21 @@ def test_gradcheck(solver: str, straight_through: bool, device: torch.device) ->
             assert expected.any() or solver != "sigmoid"  # a threshold saturates many scores of a solver
 
 
+@BOTH
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("n", [0, 1, 4, 5, 9])
-def test_every_parameter_has_a_gradient(solver: str, n: int, device: torch.device) -> None:
+def test_every_parameter_has_a_gradient(implementation: ModuleType, solver: str, n: int, device: torch.device) -> None:
     case = Case({**SMALL, "solver": solver}, 2, n, 2)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_a_constant_router_is_a_sliding_window(device: torch.device) -> None:
+@BOTH
+def test_a_constant_router_is_a_sliding_window(implementation: ModuleType, device: torch.device) -> None:
     """Of equal logits the later wins."""
     case = Case({**SMALL, "num_experts": 1}, 1, 22, 2)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     torch.nn.init.zeros_(layer.key_value_router.routing_token)
     _, (_, memory) = layer(x, return_routes=True)
     assert memory.positions[0, 0, -1].tolist() == [15, 16, 17, 18, 19]
@@ -492,6 +526,7 @@ def test_a_constant_router_is_a_sliding_window(device: torch.device) -> None:
 # --- what it is told
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -508,17 +543,18 @@ def test_a_constant_router_is_a_sliding_window(device: torch.device) -> None:
         ({"nonsense": 1}, "router_options: expected names among"),
     ],
 )
-def test_bad_options(change: dict[str, Any], message: str) -> None:
+def test_bad_options(implementation: ModuleType, change: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
-        reference.MixtureOfAutoregressiveAttention(**{**SMALL, **change})
+        implementation.MixtureOfAutoregressiveAttention(**{**SMALL, **change})
 
 
-def test_bad_calls(device: torch.device) -> None:
+@BOTH
+def test_bad_calls(implementation: ModuleType, device: torch.device) -> None:
     case = Case(SMALL, 2, 6, 1)
-    layer, (x, _) = case.layer(device), case.call(device)
+    layer, (x, _) = case.layer(implementation, device), case.call(device)
     angles = torch.zeros(9, 4, device=device)
     _, cache = layer(x, rotary_emb=angles, use_cache=True)
-    soft = Case({**SMALL, "solver": "exact"}, 2, 6, 1).layer(device)
+    soft = Case({**SMALL, "solver": "exact"}, 2, 6, 1).layer(implementation, device)
     _, of_soft = soft(x, use_cache=True)
     one = cache.select(torch.zeros(1, dtype=torch.int64, device=device))
     refused = [
@@ -538,6 +574,6 @@ def test_bad_calls(device: torch.device) -> None:
             layer(x, **arguments)
     with pytest.raises(ValueError, match=r"^cache: expected None, or solver='sigmoid'"):
         soft(x, cache=of_soft)
-    other = Case({**SMALL, "num_routed_key_values": 6}, 2, 6, 1).layer(device)
+    other = Case({**SMALL, "num_routed_key_values": 6}, 2, 6, 1).layer(implementation, device)
     with pytest.raises(ValueError, match=r"^cache: expected one for the layer"):
         other(x, rotary_emb=torch.zeros(20, 4, device=device), cache=cache)

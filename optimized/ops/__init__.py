@@ -6,6 +6,7 @@ is differentiable twice or in forward mode; they say so by an error.
 
 from typing import TYPE_CHECKING
 
+from optimized.ops.causal_window import seen_in_window
 from optimized.ops.layer_norm import MOST_CHANNELS as MOST_NORM_CHANNELS
 from optimized.ops.operator import Operator
 from optimized.ops.rotary import rotary_tables
@@ -14,11 +15,14 @@ from optimized.ops.solver import Solver
 
 if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a class
     attention: Operator
+    blend: Operator
     capped_simplex: Operator
+    causal_window: Operator
     combine: Operator
     coordinate_descent: Operator
     expert_attention: Operator
     gather_norm: Operator
+    gathered: Operator
     layer_norm: Operator
     pick: Operator
     rotary: Operator
@@ -29,11 +33,14 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     window_attention: Operator
 else:
     from optimized.ops.attention import attention
+    from optimized.ops.blend import blend
     from optimized.ops.capped_simplex import capped_simplex
+    from optimized.ops.causal_window import causal_window
     from optimized.ops.combine import combine
     from optimized.ops.coordinate_descent import coordinate_descent
     from optimized.ops.expert_attention import expert_attention
     from optimized.ops.gather_norm import gather_norm
+    from optimized.ops.gathered import gathered
     from optimized.ops.layer_norm import layer_norm
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary

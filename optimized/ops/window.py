@@ -39,8 +39,8 @@ class window:
 
     def forward(a: Any) -> Any:
         turned = a.qkv[:, :, :2].clone(memory_format=torch.contiguous_format)
-        _turn(turned, a.triton)
-        out, lse = _attend(a, turned, a.qkv[:, :, 2])
+        turn(turned, a.triton)
+        out, lse = attend(a, turned, a.qkv[:, :, 2])
         return out, turned, lse
 
     def fake(a: Any) -> Any:
@@ -49,7 +49,7 @@ class window:
         return a.qkv.new_empty(batch, n, heads, dim), a.qkv.new_empty(batch, n, 2, heads, dim), lse
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        return {"qkv": _attend_backward(a, g.out, a.turned, a.qkv[:, :, 2])}
+        return {"qkv": attend_backward(a, g.out, a.turned, a.qkv[:, :, 2], tables(a.turned, a.triton))}
 
     def flops(a: Any, out: Any) -> int:
         batch, n, _, heads, dim = a.qkv.shape
@@ -77,8 +77,8 @@ class window_attention:
     def forward(a: Any) -> Any:
         batch, n, _ = a.x.shape
         qkv = F.linear(a.x, a.w_qkv).view(batch, n, 3, a.heads, a.w_out.shape[1] // a.heads)
-        _turn(qkv[:, :, :2], a.triton)
-        out, lse = _attend(a, qkv[:, :, :2], qkv[:, :, 2])
+        turn(qkv[:, :, :2], a.triton)
+        out, lse = attend(a, qkv[:, :, :2], qkv[:, :, 2])
         return F.linear(out.flatten(2), a.w_out), qkv, out, lse
 
     def fake(a: Any) -> Any:
@@ -94,7 +94,8 @@ class window_attention:
             found["w_out"] = dy.flatten(0, 1).mT @ a.out.flatten(2).flatten(0, 1)
         if needs.x or needs.w_qkv:
             dout = (dy @ a.w_out).view(a.out.shape)
-            dqkv = _attend_backward(a, dout, a.qkv[:, :, :2], a.qkv[:, :, 2]).flatten(2)
+            qk, v = a.qkv[:, :, :2], a.qkv[:, :, 2]
+            dqkv = attend_backward(a, dout, qk, v, tables(v, a.triton)).flatten(2)
             if needs.x:
                 found["x"] = dqkv @ a.w_qkv
             if needs.w_qkv:
@@ -119,14 +120,14 @@ def _by_triton(a: Any) -> bool:
     return a.backend.startswith("triton")
 
 
-def _turn(qk: Tensor, triton: bool) -> None:
+def turn(qk: Tensor, triton: bool) -> None:
     """Queries and keys (B, N, 2, H, d) rotated in place, in one launch."""
     batch, n, _, heads, dim = qk.shape
     both = qk.as_strided((batch, n, 2 * heads, dim), (qk.stride(0), qk.stride(1), dim, 1), qk.storage_offset())
-    rotate_into(both, both, (*_tables(both, triton), None), False, triton)
+    rotate_into(both, both, (*tables(both, triton), None), False, triton)
 
 
-def _attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k = qk.unbind(2)
     if _by_triton(a):
         from optimized.kernels import window as kernel
@@ -139,15 +140,15 @@ def _attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
-    """The gradient (B, N, 3, H, d) of q and k before their rotation, and of v."""
+def attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient (B, N, 3, H, d) of q and k before their rotation by the angles, and of v."""
     batch, n, heads, dim = v.shape
     q, k = qk.unbind(2)
     if _by_triton(a):
         from optimized.kernels import window as kernel
 
         band = kernel.Band.of(n, a.window, a.causal, a.mask)
-        return kernel.window_attention_backward(dout, (q, k, _rows(v)), a.out, a.lse, band, _tables(v, a.triton))
+        return kernel.window_attention_backward(dout, (q, k, _rows(v)), a.out, a.lse, band, angles)
     library, dout = adapter(a.backend, v.device), dout.contiguous()
     dqkv = v.new_empty(batch, n, 3, heads, dim)
     dq, dk, dv = dqkv.unbind(2)
@@ -157,9 +158,9 @@ def _attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor) -> Tensor:
     else:
         done = Attended(q, k, v, a.out, a.lse, calls.state_of(library, q, k, 0.0))
         turned = calls.backward(library, dout, done, _setting(a, v), (dk, dv))
-    tables = *_tables(v, a.triton), None
-    rotate_into(dq, turned, tables, True, a.triton)
-    rotate_into(dk, dk, tables, True, a.triton)
+    turned_by = *angles, None
+    rotate_into(dq, turned, turned_by, True, a.triton)
+    rotate_into(dk, dk, turned_by, True, a.triton)
     return dqkv
 
 
@@ -168,7 +169,7 @@ def _rows(v: Tensor) -> Tensor:
     return v if v.stride(-1) == 1 else v.contiguous()
 
 
-def _tables(v: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+def tables(v: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
     """Made anew in either direction: cheaper than to keep."""
     return rotary_tables(v.shape[1], v.shape[-1], v.device, torch.promote_types(v.dtype, torch.float32), triton)
 

@@ -239,8 +239,8 @@ EDITS: Edits = {
             "causality",
         ),
         "window-operator-not-rotated-back": edit(
-            "rotate_into(dq, turned, tables, True, a.triton)",
-            "rotate_into(dq, turned, tables, False, a.triton)",
+            "rotate_into(dq, turned, turned_by, True, a.triton)",
+            "rotate_into(dq, turned, turned_by, False, a.triton)",
             "rotary",
         ),
     },

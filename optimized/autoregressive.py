@@ -1,0 +1,450 @@
+"""Strictly causal Mixture of Attention: what a token gets depends on it and on tokens before it, and on nothing else.
+
+Without a mask and a cache tokens stay where they are. With a mask the valid ones are moved to the front and the output
+back; with a cache they are laid out behind the unfinished block (`autoregressive_layout`). Nothing waits for the device.
+
+Letters: B batch, N tokens of a call, D model dimension, E experts, H heads, d head dimension, W block size, K slots of
+memory, C slots for queries in a block, J blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from optimized import ops
+from optimized.autoregressive_attention import CLASSES as ROUTED
+from optimized.autoregressive_attention import Asked, MemoryAttention
+from optimized.autoregressive_cache import Cache, StaticCache
+from optimized.autoregressive_layout import Order, Places, continued, first_call
+from optimized.autoregressive_local import CLASSES as LOCAL
+from optimized.autoregressive_local import CausalLocalAttention
+from optimized.autoregressive_routing import (
+    Limits,
+    LogitsRouter,
+    Memory,
+    Queries,
+    both_logits,
+    fusable,
+    own_scores,
+    queries_of,
+    remember,
+    routed_now,
+    solved_scores,
+    stored_scores,
+)
+from optimized.plan import Kind, Plan, bind
+from optimized.routed_attention import RoutedAttention
+from reference import contract
+from reference.autoregressive import Laid, MemoryRoutes, QueryRoutes
+from reference.autoregressive import Memory as Chosen
+from reference.autoregressive_call import check_call
+from reference.autoregressive_contract import AutoregressiveConfig
+from reference.contract import Config, TokenMask
+
+CLASSES: contract.Classes = {**ROUTED, **LOCAL, LogitsRouter: ("routing_token",)}
+
+
+class Decided(NamedTuple):
+    """What the routers made of a call."""
+
+    queries: Queries
+    limits: Limits
+    memory: Memory
+    scores: Tensor  # of the memory: by column (B, E, S), or by slot of every block (B, E, J, K)
+
+
+class MixtureOfAutoregressiveAttention(nn.Module):
+    """Strictly causal Mixture of Attention: each expert remembers the K best tokens of the blocks before.
+
+    out[t] and all its derivatives depend on x[<= t] only. No residual: the result takes the place of x. No positions
+    but through local attention and rotary_emb.
+
+    Args:
+        dim: model dimension D.
+        num_routed_queries: Kq, tokens of a block that every expert updates, about: the threshold is that of the block
+            before. From routed_window_size on every token is routed.
+        num_routed_key_values: K, tokens that every expert remembers.
+        local_attn_window_size: w. routed_window_size: W (default w). More than w + 1 leaves tokens of the own block
+            that neither branch sees.
+        dim_head, heads: d and H of the routed attention. local_attn_heads: of the local one (default heads).
+        dropout: on the probabilities of the routed attention, in training; `layer.dropout = p` changes it.
+        capacity_factor: at most min(W, ceil(capacity_factor * Kq)) queries of a block have a slot.
+        use_triton, flash_attn, prenorm, average_routed: as of `MixtureOfAttention`.
+        solver: scores of routed tokens. "sigmoid" couples no tokens, and every routed token has a gradient. With
+            "iterative" and "exact" tokens that saturate have none, and a threshold saturates many.
+        straight_through, cosine_sim_routing, cosine_sim_scale, router_options: see `RouterOptions`. Raw dot products
+            are soon so large that a sigmoid of the chosen is 1 in float32: hence scaled cosines.
+    State: null_tokens (E, D), query_router, key_value_router, attn, local_attn, as of the public package
+    mixture-of-attention 0.0.25, whose checkpoints load (with as many local heads as heads); outputs differ, its leak.
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    dropout: float = contract.dropout_within(RoutedAttention)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_routed_queries: int,
+        num_routed_key_values: int,
+        local_attn_window_size: int,
+        routed_window_size: int | None = None,
+        num_experts: int = 2,
+        dim_head: int = 64,
+        heads: int = 8,
+        local_attn_heads: int | None = None,
+        dropout: float = 0.0,
+        capacity_factor: float = 2.0,
+        use_triton: bool = True,
+        flash_attn: bool = True,
+        prenorm: bool = True,
+        average_routed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        solver: str = "sigmoid",
+        straight_through: bool = False,
+        cosine_sim_routing: bool = True,
+        cosine_sim_scale: float = 8.0,
+        **router_options: Any,
+    ) -> None:
+        super().__init__()
+        contract.floating_dtype("dtype", dtype)
+        self.config = c = AutoregressiveConfig.of(
+            dim=dim,
+            num_routed_queries=num_routed_queries,
+            num_routed_key_values=num_routed_key_values,
+            local_attn_window_size=local_attn_window_size,
+            routed_window_size=routed_window_size,
+            num_experts=num_experts,
+            dim_head=dim_head,
+            heads=heads,
+            local_attn_heads=local_attn_heads,
+            dropout=dropout,
+            capacity_factor=capacity_factor,
+            use_triton=use_triton,
+            flash_attn=flash_attn,
+            prenorm=prenorm,
+            average_routed=average_routed,
+            solver=solver,
+            straight_through=straight_through,
+            cosine_sim_routing=cosine_sim_routing,
+            cosine_sim_scale=cosine_sim_scale,
+            **router_options,
+        )
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        routed = Config(
+            c.dim, c.num_routed_queries, c.num_routed_key_values, c.num_experts, c.dim, c.local_attn_window_size,
+            c.dim_head, c.heads, c.dropout, c.use_triton, c.flash_attn, c.prenorm, c.average_routed, c.options,
+        )  # fmt: skip
+        router = c.dim, c.num_experts, c.options
+        self.null_tokens = nn.Parameter(torch.empty(c.num_experts, c.dim, **where))
+        self.query_router = LogitsRouter(*router, use_triton=c.use_triton, **where)
+        self.key_value_router = LogitsRouter(*router, use_triton=c.use_triton, **where)
+        self.attn = MemoryAttention(routed, **where)
+        self.local_attn = CausalLocalAttention(replace(routed, heads=c.local_attn_heads), **where)
+        nn.init.zeros_(self.null_tokens)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the constructor did."""
+        for part in (self.query_router, self.key_value_router, self.attn, self.local_attn):
+            part.reset_parameters()
+        nn.init.zeros_(self.null_tokens)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        mask: TokenMask | None = None,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
+        cache: Cache | None = None,
+        use_cache: bool = False,
+        return_routes: bool = False,
+    ) -> Any:
+        """The layer's output for x, which begins a sequence or continues that of `cache`.
+
+        Args:
+            x: (B, N, D). mask: (B, N) or (1, N), bool or integers 1 and 0; False for padding, wherever it stands: it
+                is no token, advances no cache and gets 0.
+            rotary_emb: (P, d) angles by position, without gradient; P at least the tokens ever passed to this cache,
+                masked ones included. In all calls of a cache or in none.
+            cache: of the call before; it is not changed. use_cache: return one. return_routes: return (query routes,
+                memory routes).
+        Returns out (B, N, D) in x's dtype, or (out, cache, routes) as far as asked for, in this order.
+        Raises TypeError or ValueError naming the argument.
+        """
+        c, n = self.config, x.shape[1]
+        mask = check_call(c, x, mask, rotary_emb, cache, use_cache, return_routes)
+        contract.parameters(self, x, CLASSES)
+        plan = bind(self._kind(x, cache is not None))  # after all checks: a backend may have to be tried
+        null_tokens = self.null_tokens  # read once: a parametrization computes it
+        contract.ordinary("null_tokens", null_tokens)
+
+        order = None if mask is None else Order.of(mask)
+        tokens = x if order is None else order.forth(x, plan.dispatch)
+        logits = both_logits((self.query_router, self.key_value_router), tokens, plan)
+        blocks = c.blocks(n, cache is not None)
+        if cache is None:
+            places = first_call(tokens, logits, order, blocks, c.routed_window_size)
+        else:
+            places = continued(tokens, logits, order, cache, blocks, plan.dispatch)
+        decided = self._decide(places, cache, plan, use_cache)
+        y, kv = self._attend(places, decided, cache, rotary_emb, plan)
+        given = {"plan": plan} if _is(self.local_attn, CausalLocalAttention) else {}
+        local, *near = self.local_attn(tokens, cache, use_cache, **given)
+        out = self._blend(y, places, decided, local, null_tokens, cache, x.dtype, plan)
+        if order is not None:
+            out = order.back(out, plan.dispatch)
+        results: list[Any] = [out]
+        if use_cache:
+            count = x.new_full((x.shape[0],), n, dtype=torch.int64) if order is None else order.mask.sum(1)
+            past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
+            results.append(_after(past, count, n, places, decided, kv, near, cache is not None))
+        if return_routes:
+            results.append(self._routes(places, decided, logits, order, n, cache))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @torch.no_grad()
+    def step(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        cache: StaticCache,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
+        border: bool = False,
+    ) -> Float[Tensor, "B 1 D"]:
+        """One more token of every item, without gradients; the cache is changed in place, its sizes are not.
+
+        border: an item may begin a block with this token (`cache.due()`); right for any mixture of lengths, and many
+        times as much work. Without it no item may, and that is not looked at: nothing waits for the device. Capture a
+        step of either kind in a CUDA graph, and replay that with a border where one is due: with items of one length,
+        once every routed_window_size tokens.
+        rotary_emb: as many rows as tokens will ever be passed. Raises TypeError or ValueError naming the argument.
+        """
+        c = self.config
+        if not isinstance(cache, StaticCache):
+            contract.reject("cache", "a StaticCache, as `cache.static()` makes it", contract.describe(cache), TypeError)
+        check_call(c, x, None, rotary_emb, cache, contract.flag("border", border), False)
+        if x.shape[1] != 1:
+            contract.reject("x", "one token of every item", x)
+        contract.parameters(self, x, CLASSES)
+        if border:
+            out, later = self(x, rotary_emb=rotary_emb, cache=cache.value(), use_cache=True)
+            cache.put(later)
+            return out
+        plan = bind(self._kind(x, False))
+        logits = both_logits((self.query_router, self.key_value_router), x, plan)
+        place = cache.append(x, logits)
+        routed, q_scores = routed_now(cache, place, c)
+        held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
+        nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
+        inverse = torch.where(routed, 0, -1).int()[..., None]
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, cache.length)
+        stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
+        given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
+        y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
+        given = {"plan": plan} if _is(self.local_attn, CausalLocalAttention) else {}
+        local, *_ = self.local_attn(x, cache, **given)
+        slots = nowhere[..., 0], routed[..., None]
+        out = ops.blend(
+            y, q_scores[..., None], *slots, inverse, local, self.null_tokens, cache.length, c.routed_window_size,
+            c.average_routed, x.dtype, plan.mixture,
+        )  # fmt: skip
+        cache.advance()
+        return out
+
+    def _decide(self, places: Places, past: Cache | None, plan: Plan, watched: bool) -> Decided:
+        c = self.config
+        tokens = [getattr(router, "routing_token", None) for router in (self.query_router, self.key_value_router)]
+        queries, limits = queries_of(places, past, c, tokens[0], plan)
+        memory = remember(places, past, c, plan, watched)
+        if c.options.solver == "sigmoid":
+            return Decided(queries, limits, memory, own_scores(places, past, c.options))
+        return Decided(queries, limits, memory, solved_scores(places, past, memory, c, tokens[1], plan))
+
+    def _attend(
+        self, places: Places, decided: Decided, cache: Cache | None, rotary_emb: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """What the experts have, (E, B, Q, D), and keys and values of all columns. Block 0 of a sequence is left out."""
+        m = places.x.shape[1]
+        queries, memory, scores = decided.queries, decided.memory, decided.scores
+        inverse, by_block = queries.inverse[..., :m], slice(_skipped(cache), None)
+        if cache is None:
+            inverse = (inverse - self.config.capacity).clamp_min(-1)  # nothing has a slot of block 0
+            scores = scores[..., :m] if scores.ndim == 3 else scores[:, :, by_block]
+        asked = Asked(
+            queries.places[:, :, by_block],
+            queries.mask[:, :, by_block],
+            inverse.contiguous(),
+            memory.columns[:, :, by_block],
+            memory.counts[:, :, by_block],
+            places.start,
+        )
+        if places.filled is not None:  # what has a slot already is not asked again
+            new = torch.arange(m, device=inverse.device) >= places.filled[:, None]
+            asked = asked._replace(inverse=torch.where(new[:, None], inverse, -1))
+        stored = None if cache is None else (cache.keys, cache.values)
+        given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
+        return self.attn(places.x, asked, scores, stored, rotary_emb, **given)
+
+    def _blend(
+        self,
+        y: Tensor,
+        places: Places,
+        decided: Decided,
+        local: Tensor,
+        null_tokens: Tensor,
+        cache: Cache | None,
+        dtype: torch.dtype,
+        plan: Plan,
+    ) -> Tensor:
+        """(B, N, D), valid tokens first."""
+        c, n, queries = self.config, local.shape[1], decided.queries
+        inverse, begin = queries.inverse, None
+        at = queries.places
+        skipped = _skipped(cache)
+        if cache is not None:
+            assert places.filled is not None
+            new = places.filled[:, None] + torch.arange(n, device=local.device)
+            inverse, begin = inverse.gather(-1, new[:, None].expand(-1, c.num_experts, -1)), cache.length
+            at = (at - places.filled[:, None, None, None]).clamp_min(0)
+        else:
+            inverse = (inverse[..., :n] - c.capacity).clamp_min(-1)
+        at, slots, scores = (t[:, :, skipped:].flatten(2) for t in (at, queries.mask, queries.scores))
+        return ops.blend(
+            y, scores, at, slots, inverse.contiguous(), local, null_tokens, begin, c.routed_window_size,
+            c.average_routed, dtype, plan.mixture,
+        )  # fmt: skip
+
+    def _routes(
+        self,
+        places: Places,
+        decided: Decided,
+        logits: tuple[Tensor, Tensor],
+        order: Order | None,
+        n: int,
+        cache: Cache | None,
+    ) -> tuple[QueryRoutes, MemoryRoutes]:
+        c, queries, memory, scores = self.config, *decided[:1], *decided[2:]
+        at = queries.places
+        new = torch.ones_like(places.q_logits, dtype=torch.bool) if places.there is None else places.there[:, None]
+        if places.filled is not None:
+            at = at - places.filled[:, None, None, None]
+            new = new & (torch.arange(new.shape[-1], device=new.device) >= places.filled[:, None])[:, None]
+        if order is not None and n:
+            found = order.indices[:, None].expand(-1, c.num_experts, -1)
+            at = found.gather(-1, at.clamp(0, n - 1).flatten(2)).view(at.shape)
+            logits = tuple(torch.where(order.mask[:, None], t.gather(-1, order.place[:, None].expand_as(t)), 0) for t in logits)  # type: ignore[assignment]  # noqa: E501
+        at = at.clamp(0, max(n - 1, 0))
+        rows = places.q_logits.detach().unflatten(-1, (-1, c.routed_window_size))
+        if c.everybody:
+            candidate = (queries.inverse >= 0).view(rows.shape)
+        else:
+            candidate = rows >= decided.limits.thresholds[..., None]
+        candidates = (candidate & new.expand_as(places.q_logits).view(rows.shape)).sum(-1)
+        taken = QueryRoutes(at, queries.mask, queries.scores, queries.mask.sum(-1), candidates, logits[0])
+
+        columns = memory.columns.long()
+        there = torch.arange(columns.shape[-1], device=columns.device) < memory.counts[..., None]
+        if scores.ndim == 3:
+            scores = torch.where(there, ops.gathered(scores.transpose(0, 1)[..., None], columns, memory.counts)[..., 0].transpose(0, 1), 0)  # noqa: E501
+        positions = torch.where(there, _positions(columns, places, cache), -1)
+        return taken, MemoryRoutes(positions, there, scores, logits[1])
+
+    def _kind(self, x: Tensor, continued: bool) -> Kind:
+        """What decides between backends in a call."""
+        return Kind(
+            x.device,
+            x.dtype,
+            ("routing", "dispatch", "routed_attention", "local_attention", "mixture"),
+            dim_head=self.config.dim_head,
+            masked=True,
+            token_mask=continued,
+            dropout=self.dropout if self.attn.training else 0.0,
+            allow_flash=self.config.flash_attn,
+            allow_triton=self.config.use_triton,
+        )
+
+    def kind_of_call(self, x: Any, **forward_arguments: Any) -> tuple[Kind, str]:
+        """For `explain`: what decides between backends in `self(x, **forward_arguments)`, and which path it takes."""
+        given = inspect.signature(MixtureOfAutoregressiveAttention.forward).bind(self, x, **forward_arguments)
+        given.apply_defaults()
+        arguments = {name: value for name, value in given.arguments.items() if name != "self"}
+        check_call(self.config, *arguments.values())
+        contract.parameters(self, x, CLASSES)
+        kind = self._kind(x, arguments["cache"] is not None)
+        bind(kind)
+        reasons = [fusable((self.query_router, self.key_value_router))]
+        for name, module in (("attn", self.attn), ("local_attn", self.local_attn)):
+            if isinstance(module, (MemoryAttention, CausalLocalAttention)):
+                found = module.obstacle_to_fusion()
+                reasons.append(found and f"{name}.{found}")
+        return kind, "; ".join(r for r in reasons if r) or "fused"
+
+    def extra_repr(self) -> str:
+        names = "dim num_routed_queries num_routed_key_values local_attn_window_size routed_window_size num_experts"
+        return ", ".join(f"{name}={getattr(self.config, name)}" for name in names.split())
+
+
+def _skipped(cache: Cache | None) -> int:
+    """Blocks that surely have no queries."""
+    return 1 if cache is None else 0
+
+
+def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether it takes what only a layer's own modules take: a class that FSDP or a user derived does, too."""
+    return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in vars(module)
+
+
+def _positions(columns: Tensor, places: Places, cache: Cache | None) -> Tensor:
+    """Of columns (B, E, J, K)."""
+    if cache is None:
+        return columns
+    prior = cache.positions.shape[-1]
+    laid = cache.start[:, None] + torch.arange(places.q_logits.shape[-1], device=columns.device)
+    every = torch.cat((cache.positions, laid[:, None].expand(-1, columns.shape[1], -1)), -1)
+    return every.gather(-1, columns.flatten(2)).view(columns.shape)
+
+
+def _after(
+    past: Cache,
+    count: Tensor,
+    n: int,
+    places: Places,
+    decided: Decided,
+    kv: Tensor,
+    near: list[Any],
+    continued: bool,
+) -> Cache:
+    """The cache after a call; past: that before, empty for a first one."""
+    queries, limits, memory, _ = decided
+    columns = memory.columns.long()
+    length = places.q_logits.shape[-1]
+    there = torch.arange(columns.shape[-1], device=columns.device) < memory.counts[..., None]
+    x, keys_values = places.x, kv.permute(3, 1, 0, 2, 4, 5)
+    if not continued:
+        prior = past.positions.shape[-1]
+        columns = columns + prior
+        x = F.pad(x, (0, 0, 0, length - x.shape[1]))
+        keys_values = F.pad(keys_values, (0, 0, 0, 0, prior, 0))
+        near = [F.pad(t, (0, 0, 0, 0, past.local_keys.shape[1], 0)) for t in near]
+    position = past.start[:, None] + torch.arange(length, device=x.device)
+    positions = torch.where(there, columns, -1) if continued else torch.where(there, memory.columns.long(), -1)
+    if continued:
+        positions = torch.where(there, _positions(columns, places, past), -1)
+    held = places.there
+    if held is None:
+        held = torch.arange(length, device=x.device)[None] < n
+        held = held.expand(x.shape[0], -1)
+    q_logits = torch.where(held[:, None], places.q_logits, 0)
+    laid = Laid(x, q_logits, places.kv_logits, held, held, position)
+    assert memory.poisoned is not None
+    chosen = Chosen(columns, there, positions, memory.poisoned)
+    dtype = past.keys.dtype
+    keys, values = keys_values.to(dtype).unbind(0)
+    local = near[0].to(dtype), near[1].to(dtype)
+    return past.after(count, n, laid, chosen, (keys, values), tuple(limits), local)  # type: ignore[arg-type]

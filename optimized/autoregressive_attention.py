@@ -1,0 +1,218 @@
+"""Routed attention of the causal layer: queries of a block over what the expert remembered when the block began.
+
+Keys and values are projected once per token, rotated once, and looked up by each block that sees them.
+
+Letters: B batch, E experts, D model dimension, H heads, d head dimension, J blocks, C slots for queries in a block,
+K slots of memory, M rows of tokens, S = M and, with a cache, the K stored ones before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from optimized import ops
+from optimized.ops.finite import odd_rows
+from optimized.plain import obstacle_to_fusion, plain
+from optimized.plan import Kind, Plan, bind
+from optimized.routed_attention import CLASSES as ROUTED
+from optimized.routed_attention import ExpertProjection, RMSNorm, RoutedAttention, project
+from reference import contract
+
+
+class Asked(NamedTuple):
+    """Which rows of x are queries, and which columns each block sees."""
+
+    places: Int[Tensor, "B E J C"]  # rows of x
+    mask: Bool[Tensor, "B E J C"]
+    inverse: Int[Tensor, "B E M"]  # slot j C + c of a row, -1 for none
+    columns: Int[Tensor, "B E J K"] | None  # None: all blocks see the stored ones, and no row of x
+    counts: Int[Tensor, "B E J"]
+    start: Int[Tensor, " B"] | None  # position of the first row of x; None for 0
+
+    def positions(self, index: Tensor) -> Tensor:
+        """Of rows of x (B, ...)."""
+        return index if self.start is None else index + self.start.view(-1, *(1,) * (index.ndim - 1))
+
+
+class MemoryAttention(RoutedAttention):
+    """State as of `RoutedAttention`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "B M D"],
+        asked: Asked,
+        scores: Float[Tensor, "B E S"] | Float[Tensor, "B E J K"],
+        stored: tuple[Tensor, Tensor] | None = None,
+        rotary_emb: Float[Tensor, "P d"] | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[Float[Tensor, "E B Q D"], Float[Tensor, "E B S 2 H d"] | None]:
+        """Outputs of the Q = J C slots before the query scores, and rotated keys and values of all columns, if any.
+
+        scores: of the columns, or of the slots of every block. stored: keys and values of a cache, (B, E, K, H, d).
+        plan: that of the layer's call.
+        """
+        if plan is None or not contract.takes_as_given(self, MemoryAttention):
+            contract.parameters(self, x, CLASSES)
+        if plan is None:
+            stages = ("dispatch", "routed_attention")
+            kind = Kind(
+                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self._probability(),
+                allow_flash=self.flash_attn, allow_triton=self.use_triton,
+            )  # fmt: skip
+            plan = bind(kind)
+        null_kv = self.null_kv  # read once: a parametrization computes it
+        contract.ordinary("null_kv", null_kv)
+        angles = None if rotary_emb is None else _angles(rotary_emb, plan)
+        q = self._queries(x, asked, plan)
+        if angles is not None:
+            q = _rotated(q, angles, asked.positions(asked.places).flatten(2).transpose(0, 1), plan)
+        dropout, kv = self._probability(), None
+        null_kv = null_kv.to(plan.dtype)
+        old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
+        if asked.columns is None:
+            assert old is not None
+            odd = odd_rows(old).any(3)
+            rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
+            held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+            out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
+        else:
+            kv = self._keys_values(x, plan)
+            if angles is not None:
+                at = asked.positions(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+                k, v = kv.unbind(3)
+                kv = torch.stack((_rotated(k, angles, at.expand(k.shape[0], -1, -1), plan), v), 3)
+            kv = kv if old is None else torch.cat((old, kv), 2)
+            out = attend_gathered(q, kv, scores, asked, null_kv, dropout, plan)
+        rows = out.flatten(3)
+        if plain(self.to_out, ExpertProjection) is None:
+            return _projected(rows, self.to_out.weight, plan), kv
+        return project(self.to_out, rows), kv
+
+    def _queries(self, x: Tensor, asked: Asked, plan: Plan) -> Float[Tensor, "E B Q H d"]:
+        norm, own = self.norm, plain(self.norm, RMSNorm) is None
+        gamma: Any = norm.gamma if own and norm is not None else None
+        rows, _ = ops.gather_norm(x, gamma, asked.places.flatten(2), asked.mask.flatten(2), asked.inverse, plan.dispatch)
+        if not own:
+            assert norm is not None
+            rows = norm(rows)
+        if plain(self.to_q, ExpertProjection) is None:
+            q = _projected(rows, self.to_q.weight, plan)
+        else:
+            q = project(self.to_q, rows).to(plan.dtype)
+        return q.unflatten(3, (self.heads, self.dim_head))
+
+    def _keys_values(self, x: Tensor, plan: Plan) -> Float[Tensor, "E B M 2 H d"]:
+        norm, heads = self.context_norm, (2, self.heads, self.dim_head)
+        if plain(norm, RMSNorm) is None and plain(self.to_kv, ExpertProjection) is None:
+            # The scale of the norm goes into the weights, so that all experts share the rows, and one product them all.
+            weight = self.to_kv.weight.squeeze(-1)
+            if norm is not None:
+                x = _unit_rows(x, plan)
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                gamma = norm.gamma.squeeze(-1).to(wide)[:, None]
+                weight = (weight.to(wide).unflatten(0, (self.num_experts, -1)) * gamma).flatten(0, 1)
+            kv = F.linear(x.to(plan.dtype), weight.to(plan.dtype))
+            return kv.unflatten(2, (self.num_experts, *heads)).permute(2, 0, 1, 3, 4, 5)
+        rows = x.expand(self.num_experts, *x.shape)
+        return project(self.to_kv, rows if norm is None else norm(rows)).to(plan.dtype).unflatten(3, heads)
+
+    def obstacle_to_fusion(self) -> str | None:
+        norms = {"norm": (self.norm, RMSNorm), "context_norm": (self.context_norm, RMSNorm)}
+        return super().obstacle_to_fusion() or obstacle_to_fusion(**norms)
+
+
+def _projected(rows: Float[Tensor, "E B Q I"], weight: Float[Tensor, "EO I 1"], plan: Plan) -> Tensor:
+    """By one batched product."""
+    experts, batch, count, _ = rows.shape
+    per_expert = weight.squeeze(-1).unflatten(0, (experts, -1)).to(plan.dtype)
+    out = torch.bmm(rows.to(plan.dtype).flatten(1, 2), per_expert.mT)
+    return out.view(experts, batch, count, out.shape[-1])
+
+
+def _unit_rows(x: Float[Tensor, "B M D"], plan: Plan) -> Tensor:
+    """x / max(||x||, 1e-12) sqrt(D)."""
+    batch, m, dim = x.shape
+    every = torch.arange(m, device=x.device).expand(batch, 1, -1)
+    ones = torch.ones(1, dim, 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    there = torch.ones(batch, 1, m, dtype=torch.bool, device=x.device)
+    return ops.gather_norm(x, ones, every, there, every.int(), plan.dispatch)[0][0]
+
+
+def _angles(rotary_emb: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Tables (P, d) of cos and sin."""
+    wide = torch.promote_types(plan.dtype, torch.float32)
+    angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, wide))
+    return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def _rotated(t: Float[Tensor, "E B L H d"], angles: tuple[Tensor, Tensor], positions: Tensor, plan: Plan) -> Tensor:
+    """positions: (E, B, L); those beyond the table are of places that hold no token."""
+    cos, sin = angles
+    if not cos.shape[0]:
+        return t
+    at = positions.clamp_max(cos.shape[0] - 1).flatten(0, 1)
+    return ops.rotary(t.flatten(0, 1), cos, sin, at, False, plan.dispatch).unflatten(0, t.shape[:2])
+
+
+def attend_gathered(
+    q: Float[Tensor, "E B Q H d"],
+    kv: Float[Tensor, "E B S 2 H d"],
+    scores: Float[Tensor, "B E S"] | Float[Tensor, "B E J K"],
+    asked: Asked,
+    null_kv: Float[Tensor, "2 E H 1 d"],
+    dropout: float,
+    plan: Plan,
+) -> Float[Tensor, "E B Q H d"]:
+    """By a library, of rows that are gathered block by block: a block is a row of its own to it."""
+    columns, counts = asked.columns, asked.counts
+    experts, batch, _, _, heads, dim = kv.shape
+    blocks, slots = columns.shape[2:]
+    odd = odd_rows(kv.detach()).any(3)  # (E, B, S, H)
+    safe = kv.masked_fill(odd[:, :, :, None, :, None], 0)
+    rows = ops.gathered(safe.flatten(3), columns, counts).unflatten(-1, (2, heads, dim))  # (E, B, J, K, 2, H, d)
+    by_slot = columns.transpose(0, 1).flatten(2).long()
+    odd = odd.gather(2, by_slot[..., None].expand(-1, -1, -1, heads)).view(experts, batch, blocks, slots, heads)
+    if scores.ndim == 3:
+        scores = ops.gathered(scores.transpose(0, 1)[..., None], columns, counts)[..., 0]
+    else:
+        scores = scores.transpose(0, 1)
+    by_block = q.reshape(experts, batch, blocks, asked.places.shape[3], heads, dim)
+    held = Held(rows, scores, odd, counts.transpose(0, 1))
+    return attend_rows(by_block, held, null_kv, dropout, plan).flatten(2, 3)
+
+
+class Held(NamedTuple):
+    """What the queries of each block see."""
+
+    rows: Float[Tensor, "E B J K 2 H d"]  # keys and values, 0 where odd
+    scores: Float[Tensor, "E B J K"]
+    odd: Bool[Tensor, "E B J K H"]  # which were not finite
+    counts: Int[Tensor, "E B J"]  # filled slots, the first ones
+
+
+def attend_rows(
+    q: Float[Tensor, "E B J C H d"], held: Held, null_kv: Float[Tensor, "2 E H 1 d"], dropout: float, plan: Plan
+) -> Float[Tensor, "E B J C H d"]:
+    """Attention of a block as a row of its own.
+
+    A query that is not finite, or sees what is not, gets NaN, others nothing of it (`ops.finite`).
+    """
+    k, v = held.rows.flatten(0, 2).unbind(2)
+    odd_scores = held.scores.isnan()
+    shown = torch.arange(k.shape[1], device=q.device) < held.counts[..., None]
+    odd = ((held.odd | odd_scores[..., None]) & shown[..., None]).any(3)[:, :, :, None] | odd_rows(q.detach())
+    v = (v * torch.where(odd_scores, 0, held.scores).flatten(0, 2)[..., None, None]).to(v.dtype)
+    null_k, null_v = null_kv.squeeze(3).unbind(0)
+    out = ops.attention(
+        q.masked_fill(odd[..., None], 0).flatten(0, 2), k, v, null_k, null_v, held.counts.flatten().int(), None,
+        dropout, -1, False, plan.routed_attention, plan.dispatch,
+    )[0]  # fmt: skip
+    return out.view(q.shape).masked_fill(odd[..., None], torch.nan)
+
+
+CLASSES: contract.Classes = {**ROUTED, MemoryAttention: ()}

@@ -1,0 +1,74 @@
+"""What a causal layer remembers of a sequence: the reference's value, and the same in buffers that steps change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from reference import autoregressive_cache as values
+
+
+@dataclass(frozen=True, eq=False)
+class Cache(values.Cache):
+    """As of the reference; `static` is a copy for `MixtureOfAutoregressiveAttention.step`."""
+
+    def static(self) -> StaticCache:
+        """Its tensors in buffers of their own, without gradient."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return StaticCache(**{name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in own.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class StaticCache(Cache):
+    """A cache whose tensors stay where they are and are changed in place, as a CUDA graph wants them."""
+
+    def due(self) -> Tensor:
+        """Which items (B) begin a block with their next token, for which a step has to be one with border=True."""
+        return self.length - self.start >= self.tail.shape[1]
+
+    def value(self) -> Cache:
+        """What it holds now, of which later steps change nothing."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Cache(**{name: t.clone() if isinstance(t, Tensor) else t for name, t in own.items()})
+
+    def put(self, other: values.Cache) -> None:
+        """Another cache of the same shape, into these buffers."""
+        for f in fields(self):
+            buffer = getattr(self, f.name)
+            if isinstance(buffer, Tensor):
+                buffer.copy_(getattr(other, f.name))
+
+    def append(self, x: Tensor, logits: tuple[Tensor, Tensor]) -> Tensor:
+        """A token (B, 1, D) of every item, with its logits (B, E, 1), to the unfinished blocks. Returns its places (B).
+
+        The length is left to `advance`.
+        """
+        place = (self.length - self.start).clamp_max(self.tail.shape[1] - 1)
+        at = place[:, None, None]
+        self.tail.scatter_(1, at.expand_as(x), x)
+        for buffer, new in zip((self.tail_q_logits, self.tail_kv_logits), logits):
+            buffer.scatter_(2, at.expand_as(new), new)
+        return place
+
+    def append_near(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys and values (B, 1, H, d) of the token after those held. Returns those it sees, itself first and
+        further back after it, (B, w + 1, H, d), and how many of them there are (B).
+        """
+        window = self.sizes()[2]
+        place = window + (self.length - self.start).clamp_max(self.tail.shape[1] - 1)
+        at = place[:, None, None, None]
+        for buffer, new in zip((self.local_keys, self.local_values), (keys, values)):
+            buffer.scatter_(1, at.expand_as(new), new.to(buffer.dtype))
+        back = place[:, None] - torch.arange(window + 1, device=keys.device)
+        count = (self.length + 1).clamp_max(window + 1)
+        return take(self.local_keys, back), take(self.local_values, back), count
+
+    def advance(self) -> None:
+        self.length.add_(1)
+
+
+def take(t: Tensor, rows: Tensor) -> Tensor:
+    """(B, M, ...) of t (B, N, ...) at rows (B, M)."""
+    return values.take(t, 1, rows)

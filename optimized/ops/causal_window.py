@@ -1,0 +1,87 @@
+"""Causal attention in a sliding window in which what is not finite stays with those that see it, as one operator.
+
+q, k, v of rows that are not finite are taken out before the kernel of `window` sees them, and rows that see them are
+set to NaN after. In the backward such rows have no gradient, so their queries may as well be 0.
+Letters: B batch, N tokens, H heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from optimized.ops.attention import pairs_in_window, products
+from optimized.ops.finite import odd_rows
+from optimized.ops.operator import Arguments, operator
+from optimized.ops.window import attend, attend_backward, tables, turn
+
+
+@operator(
+    "(Tensor qkv, Tensor? mask, SymInt window, bool turned, str backend, bool triton)"
+    " -> (Tensor out, Tensor safe, Tensor lse, Tensor odd)",
+    wrt="qkv",
+    gradients_of="out",
+    saves="mask out safe lse odd",
+)
+class causal_window:
+    """softmax(q k^T / sqrt(d)) v: token i sees 0 <= i - j <= window. NaN where q, or a k or v that it sees, is not
+    finite (`finite.largest`); such rows pass no gradient on.
+
+    Args:
+        qkv: (B, N, 3, H, d). mask: (B, N) bool, False for tokens that are seen by no other; for backends that take one.
+        turned: q and k come rotated; else they are rotated at 0 .. N-1, theta = 10000.
+        backend, triton: as of `window`.
+    Returns out (B, N, H, d), rotated q and k with v and without what is not finite (B, N, 3, H, d), the log-sum-exp
+    (B, H, N), and which rows are NaN (B, N, H).
+    """
+
+    def forward(a: Any) -> Any:
+        safe = a.qkv.clone(memory_format=torch.contiguous_format)
+        if not a.turned:
+            turn(safe[:, :, :2], a.triton)
+        odd_q, *odd_kv = odd_rows(safe).unbind(2)
+        odd_kv = odd_kv[0] | odd_kv[1]
+        safe.masked_fill_(torch.stack((odd_q, odd_kv, odd_kv), 2)[..., None], 0)
+        out, lse = attend(_causal(a), safe[:, :, :2], safe[:, :, 2])
+        odd = odd_q | seen_in_window(odd_kv, a.mask, a.window)
+        return out.masked_fill_(odd[..., None], torch.nan), safe, lse, odd
+
+    def fake(a: Any) -> Any:
+        batch, n, _, heads, dim = a.qkv.shape
+        lse = a.qkv.new_empty(batch, heads, n, dtype=torch.promote_types(a.qkv.dtype, torch.float32))
+        safe = torch.empty_like(a.qkv, memory_format=torch.contiguous_format)
+        return a.qkv.new_empty(batch, n, heads, dim), safe, lse, a.qkv.new_empty(batch, n, heads, dtype=torch.bool)
+
+    def backward(a: Any, g: Any, needs: Any) -> Any:
+        causal, hidden = _causal(a), a.odd[..., None]
+        causal.out = a.out.masked_fill(hidden, 0)
+        qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
+        angles = tables(v, a.triton)
+        if a.turned:
+            angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
+        return {"qkv": attend_backward(causal, g.out.masked_fill(hidden, 0), qk, v, angles)}
+
+    def flops(a: Any, out: Any) -> int:
+        batch, n, _, heads, dim = a.qkv.shape
+        return products(batch, heads, pairs_in_window(n, a.window, True), dim)
+
+    def backward_flops(a: Any, g: Any, needs: Any) -> int:
+        batch, n, _, heads, dim = a.safe.shape
+        return products(batch, heads, pairs_in_window(n, a.window, True), dim) * 5 // 2
+
+
+def _causal(a: Any) -> Arguments:
+    """The arguments as `window` has them."""
+    return Arguments(**vars(a), causal=True)
+
+
+def seen_in_window(odd: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """Which tokens see an odd one, (B, N, H)."""
+    if mask is not None:
+        odd = odd & mask[..., None]
+    count = odd.cumsum(1, dtype=torch.int32)
+    reach = min(window + 1, odd.shape[1])
+    return count > F.pad(count, (0, 0, reach, 0))[:, : odd.shape[1]]
