@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, text.Text]:
     add("--seed", type=seed, default=0, metavar="S", help="of parameters and word vectors (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     add("--dtype", nargs="+", choices=DTYPES, help="(default: float32, and on cuda bfloat16 too)")
+    add("--causal", action="store_true", help="the strictly causal layer: replace the future, and see the past unmoved")
     add("--plot", type=Path, metavar="IMAGE", help="draw the routing map (.png, .pdf, .svg); needs matplotlib")
     add("--no-color", action="store_true", help="mark routed words by numbers in place of colours")
     args = parser.parse_args(argv)
@@ -71,6 +72,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, text.Text]:
         parser.error("--device: expected a device that is there, got 'cuda' without CUDA")
     if args.plot is not None and (reason := plot_obstacle(args.plot)):
         parser.error(f"--plot: {reason}")
+    if args.causal and args.plot is not None:
+        parser.error("--plot: expected without --causal, which draws none")
     if args.tokens < MIN_TOKENS:
         parser.error(f"--tokens: expected at least {MIN_TOKENS}, got {args.tokens}")
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.progress import Progress
 
-from optimized.prove import plot, report
+from optimized.prove import causal, plot, report
 from optimized.prove.arguments import parse
 from optimized.prove.interpreter import run_kernels
 from optimized.prove.setup import prepare
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, text = parse(argv)
     started = time.perf_counter()
     console = report.make_console(not args.no_color)
-    console.print(report.header(args, text))
+    if args.causal:
+        return causal.run(args, text, console)
+    console.print(report.header(args, text, report.described(args)))
     console.print()
     setup = prepare(args, text)
     proofs = []

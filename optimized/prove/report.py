@@ -39,7 +39,15 @@ def make_console(color: bool) -> Console:
     return console
 
 
-def header(args: argparse.Namespace, text: Text) -> Table:
+def described(args: argparse.Namespace) -> str:
+    return (
+        f"D {args.dim}, {args.heads} heads of {args.dim // args.heads}, {args.experts} experts, {args.slots} slots "
+        f"each for queries and for keys/values, window {args.window}, cosine_sim_routing, seed {args.seed}"
+    )
+
+
+def header(args: argparse.Namespace, text: Text, layer: str) -> Table:
+    """layer: in words."""
     n = len(text.tokens)
     of = f"the first {n} tokens" if text.more else f"all {n} tokens"
     if n < args.tokens:
@@ -49,11 +57,7 @@ def header(args: argparse.Namespace, text: Text) -> Table:
     grid.add_column(overflow="fold")
     for label, value in (
         ("text", f"{text.name}: {of}, {len(set(text.tokens))} distinct"),
-        (
-            "layer",
-            f"D {args.dim}, {args.heads} heads of {args.dim // args.heads}, {args.experts} experts, {args.slots} slots "
-            f"each for queries and for keys/values, window {args.window}, cosine_sim_routing, seed {args.seed}",
-        ),
+        ("layer", layer),
         ("hardware", hardware(args.device)),
         ("versions", versions()),
     ):
