@@ -139,10 +139,13 @@ def test_what_is_no_table_is_seen(text: str, wrong: list[str]) -> None:
 
 
 def test_first_use_in_the_readme_runs() -> None:
-    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    example, causal = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     made: dict = {}
     exec(example, made)
     assert made["out"].shape == (16, 400, 512)
+    exec(causal, later := dict(made))
+    assert later["out"].shape == (2, 1, 512)
+    assert later["cache"].length.tolist() == [308, 308]
     assert made["q_routes"].indices.shape == made["q_routes"].scores.shape == (16, 4, 100)
     assert made["q_routes"].load.shape == (16, 4)
 
