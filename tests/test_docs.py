@@ -150,6 +150,14 @@ def test_first_use_in_the_readme_runs() -> None:
     assert made["q_routes"].load.shape == (16, 4)
 
 
+def test_the_causal_layer_is_used_as_its_page_says() -> None:
+    made: dict = {}
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs/causal.md").read_text(), re.DOTALL):
+        exec(example, made)
+    assert made["out"].shape == (3, 1, 64)
+    assert made["static"].length.tolist() == [61, 61, 61]
+
+
 @pytest.mark.parametrize("package", [optimized, reference], ids=lambda package: package.__name__)
 @pytest.mark.parametrize("local", [False, True], ids=["routed", "with-local-attention"])
 def test_what_the_layer_does_not_do(package: ModuleType, local: bool) -> None:
