@@ -107,6 +107,30 @@ def test_pairs_of_a_window() -> None:
     for n, window in ((1, 3), (7, 2), (7, 6), (7, 60), (30, 4)):
         at = np.arange(n)
         assert flops.pairs(n, window) == (abs(at[:, None] - at) <= window).sum()
+        back = at[:, None] - at
+        assert flops.pairs(n, window, causal=True) == ((back >= 0) & (back <= window)).sum()
+
+
+def test_counts_of_the_causal_layer() -> None:
+    """By hand, at 8k: 275 GFLOP of local projections, 34 of the window, 65 of rows and queries, 17 of attention."""
+    case = next(case for case in cases("cuda") if case.name == "causal 8k")
+    assert flops.of("optimized", case, FORWARD) == pytest.approx(392e9, rel=0.01)
+    assert flops.of("dense", case, FORWARD) == pytest.approx(825e9, rel=0.01)
+
+
+def test_a_causal_case_is_run() -> None:
+    small = replace(SMALL, name="causal", window=8, queries=4, local_heads=4, group="causal")
+    report = Session(CPU, None, effort=QUICK).run(jobs([small], [], []))
+    assert {row["competitor"] for row in report["rows"]} == set(SMALL.competitors)
+    assert all(row.get("p50", 0) > 0 for row in report["rows"]), report["rows"]
+
+
+def test_what_a_causal_layer_is_compared_with_is_causal() -> None:
+    small = replace(SMALL, window=8, queries=4, local_heads=4)
+    with enter("dense", small, CPU) as steps, torch.no_grad():
+        x = steps.x.clone()
+        x[:, 20:] += 1
+        check_identical(steps.call(x)[:, :20], steps.call(steps.x)[:, :20])
 
 
 # --- timers ----------------------------------------------------------------------------------------------------------
@@ -290,7 +314,9 @@ def flex_pairs(attend: Flex, n: int, seen: Tensor) -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_flex_window_sees_the_window() -> None:
     at = torch.arange(20)
-    flex_pairs(Flex(near(3)), 20, (at[:, None] - at).abs() <= 3)
+    back = at[:, None] - at
+    flex_pairs(Flex(near(3)), 20, back.abs() <= 3)
+    flex_pairs(Flex(near(3, causal=True)), 20, (back >= 0) & (back <= 3))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")

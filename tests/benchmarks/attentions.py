@@ -27,12 +27,19 @@ class UnavailableError(Exception):
     """Why a competitor can't take part: a row of the report, not a failure."""
 
 
-def attention(name: str, *, dropout: float = 0.0, mask: Tensor | None = None, window: int | None = None) -> Attention:
+def attention(
+    name: str,
+    *,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    causal: bool = False,
+) -> Attention:
     """The function named so. mask (R, L): keys that take part. Raises UnavailableError."""
     if name in SDPA:
         if window is not None:
             raise UnavailableError("no window")
-        return functools.partial(_sdpa, SDPA[name], dropout, mask)
+        return functools.partial(_sdpa, SDPA[name], dropout, mask, causal)
     if mask is not None:
         raise UnavailableError("takes no mask")
     if name == "flash-attn 2":
@@ -40,7 +47,9 @@ def attention(name: str, *, dropout: float = 0.0, mask: Tensor | None = None, wi
             from flash_attn import flash_attn_func
         except ImportError as error:
             raise UnavailableError(f"flash-attn 2 is not installed: {error}") from error
-        return functools.partial(flash_attn_func, dropout_p=dropout, window_size=_sides(window, -1))
+        return functools.partial(
+            flash_attn_func, dropout_p=dropout, window_size=_sides(window, -1, causal), causal=causal
+        )
     if dropout:
         raise UnavailableError("no dropout")
     if name == "flash-attn 4":
@@ -48,16 +57,17 @@ def attention(name: str, *, dropout: float = 0.0, mask: Tensor | None = None, wi
             from flash_attn.cute import flash_attn_func
         except ImportError as error:
             raise UnavailableError(f"flash-attn 4 is not installed: {error}") from error
-        return functools.partial(_first, functools.partial(flash_attn_func, window_size=_sides(window, None)))
+        sides = _sides(window, None, causal)
+        return functools.partial(_first, functools.partial(flash_attn_func, window_size=sides, causal=causal))
     if name == "torch varlen":
-        return functools.partial(_varlen, _sides(window, -1))
+        return functools.partial(_varlen, _sides(window, -1, causal))
     if name == "flex" and window is not None:
-        return Flex(near(window))
+        return Flex(near(window, causal))
     raise UnavailableError(f"no attention named {name!r} for window {window}")
 
 
-def _sides(window: int | None, none: int | None) -> tuple[int | None, int | None]:
-    return (none, none) if window is None else (window, window)
+def _sides(window: int | None, none: int | None, causal: bool) -> tuple[int | None, int | None]:
+    return (none, 0 if causal else none) if window is None else (window, 0 if causal else window)
 
 
 def _first(function: Callable[..., Tensor | tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,15 +77,15 @@ def _first(function: Callable[..., Tensor | tuple[Tensor, ...]], q: Tensor, k: T
 
 
 def _sdpa(
-    backend: SDPBackend | None, dropout: float, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+    backend: SDPBackend | None, dropout: float, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:  # fmt: skip
     turned = [t.transpose(1, 2) for t in (q, k, v)]
-    shown = None if mask is None else mask[:, None, None]
+    shown = {"attn_mask": None if mask is None else mask[:, None, None], "is_causal": causal}
     if backend is None:
-        out = F.scaled_dot_product_attention(*turned, attn_mask=shown, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(*turned, **shown, dropout_p=dropout)
     else:
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*turned, attn_mask=shown, dropout_p=dropout)
+            out = F.scaled_dot_product_attention(*turned, **shown, dropout_p=dropout)
     return out.transpose(1, 2)
 
 
@@ -108,8 +118,10 @@ class Flex:
         return self.compiled(*turned, block_mask=self.masks[n]).transpose(1, 2)
 
 
-def near(window: int) -> Callable[[int, torch.device], Mask]:
-    """|i - j| <= window."""
+def near(window: int, causal: bool = False) -> Callable[[int, torch.device], Mask]:
+    """|i - j| <= window, or 0 <= i - j <= window."""
+    if causal:
+        return lambda n, device: lambda b, h, i, j: (i >= j) & (i - j <= window)
     return lambda n, device: lambda b, h, i, j: (i - j).abs() <= window
 
 

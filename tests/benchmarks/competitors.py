@@ -7,7 +7,7 @@
 - `reference`, `reference compiled`: the readable layer, and that under torch.compile
 - `upstream`: mixture-of-attention 0.0.25
 - `dense`: LayerNorm, qkv projection, F.scaled_dot_product_attention as it chooses, output projection;
-  `dense flash-attn 2`, `dense flash-attn 4`, `dense deterministic`
+  `dense flash-attn 2`, `dense flash-attn 4`, `dense deterministic`, `dense graph`; all causal beside a causal layer
 - what one may take in place of the layer, by FlexAttention between the same projections: `dense flex window` (every
   token sees a window as wide as that of local attention, or of K keys) and `dense flex blocks` (every 128 queries
   see K keys in blocks of 128, which nobody had to choose: a block-sparse attention without its selection)
@@ -103,10 +103,11 @@ class Dense(nn.Module):
     def __init__(self, case: Case, attend: Attention, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.heads, self.attend = case.heads, attend
+        self.heads, self.attend = case.dense_heads, attend
+        inner = self.heads * case.dim_head
         self.norm = nn.LayerNorm(case.dim, **where)
-        self.to_qkv = nn.Linear(case.dim, 3 * case.inner, bias=False, **where)
-        self.to_out = nn.Linear(case.inner, case.dim, bias=False, **where)
+        self.to_qkv = nn.Linear(case.dim, 3 * inner, bias=False, **where)
+        self.to_out = nn.Linear(inner, case.dim, bias=False, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
@@ -128,7 +129,7 @@ def enter(name: str, case: Case, device: torch.device) -> Iterator[Steps]:
             stack.enter_context(optimized.use_backends(**_choices(mode)))
             yield _optimized(case, device, mode)
         elif family == "reference":
-            yield _steps(reference.MixtureOfAttention, case, device, compiled=COMPILED.get(mode))
+            yield _steps(_layer(reference, case), case, device, compiled=COMPILED.get(mode))
         elif family == "dense":
             yield _dense(case, device, mode)
         elif name == "upstream":
@@ -152,6 +153,11 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def _layer(package: Any, case: Case) -> Callable[..., nn.Module]:
+    """Of ours, or of whoever has the same names."""
+    return package.MixtureOfAutoregressiveAttention if case.causal else package.MixtureOfAttention
+
+
 def _steps(
     make: Callable[..., nn.Module],
     case: Case,
@@ -165,7 +171,7 @@ def _steps(
     layer = make(**case.layer_arguments(), device=device, dtype=x.dtype)
     run = torch.compile(layer, dynamic=False, fullgraph=fullgraph, mode=compiled) if compiled else layer
     steps = Steps(lambda given: run(given, mask=mask), x, list(layer.parameters()))
-    if isinstance(layer, optimized.MixtureOfAttention):
+    if isinstance(layer, (optimized.MixtureOfAttention, optimized.MixtureOfAutoregressiveAttention)):
         report = optimized.explain(layer, x, mask=mask)
         steps.backends = {stage: found.backend for stage, found in report.stages.items()}
     return steps
@@ -174,7 +180,7 @@ def _steps(
 def _optimized(case: Case, device: torch.device, mode: str) -> Steps:
     if mode in ("graph", "reduce-overhead") and device.type != "cuda":
         raise UnavailableError("CUDA graphs need CUDA")
-    steps = _steps(optimized.MixtureOfAttention, case, device, compiled=COMPILED.get(mode), fullgraph=True)
+    steps = _steps(_layer(optimized, case), case, device, compiled=COMPILED.get(mode), fullgraph=True)
     steps.memory = mode != "reduce-overhead"  # whose graphs keep their own pool
     return Replayed(steps) if mode == "graph" else steps
 
@@ -182,24 +188,27 @@ def _optimized(case: Case, device: torch.device, mode: str) -> Steps:
 def _dense(case: Case, device: torch.device, mode: str) -> Steps:
     x, mask = case.make_x(device), case.make_mask(device)
     if mode == "flex window":
-        attend = attention("flex", window=case.reach, mask=mask)
+        attend = attention("flex", window=case.reach, mask=mask, causal=case.causal)
     elif mode == "flex blocks":
         attend = Flex(some_blocks(case.slots))
     else:
-        attend = attention(mode if mode.startswith("flash") else "sdpa", dropout=case.dropout, mask=mask)
+        name = mode if mode.startswith("flash") else "sdpa"
+        attend = attention(name, dropout=case.dropout, mask=mask, causal=case.causal)
     layer = Dense(case, attend, device, x.dtype)
-    return Steps(layer, x, list(layer.parameters()))
+    steps = Steps(layer, x, list(layer.parameters()))
+    return Replayed(steps) if mode == "graph" else steps
 
 
 def _upstream(case: Case, device: torch.device) -> Steps:
     """With its PyTorch router: the Triton one of its dependency needs Triton 2."""
     try:
-        from mixture_of_attention import MixtureOfAttention
+        import mixture_of_attention
     except ImportError as error:
         raise UnavailableError(f"mixture-of-attention is not installed: {error}") from error
     x, mask = case.make_x(device), case.make_mask(device)
     arguments = case.layer_arguments()
     if case.window is None:
         del arguments["local_attn_window_size"]
-    layer = MixtureOfAttention(**arguments, use_triton=False).to(device, x.dtype)
+    arguments.pop("local_attn_heads", None)  # it has as many as `heads`
+    layer = _layer(mixture_of_attention, case)(**arguments, use_triton=False).to(device, x.dtype)
     return Steps(lambda given: layer(given, mask=mask), x, list(layer.parameters()))

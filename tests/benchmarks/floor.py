@@ -2,7 +2,8 @@
 
 Forward: the batched products q (E, B K, D) x (D, H d), kv and out, the fastest attention that runs here on
 (E B, K, H, d), and one copy of x, which reads as much as the layer must read and writes as much as it must write. With
-local attention its two products and its fastest windowed attention too. Forward and backward: the products of both
+local attention its two products and its fastest windowed attention too. Of the causal layer: keys and values of tokens
+that are ever remembered, and Kq queries of every block that has a memory. Forward and backward: the products of both
 gradients and the fastest backward of an attention besides; still one copy. Caches are cold and the host is ahead, so
 that parts of a few microseconds are not measured too long; all of this is in favour of the floor.
 """
@@ -32,30 +33,36 @@ class Floor:
 
     def of(self, case: Case) -> dict[str, Any]:
         """{direction: {"ms": sum, "parts": {name: ms}}}. Raises UnavailableError without any attention."""
-        forward, backward = self.products(case, case.experts, case.batch * case.taken, "")
-        rows = case.experts * case.batch
-        shape = (rows, case.taken, case.heads, case.dim_head)
+        rows, inner = case.experts * case.batch, case.inner
+        queries, keys = case.taken, case.taken
+        if case.causal:
+            rows, queries, keys = rows * case.blocks, case.queries, case.admitted
+        asked, read = (count * case.batch for count in (queries * (case.blocks if case.causal else 1), keys))
+        widths = {"q": (asked, case.dim, inner), "kv": (read, case.dim, 2 * inner), "out": (asked, inner, case.dim)}
+        forward, backward = self.products(case, case.experts, widths)
+        shape = (rows, queries, case.taken, case.heads, case.dim_head)
         self._add_attention(forward, backward, "attention", FULL, shape, case.dtype, None)
         if case.window is not None:
-            first, second = self.products(case, 1, case.batch * case.n, "local ")
+            tokens, inner = case.batch * case.n, case.dense_heads * case.dim_head
+            widths = {"local qkv": (tokens, case.dim, 3 * inner), "local out": (tokens, inner, case.dim)}
+            first, second = self.products(case, 1, widths)
             forward, backward = forward | first, backward | second
-            shape = (case.batch, case.n, case.heads, case.dim_head)
-            self._add_attention(forward, backward, "local attention", WINDOWED, shape, case.dtype, case.window)
+            shape = (case.batch, case.n, case.n, case.dense_heads, case.dim_head)
+            window = case.window, case.causal
+            self._add_attention(forward, backward, "local attention", WINDOWED, shape, case.dtype, window)
         forward["copy"] = self._part(("copy", case.batch * case.n * case.dim, case.dtype), self._copy)
         both = forward | {f"{name} backward": ms for name, ms in backward.items()}
         return {name: {"ms": sum(parts.values()), "parts": parts} for name, parts in ((FORWARD, forward), (BOTH, both))}
 
-    def products(self, case: Case, batch: int, rows: int, prefix: str) -> tuple[dict[str, float], dict[str, float]]:
-        """Milliseconds of the batched products and of those of their gradients, by name."""
-        if prefix:
-            widths = {"qkv": (case.dim, 3 * case.inner), "out": (case.inner, case.dim)}
-        else:
-            widths = {"q": (case.dim, case.inner), "kv": (case.dim, 2 * case.inner), "out": (case.inner, case.dim)}
+    def products(
+        self, case: Case, batch: int, widths: dict[str, tuple[int, int, int]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Milliseconds of the batched products and of those of their gradients, by name. widths: rows, from, to."""
         forward, backward = {}, {}
-        for name, (fan_in, fan_out) in widths.items():
+        for name, (rows, fan_in, fan_out) in widths.items():
             shapes = ((rows, fan_in, fan_out), (rows, fan_out, fan_in), (fan_in, rows, fan_out))  # y = x w, dx, dw
             y, dx, dw = (self._part(("product", batch, *s, case.dtype), self._product) for s in shapes)
-            forward[prefix + name], backward[prefix + name] = y, dx + dw
+            forward[name], backward[name] = y, dx + dw
         return forward, backward
 
     def ceilings(self) -> dict[str, float]:
@@ -86,7 +93,7 @@ class Floor:
 
     def _add_attention(
         self, forward: dict[str, float], backward: dict[str, float], part: str, names: tuple[str, ...],
-        shape: tuple[int, int, int, int], dtype: str, window: int | None,
+        shape: tuple[int, ...], dtype: str, window: tuple[int, bool] | None,
     ) -> None:  # fmt: skip
         """The fastest of each direction, by its name."""
         found = self._part(("attention", names, shape, dtype, window), self._attentions)
@@ -95,15 +102,19 @@ class Floor:
             parts[f"{part} ({name})"] = found[name][index]
 
     def _attentions(
-        self, names: tuple[str, ...], shape: tuple[int, int, int, int], dtype: str, window: int | None
+        self, names: tuple[str, ...], shape: tuple[int, ...], dtype: str, window: tuple[int, bool] | None
     ) -> dict[str, tuple[float, float]]:
-        """Milliseconds forward and backward of those that run."""
+        """Milliseconds forward and backward of those that run. shape: rows, queries, keys, heads, channels. window: its
+        size, and whether it is causal.
+        """
         found, reasons = {}, []
-        q, k, v = (self._random(*shape, dtype=dtype).requires_grad_() for _ in range(3))
+        rows, asked, keys, *rest = shape
+        q, k, v = (self._random(rows, n, *rest, dtype=dtype).requires_grad_() for n in (asked, keys, keys))
+        reach, causal = window or (None, False)
         dout = torch.randn_like(q)
         for name in names:
             try:
-                attend = attention(name, window=window)
+                attend = attention(name, window=reach, causal=causal)
                 out = attend(q, k, v)
                 second = self._time(lambda out=out: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
                 with torch.no_grad():

@@ -15,6 +15,14 @@ BACKWARD = {"projections": 2.0, "router": 2.0, "attention": 2.5, "local projecti
 def layer(case: Case) -> dict[str, float]:
     """Forward of Mixture of Attention, by part. The null key is left out: one in K + 1."""
     rows = case.batch * case.experts
+    if case.causal:
+        assert case.window is not None
+        asked = case.blocks * case.queries
+        return local(case, case.window) | {
+            "projections": 2.0 * rows * case.dim * 2 * case.inner * (asked + case.admitted),  # q and out, k and v
+            "router": 2.0 * case.batch * case.n * case.dim * 2 * case.experts,
+            "attention": 4.0 * rows * asked * case.taken * case.inner,
+        }
     parts = {
         "projections": 2.0 * rows * case.taken * case.dim * 4 * case.inner,  # q, k, v, out
         "router": 2.0 * case.batch * case.n * case.dim * 2 * case.experts if case.n > case.slots else 0.0,
@@ -24,24 +32,27 @@ def layer(case: Case) -> dict[str, float]:
 
 
 def local(case: Case, window: int) -> dict[str, float]:
+    inner = case.dense_heads * case.dim_head
     return {
-        "local projections": 2.0 * case.batch * case.n * case.dim * 4 * case.inner,
-        "local attention": 4.0 * case.batch * pairs(case.n, window) * case.inner,
+        "local projections": 2.0 * case.batch * case.n * case.dim * 4 * inner,
+        "local attention": 4.0 * case.batch * pairs(case.n, window, case.causal) * inner,
     }
 
 
 def dense(case: Case) -> dict[str, float]:
-    """Forward of multi-head attention of every token to every token."""
+    """Forward of multi-head attention of every token to every token, or to those before."""
+    inner = case.dense_heads * case.dim_head
     return {
-        "projections": 2.0 * case.batch * case.n * case.dim * 4 * case.inner,
-        "attention": 4.0 * case.batch * case.n**2 * case.inner,
+        "projections": 2.0 * case.batch * case.n * case.dim * 4 * inner,
+        "attention": 4.0 * case.batch * (pairs(case.n, case.n, True) if case.causal else case.n**2) * inner,
     }
 
 
-def pairs(n: int, window: int) -> int:
-    """Pairs |i - j| <= window among n tokens."""
+def pairs(n: int, window: int, causal: bool = False) -> int:
+    """Pairs |i - j| <= window among n tokens, or 0 <= i - j <= window."""
     w = min(window, n - 1)
-    return n * (2 * w + 1) - w * (w + 1)
+    both = n * (2 * w + 1) - w * (w + 1)
+    return (both + n) // 2 if causal else both
 
 
 def total(parts: dict[str, float], direction: str) -> float:

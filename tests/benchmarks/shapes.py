@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +21,11 @@ COMPILED = (*BY_COMPILER, "reference compiled")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, and who is measured on it. window: of local attention, None for none. mask: "none" or "holes"."""
+    """A shape, and who is measured on it. window: of local attention, None for none. mask: "none" or "holes".
+
+    queries: Kq of the causal layer, whose blocks are as long as its window, and which this is about; 0 for the other.
+    local_heads: of local attention and of dense attention, where they are not `heads`.
+    """
 
     name: str
     group: str
@@ -35,6 +40,8 @@ class Case:
     window: int | None = None
     dropout: float = 0.0
     mask: str = "none"
+    queries: int = 0
+    local_heads: int = 0
     detail: bool = False  # kernels, their stages, and host time too
     competitors: tuple[str, ...] = LAYERS
 
@@ -52,19 +59,44 @@ class Case:
     def inner(self) -> int:
         return self.heads * self.dim_head
 
+    @property
+    def causal(self) -> bool:
+        return self.queries > 0
+
+    @property
+    def dense_heads(self) -> int:
+        return self.local_heads or self.heads
+
+    @property
+    def blocks(self) -> int:
+        """Of the causal layer, that have a memory."""
+        assert self.window is not None
+        return -(-self.n // self.window) - 1
+
+    @property
+    def admitted(self) -> int:
+        """Tokens that are ever in an expert's memory, where logits come in random order."""
+        k = self.taken
+        return min(round(k * (1 + math.log(self.n / k))), self.n)
+
     def described(self) -> dict[str, Any]:
         return asdict(self)
 
     def layer_arguments(self) -> dict[str, Any]:
-        """Keywords of both `MixtureOfAttention`."""
-        return {
+        """Keywords of both `MixtureOfAttention`, or of both causal layers."""
+        sizes = {
             "dim": self.dim,
-            "num_routed_queries": self.slots,
             "num_routed_key_values": self.slots,
             "num_experts": self.experts,
             "dim_head": self.dim_head,
             "heads": self.heads,
             "dropout": self.dropout,
+        }
+        if self.causal:
+            sizes |= {"num_routed_queries": self.queries, "local_attn_window_size": self.window}
+            return sizes | {"local_attn_heads": self.dense_heads}
+        return sizes | {
+            "num_routed_queries": self.slots,
             "local_attn": self.window is not None,
             "local_attn_window_size": self.window,
         }
@@ -113,6 +145,12 @@ def _cuda() -> list[Case]:
         replace(variant, name="8k d 128", heads=8, dim_head=128),
         replace(variant, name="8k float32", dtype="float32"),
     ]
+    causal = {"group": "causal", "dim": 1024, "heads": 4, "local_heads": 16, "experts": 4, "slots": 512, "queries": 64}
+    causal |= {"window": 256, "detail": True}
+    taking_part = (*LAYERS, "optimized graph", "dense", "dense graph", "dense flex window", "upstream")
+    for name, n, batch in (("causal 2k", 2048, 16), ("causal 8k", 8192, 4), ("causal 32k", 32768, 1)):
+        out.append(Case(name, n=n, batch=batch, **causal, competitors=taking_part))
+    out.append(Case("causal 128k", n=131072, batch=1, **causal, competitors=taking_part))
     lengths = [1024 << i for i in range(8)]
     sweep = {"batch": 1, **large}
     for n in lengths:
