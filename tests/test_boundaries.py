@@ -68,7 +68,7 @@ class Axis(NamedTuple):
     most: int
 
 
-ROWS = ("selection", "long_selection", "coordinate_descent", "long_descent", "capped_simplex")
+ROWS = ("selection", "coordinate_descent", "capped_simplex")  # of long rows, in small blocks: test_rows.py
 SLOTS = ("gather_norm", "combine")
 CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm")
 TOKENS = (*SLOTS, "layer_norm")

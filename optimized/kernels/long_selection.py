@@ -67,7 +67,7 @@ def _digits_kernel(
     if HAS_MASK:
         mask_ptr += row // experts * n
     here = turn % 2 * rows + row
-    table = CHUNKS * VALUES
+    table = chunks * VALUES
     key_type: tl.constexpr = least_ptr.dtype.element_ty
     lowest = lowest_key(key_type, BITS)
     least = tl.full((), 0, key_type)
@@ -132,7 +132,7 @@ def _place_kernel(
     equal = tl.full((), 0, tl.int32)
     if room > 0:
         least, room, more, equal = _decide(
-            counts_ptr + there * CHUNKS * VALUES, least, room, tl.full((), 0, tl.int32), chunk, chunks, key_type, CHUNKS
+            counts_ptr + there * chunks * VALUES, least, room, tl.full((), 0, tl.int32), chunk, chunks, key_type, CHUNKS
         )
         before += more
     each = tl.arange(0, CHUNKS)
@@ -156,7 +156,7 @@ def select_long(
     if s.numel():
         length = part_length(n, BLOCK, CHUNKS)
         grid = rows, cdiv(n, length)
-        counts = torch.empty(2, rows, CHUNKS, VALUES.value, dtype=torch.int32, device=s.device)
+        counts = torch.empty(2, *grid, VALUES.value, dtype=torch.int32, device=s.device)
         least = torch.empty(2, rows, dtype=torch.int64 if bits == 64 else torch.int32, device=s.device)
         room, each = (torch.empty(2, rows, width, dtype=torch.int32, device=s.device) for width in (1, CHUNKS))
         state = counts, least, room, *each
