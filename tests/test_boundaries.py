@@ -105,7 +105,6 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "launch.ROWS_IN_REGISTERS": "rows",
     "long_descent.BLOCK": "rows",
     "long_selection.BLOCK": "rows",
-    "long_selection.PLACED": "rows",
     "null_slot.ROWS": "queries",
     "null_slot.TILE": "head_channels",
     "router_logits.CHUNK_N": "router",

@@ -52,7 +52,6 @@ def unit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
     size = 8 if device.type == "cpu" else 1024
     monkeypatch.setattr(selection, "ALONE", 0)
     monkeypatch.setattr(coordinate_descent, "ALONE", 0)
-    monkeypatch.setattr(long_selection, "PLACED", size // 2)
     for module in (long_selection, long_descent):
         monkeypatch.setattr(module, "BLOCK", size)
         monkeypatch.setattr(module, "CHUNKS", 4)
@@ -194,14 +193,15 @@ def test_long_rows_select_in_every_item(kernels: str, unit: int, device: torch.d
 
 @TRITON
 @pytest.mark.interpreted
-@FLOATS
-@pytest.mark.parametrize(("blocks", "more"), [(1, -1), (3, 0), (4, 1)])
+@pytest.mark.parametrize(
+    ("blocks", "more", "dtype"), [(1, -1, torch.float32), (4, 1, torch.float32), (4, 1, torch.float64)], ids=str
+)
 def test_long_rows_descend_as_any(
     kernels: str, blocks: int, more: int, dtype: torch.dtype, unit: int, device: torch.device
 ) -> None:
-    """Of two items, two masses, masks; far apart logits, few steps and more than the temperature falls in."""
+    """Of two items with two masses: one step, and logits so far apart that a peak that is not theirs overflows."""
     n = unit * blocks + more
-    for n_iters, mask_kind, apart in ((1, "none", 0.0), (2, "random", 0.0), (7, "random", 3000.0)):
+    for n_iters, mask_kind, apart in ((1, "none", 0.0), (5, "random", 3000.0)):
         logits, mask = problem(n, mask_kind, dtype, device)
         far = torch.ones(n, dtype=torch.bool, device=device)
         far[2 * unit : 3 * unit] = False  # the first block of a chunk of two
@@ -213,9 +213,6 @@ def test_long_rows_descend_as_any(
             actual = halves(found[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in found[1:])
             for a, e in zip(actual, expected):
                 torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
-        again = solve("iterative", logits, mask, MASSES, n_iters)
-        for a, e in zip(again, found):
-            check_identical(a, e)
 
 
 @TRITON

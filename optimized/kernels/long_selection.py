@@ -23,8 +23,7 @@ from optimized.kernels.launch import cdiv, launch
 from optimized.kernels.rows import part_length, row_arguments
 from optimized.kernels.slots import Group, load_keys, lowest_key, new_groups, of_group, place, pointers
 
-BLOCK = 4096  # keys of a chunk at a time
-PLACED = 2048  # of these at a time when they get their slots, which takes more registers
+BLOCK = 2048  # keys of a chunk at a time
 CHUNKS = 32  # of a row, at most
 WARPS = 8
 DIGIT = 8  # bits
@@ -161,17 +160,17 @@ def select_long(
         room, each = (torch.empty(2, rows, width, dtype=torch.int32, device=s.device) for width in (1, CHUNKS))
         state = counts, least, room, *each
         sizes = n, ks[0], ks[-1], experts, experts // len(ks), length
-        constants = {"BITS": bits, "HAS_MASK": mask is not None, "CHUNKS": CHUNKS, "num_warps": WARPS}
+        constants = {"BITS": bits, "HAS_MASK": mask is not None, "BLOCK": BLOCK, "CHUNKS": CHUNKS, "num_warps": WARPS}
         turns = bits // DIGIT
         for turn in range(turns):
             shift = bits - DIGIT * (turn + 1)
             launch(
                 _digits_kernel, grid, s, mask, *state, *sizes, turn, shift,
-                FIRST=turn == 0, BLOCK=BLOCK, DIGIT=DIGIT, **constants,
+                FIRST=turn == 0, DIGIT=DIGIT, **constants,
             )  # fmt: skip
         launch(
             _place_kernel, grid,
             s, mask, s if scores is None else scores.contiguous(), *pointers(groups), *state, *sizes, turns - 1,
-            UNIT=unit, HAS_SCORES=scores is not None, BLOCK=PLACED, **constants,
+            UNIT=unit, HAS_SCORES=scores is not None, **constants,
         )  # fmt: skip
     return tuple(groups)
