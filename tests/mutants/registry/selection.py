@@ -22,9 +22,6 @@ EDITS: Edits = {
             "return above + (total & 0xFFFF), equal + (total & 0xFFFF)",
             "pytorch/pytorch#150012",
         ),
-        "select-kernel-equals-beyond-the-room-take-slots": edit(
-            "tl.minimum(same, room))", "same)", "ties and signed zeros"
-        ),
         "select-kernel-masked-in-between": edit(
             "slot = tl.where(chosen & ~valid, k - room + same, over + between) - 1",
             "slot = over + tl.minimum(same, room) - 1",
@@ -67,25 +64,25 @@ EDITS: Edits = {
         ),
     },
     "optimized/kernels/long_selection.py": {
-        "long-select-digit-that-more-reach": edit(
-            "digit = tl.sum((reach >= room).to(tl.int32)) - 1",
-            "digit = tl.sum((reach > room).to(tl.int32)) - 1",
+        "long-select-least-key-left-out": edit(
+            "return tl.where(all_in, least - 1, least), tl.where(",
+            "return least, tl.where(",
             "ties and signed zeros",
         ),
-        "long-select-room-of-the-row": edit(
-            "tl.where(all_in, 0, room - larger)", "tl.where(all_in, 0, room)", "pytorch/pytorch#150012"
+        "long-select-one-equal-too-few": edit(
+            "tl.where(all_in, 0, room - larger)",
+            "tl.where(all_in, 0, room - larger - 1)",
+            "vllm-project/vllm-xpu-kernels#453",
+        ),
+        "long-select-chunk-before-forgotten": edit("each < chunk, table", "each < chunk - 1, table", "tail mask"),
+        "long-select-keys-that-begin-otherwise": edit(
+            ">> (shift + DIGIT).to(key_type)) == 0", ">> shift.to(key_type)) == 0", "ties and signed zeros"
+        ),
+        "long-select-k-of-the-last-group": edit(
+            "room = tl.where(row % experts < group, k_0, k_1)", "room = k_1", "BobMcDear/attorch#14"
         ),
         "long-select-masked-are-all-in": edit(
             "(least != 0) & (least != 1)", "(least != 0)", "masked rows and sentinels"
-        ),
-        "long-select-chunk-counts-itself": edit("each < chunk, table", "each <= chunk, table", "tail mask"),
-        "long-select-keys-that-begin-otherwise": edit(
-            "inside &= ((number ^ least) >> (shift + DIGIT).to(key_type)) == 0",
-            "inside &= number >= least",
-            "ties and signed zeros",
-        ),
-        "long-select-counts-of-another-turn": edit(
-            "there = (turn + 1) % 2 * rows + row", "there = row", "stale saved tensor"
         ),
         "long-select-chunks-before-by-the-last-digit": edit(
             "            before += more\n    tl.store(before_ptr",
@@ -104,14 +101,6 @@ EDITS: Edits = {
             "poisoned = tl.max(tl.load(nan_ptr + row * CHUNKS + each, mask=each < chunks, other=0))",
             "poisoned = tl.load(nan_ptr + row * CHUNKS + chunk)",
             "NaN order",
-        ),
-        "long-select-mask-of-item-0": edit(
-            "        mask_ptr += row // experts * n\n    here",
-            "        mask_ptr += 0\n    here",
-            "fla-org/flash-linear-attention#1115",
-        ),
-        "long-select-k-of-the-first-group": edit(
-            "room = tl.where(row % experts < group, k_0, k_1)", "room = k_0", "BobMcDear/attorch#14"
         ),
         "long-select-scores-strided": edit(
             "s if scores is None else scores.contiguous()",
