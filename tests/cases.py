@@ -278,6 +278,22 @@ def _ks(n: int) -> tuple[int, int]:
 def selection(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     from optimized.kernels import selection as kernel
 
+    yield from _selected(x, s, masked, kernel.select_groups, kernel.select)
+
+
+@case("rows")
+def long_selection(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import long_selection as kernel
+
+    def select(logits: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, ...]:
+        return kernel.select_long(logits, mask, (k,), None)[0][:3]
+
+    yield from _selected(x, s, masked, kernel.select_long, select)
+
+
+def _selected(
+    x: Inputs, s: Sizes, masked: bool, select_groups: Callable[..., Any], select: Callable[..., Any]
+) -> Yielded:
     mask, shown = _mask(x, s, masked)
     logits = x.normal(s.batch, 2 * s.group, s.n, seed=s.n)
     tied = x.lay(logits.round())
@@ -285,11 +301,11 @@ def selection(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     found, parts = {}, ("indices", "slots", "inverse", "picked")
     given = {"": (logits, logits), "of ties ": (tied, logits), "of ones ": (tied, None)}
     for name, (row, scores) in given.items():
-        for side, made in zip(("q", "kv"), kernel.select_groups(row, mask, _ks(s.n), scores, unit=scores is None)):
+        for side, made in zip(("q", "kv"), select_groups(row, mask, _ks(s.n), scores, unit=scores is None)):
             found |= {f"{part} {name}{side}": t for part, t in zip(parts, made)}
     few = sorted({1, s.n // 2 or 1, s.n})
     for k in few:
-        found |= {f"{part} of {k}": t for part, t in zip(parts, kernel.select(tied, mask, k))}
+        found |= {f"{part} of {k}": t for part, t in zip(parts, select(tied, mask, k))}
     yield found
     truths = {}
     for name, (row, scores) in given.items():
@@ -389,18 +405,23 @@ def _rows(x: Inputs, s: Sizes, masked: bool) -> Rows:
     return Rows(exact, logits, mask, shown, masses, k, g, grads, inverses)
 
 
+def _slack(x: Inputs, p: Rows) -> float:
+    """Each step adds a few roundings of numbers as large as logits and temperature, which the next ones forget."""
+    return 32 * x.eps * (4 + size_of(p.exact)) / EPSILONS[0]
+
+
+def _scored(x: Inputs, p: Rows, scores: Tensor) -> dict[str, Truth]:
+    nan = p.poisoned().isnan().any(-1)[..., None] & p.shown[:, None]
+    slack = _slack(x, p)
+    return {"scores": Truth(scores, slack), "scores of NaN": Truth(scores.masked_fill(nan, torch.nan), slack)}
+
+
 def _solved(x: Inputs, p: Rows, scores: Tensor, leaf: Tensor, masked: bool) -> dict[str, Truth]:
-    """Scores and gradients. Each step adds a few roundings of numbers as large as logits and temperature, which the
-    next ones forget.
-    """
-    size = 4 + size_of(p.exact)
+    """Scores and gradients."""
     dense, picked = (torch.autograd.grad(scores, leaf, g, retain_graph=True)[0] for g in (p.g.double(), p.scattered()))
-    slack = 32 * x.eps * size / EPSILONS[0]
+    slack = _slack(x, p)
     return {
-        "scores": Truth(scores, slack),
-        "scores of NaN": Truth(
-            scores.masked_fill(p.poisoned().isnan().any(-1)[..., None] & p.shown[:, None], torch.nan), slack
-        ),
+        **_scored(x, p, scores),
         "gradient": Truth(dense, slack * size_of(p.g)),
         "picked gradient": Truth(picked + p.g.double() if masked else picked, slack * size_of(p.g)),
     }
@@ -427,6 +448,21 @@ def coordinate_descent(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     }
     slack = 32 * x.eps * (4 + size_of(p.exact))
     yield {**_solved(x, p, scores, leaf, masked), "a": Truth(a, slack), "counts": Truth(counts)}
+
+
+@case("rows")
+def long_descent(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import long_descent as kernel
+
+    p = _rows(x, s, masked)
+    cold, hot, cooling = EPSILONS
+    temperatures = [max(hot * cooling**t, cold) for t in range(s.steps + 1)]
+    scores, a, counts = descend(p.exact, p.shown, p.k, s.steps)
+    found = kernel.descend_long(p.logits, p.mask, p.masses, s.steps, temperatures)
+    poisoned = kernel.descend_long(p.poisoned(), p.mask, p.masses, s.steps, temperatures)[0]
+    yield dict(zip(("scores", "a", "counts", "scores of NaN"), (*found, poisoned)))
+    slack = 32 * x.eps * (4 + size_of(p.exact))
+    yield {**_scored(x, p, scores), "a": Truth(a, slack), "counts": Truth(counts)}
 
 
 @case("rows")

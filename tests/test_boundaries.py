@@ -20,8 +20,12 @@ from optimized.attention import banded
 
 # --- constants -------------------------------------------------------------------------------------------------------
 
-NO_SIZE = {"launch.MOST_LAUNCHES"}  # entries of a table
-BYTES = {"launch.ROWS_IN_REGISTERS": 8}  # constants that count bytes: of a float64
+NO_SIZE = {  # entries of a table, warps, bits; chunks of a row are few only where they are small: test_rows.py
+    "launch.MOST_LAUNCHES",
+    *("long_selection.WARPS", "long_selection.DIGIT", "long_selection.CHUNKS"),
+    *("long_descent.WARPS", "long_descent.CHUNKS", "coordinate_descent.PARTS"),
+}
+BYTES = {"launch.ROWS_IN_REGISTERS": 8, "selection.ALONE": 8}  # constants that count bytes: of a float64
 
 
 def constants() -> dict[str, int]:
@@ -64,14 +68,14 @@ class Axis(NamedTuple):
     most: int
 
 
-ROWS = ("selection", "coordinate_descent", "capped_simplex")
+ROWS = ("selection", "coordinate_descent", "capped_simplex")  # of long rows, in small blocks: test_rows.py
 SLOTS = ("gather_norm", "combine")
 CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm")
 TOKENS = (*SLOTS, "layer_norm")
 HEADS = ("null_slot", "rotary", "value_score", "window")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
-    "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 33000),
+    "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 66000),
     "steps": Axis("rows", ("coordinate_descent",), lambda count: FEW._replace(n=9, steps=count), 70, 600),
     "router": Axis("channels", ("router_logits",), lambda n: FEW._replace(n=n), 1100, 33000),
     "channels": Axis("channels", CHANNELS, lambda dim: FEW._replace(n=3, ks=(2, 1), dim=dim), 4100, 33000),
@@ -86,6 +90,7 @@ AXES = {
 CROSSED = {  # constant: the axis along which something of ours changes there
     "combine.CHUNK": "tokens",
     "combine.ROWS": "tokens",
+    "coordinate_descent.ALONE": "rows",
     "coordinate_descent.TOKENS": "rows",
     "coordinate_descent.STEPS": "steps",
     "coordinate_descent.SCALARS": "steps",
@@ -98,9 +103,12 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "layer_norm.TILE": "channels",
     "launch.MAX_BLOCK_D": "channels",
     "launch.ROWS_IN_REGISTERS": "rows",
+    "long_descent.BLOCK": "rows",
+    "long_selection.BLOCK": "rows",
     "null_slot.ROWS": "queries",
     "null_slot.TILE": "head_channels",
     "router_logits.CHUNK_N": "router",
+    "selection.ALONE": "rows",
     "token_gradient.EXPERTS": "experts",
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",

@@ -16,11 +16,14 @@ ALL_DTYPES = {"*fp64", "*fp32", "*bf16", "*fp16"}
 ROW_KERNELS = {
     "_tables_kernel",
     "_descent_kernel",
+    "_descent_step_kernel",
     "_descent_sums_kernel",
     "_descent_backward_kernel",
     "_exact_kernel",
     "_exact_backward_kernel",
     "_select_kernel",
+    "_digits_kernel",
+    "_place_kernel",
 }
 LEFT_OUT = {"all": set(), "one": {"*fp16", "*fp64"}}
 # Bytes that a thread may spill: sixteen registers around a reduction, in whatever version of Triton.
@@ -31,7 +34,6 @@ KNOWN_SPILLS = {
     ("_descent_kernel", "32768"): 512,
     ("_select_kernel", "8192"): 512,
     ("_select_kernel", "16384"): 512,
-    ("_select_kernel", "32768"): 512,
 }
 
 

@@ -416,8 +416,9 @@ def test_every_configuration(family: str, s: Sizes, dtype: torch.dtype, device: 
 def test_configurations_are_those_of_the_wrappers() -> None:
     """All numbers of warps, rows in one block and in many."""
     found = set().union(*(configurations("rows", size) for size in AXES["rows"].sizes))
-    selections = [dict(key[1:]) for key in found if key[0] == "_select_kernel"]
+    selections, descents = ([dict(k[1:]) for k in found if k[0] == f"_{of}_kernel"] for of in ("select", "descent"))
     assert {key["num_warps"] for key in selections} == {"1", "2", "4", "8"}
-    assert {key["ONE_BLOCK"] for key in selections} == {"True", "False"}
+    assert {key["ONE_BLOCK"] for key in descents} == {"True", "False"}
+    assert {"_digits_kernel", "_place_kernel", "_descent_step_kernel"} <= {key[0] for key in found}
     assert {1, launching.ROWS_IN_REGISTERS // 4, launching.ROWS_IN_REGISTERS // 4 + 1} <= set(sizes_of("rows"))
     assert {1, launching.MAX_BLOCK_D, launching.MAX_BLOCK_D + 1} <= set(sizes_of("channels"))

@@ -25,6 +25,8 @@ from optimized.kernels import (
     combine,
     coordinate_descent,
     gather_norm,
+    long_descent,
+    long_selection,
     null_slot,
     rotary,
     router_logits,
@@ -48,7 +50,7 @@ class Sizes:
         self.limit = LIMIT if large else 0
         self.n, self.dim = (2**21 + TAIL, 1024) if large else (512 + TAIL, 8)
         self.heads = (2**6, 2**15 + TAIL, 8, 128) if large else (2, 64 + TAIL, 2, 4)
-        self.rows = (2**16 + 1, 2**15) if large else (3, 2**6)
+        self.rows = (2**17 + 1, 2**14) if large else (3, 2**6)
 
 
 @pytest.fixture
@@ -227,9 +229,14 @@ def test_rows(kernels: str, solver: str, sizes: Sizes, kernel_names: set[str], d
             found = [t[-1:].clone() for t in saved]
             out = capped_simplex.capped_simplex_backward(grad, s, None, *saved, 0.3)
         else:
-            groups = selection.select_groups(s, None, (k,), s)
-            found = [t[-1:].clone() for t in groups[0]]
-            del groups
+            found = []
+            for select in (selection.select_groups, long_selection.select_long):
+                groups = select(s, None, (k,), s)
+                found += [t[-1:].clone() for t in groups[0]]
+                del groups
+            scores = long_descent.descend_long(s, None, k * 1.125, 1, [EPSILONS[1], EPSILONS[0]])[0]
+            found += [scores[-1:].clone()]
+            del scores
             saved = coordinate_descent.coordinate_descent(s, None, k * 1.125, 6, *EPSILONS)
             found += [saved[0][-1:].clone(), torch.cat([t[:, -1:] for t in saved[1:]])]  # counts may be 0
             out = coordinate_descent.coordinate_descent_backward(grad, s, None, *saved, k * 1.125, *EPSILONS)
@@ -239,7 +246,10 @@ def test_rows(kernels: str, solver: str, sizes: Sizes, kernel_names: set[str], d
     assert runs[0][-1].any()
     kernels_of = {
         "exact": {"_exact_kernel", "_exact_backward_kernel"},
-        "iterative": {"_select_kernel", "_descent_kernel", "_descent_sums_kernel", "_descent_backward_kernel"},
+        "iterative": {
+            *("_select_kernel", "_digits_kernel", "_place_kernel", "_descent_step_kernel"),
+            *("_descent_kernel", "_descent_sums_kernel", "_descent_backward_kernel"),
+        },
     }
     assert kernel_names == kernels_of[solver]
 

@@ -1,5 +1,6 @@
 """Kernels of whole rows where the rows are those of two groups of experts: selection with the picked scores, solvers
-with a mass per group, and gradients that come by the inverse map. What is known of one group is in test_routing.py.
+with a mass per group, and gradients that come by the inverse map; and rows that many programs share, made of few tokens
+by small blocks. What is known of one group is in test_routing.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ MASKED_FLOATS = pytest.mark.parametrize(
 )
 # Beyond a tile of the backward, and beyond the steps that it takes at a time by as many as the temperature falls in.
 SIZES = pytest.mark.parametrize(("n", "n_iters"), [(9, 1), (9, 2), (600, 4), (40, 45)])
+# Of a row that many programs share, in blocks: below, at and above one chunk, and all of them; beyond, two blocks each.
+SHARED = pytest.mark.parametrize(("blocks", "more"), [(1, -1), (1, 0), (1, 1), (4, -1), (4, 0), (4, 1)])
+CONTENTS = ("numbers", "ties", "equal", "neighbours", "extremes")
 KS = (3, 5)
 MASSES = (1.375, 3.625)  # below K, so that some of the picked are not saturated
 EPSILONS = (0.3, 4.0, 0.7)
@@ -38,6 +42,20 @@ def problem(n: int, mask_kind: str, dtype: torch.dtype, device: torch.device) ->
     logits[..., 1] = logits[..., 0]
     mask = draw_mask(2, n, mask_kind, 4)
     return logits.to(device), None if mask is None else mask.to(device)
+
+
+@pytest.fixture
+def unit(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every row is shared by at most four programs, in blocks of so many tokens."""
+    from optimized.kernels import coordinate_descent, long_descent, long_selection, selection
+
+    size = 8 if device.type == "cpu" else 1024
+    monkeypatch.setattr(selection, "ALONE", 0)
+    monkeypatch.setattr(coordinate_descent, "ALONE", 0)
+    for module in (long_selection, long_descent):
+        monkeypatch.setattr(module, "BLOCK", size)
+        monkeypatch.setattr(module, "CHUNKS", 4)
+    return size
 
 
 def halves(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +130,127 @@ def test_a_nan_of_any_block_poisons_its_row(kernels: str, device: torch.device) 
     logits[0, 0, 5] = logits[0, 2, -1] = math.nan
     picked = select_groups(logits, None, (4,), None, unit=True)[0][3]
     check_identical(picked[0], torch.tensor([math.nan, 1.0, math.nan], device=device)[:, None].expand(3, 4))
+
+
+def rows_of(content: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, 2, n)"""
+    s = draw((1, 2, n), "normal", n).to(dtype)
+    if content == "ties":  # beyond every border of a chunk, signed zeros among them
+        s = torch.where(s.abs() < 0.4, torch.copysign(torch.zeros_like(s), s), s.round())
+    elif content == "equal":
+        s = torch.full_like(s, -2.5)
+    elif content == "neighbours":  # that differ in the last digit alone
+        s = 1 + s.mul(9).round() * torch.finfo(dtype).eps
+    elif content == "extremes":
+        s[..., ::3], s[..., 1::5] = math.inf, -math.inf
+        s[0, 0, -1] = math.nan
+        s[0, 1, ::2] = math.nan
+    return s.to(device)
+
+
+@TRITON
+@SHARED
+@pytest.mark.interpreted
+def test_long_rows_select_as_any(kernels: str, blocks: int, more: int, unit: int, device: torch.device) -> None:
+    """Against a sort, bit for bit: every content with every mask and K; two of these where kernels are interpreted."""
+    from optimized.kernels.selection import select_groups
+
+    n, turn = unit * blocks + more, 3 * blocks + more
+    pairs = (1, n), (n // 2 + 1, n - 1), (n // 3 + 1, n // 5 + 1)
+    every = [
+        (c, m, d) for c in CONTENTS for m in ("none", "random", "none_valid") for d in (torch.float32, torch.float64)
+    ]
+    chosen = [every[(7 * turn) % len(every)], every[(7 * turn + 13) % len(every)]] if device.type == "cpu" else every
+    for content, kind, dtype in chosen:
+        s, mask, ks = rows_of(content, n, dtype, device), draw_mask(1, n, kind, 5), pairs[turn % 3]
+        mask = None if mask is None else mask.to(device)
+        shown = torch.ones(1, n, dtype=torch.bool, device=device) if mask is None else mask
+        poisoned = (s.isnan() & shown[:, None]).any(-1, keepdim=True)
+        scores = draw(tuple(s.shape), "normal", 2).to(s)
+        for i, (group, k) in enumerate(zip(select_groups(s, mask, ks, scores), ks)):
+            row, weight, bad = (t[:, i : i + 1] for t in (s, scores, poisoned))
+            made = best(row, shown, k)
+            picked = torch.where(made[1], weight.gather(-1, made[0]), 0).masked_fill(bad, math.nan)
+            for actual, expected in zip(group, (*made, picked)):
+                check_identical(actual, expected)
+
+
+@TRITON
+@pytest.mark.interpreted
+def test_long_rows_select_in_every_item(kernels: str, unit: int, device: torch.device) -> None:
+    """Of several items with a mask each, by ones in place of scores."""
+    from optimized.kernels.selection import select_groups
+
+    n = 4 * unit + 3  # two blocks to a chunk
+    s, mask = draw((2, 2, n), "normal", 7).float().to(device), draw_mask(2, n, "random", 8).to(device)
+    s[1, 1, 2 * unit], mask[1, 2 * unit] = math.nan, True
+    for part, row, k in zip(select_groups(s, mask, (2, 9), None, unit=True), s.split(1, 1), (2, 9)):
+        made = best(row, mask, k)
+        ones = made[1].float().masked_fill((row.isnan() & mask[:, None]).any(-1, keepdim=True), math.nan)
+        for actual, expected in zip(part, (*made, ones)):
+            check_identical(actual, expected)
+
+
+@TRITON
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("blocks", "more", "dtype"), [(1, -1, torch.float32), (4, 1, torch.float32), (4, 1, torch.float64)], ids=str
+)
+def test_long_rows_descend_as_any(
+    kernels: str, blocks: int, more: int, dtype: torch.dtype, unit: int, device: torch.device
+) -> None:
+    """Of two items with two masses: one step, and logits so far apart that a peak that is not theirs overflows."""
+    n = unit * blocks + more
+    for n_iters, mask_kind, apart in ((1, "none", 0.0), (5, "random", 3000.0)):
+        logits, mask = problem(n, mask_kind, dtype, device)
+        far = torch.ones(n, dtype=torch.bool, device=device)
+        far[2 * unit : 3 * unit] = False  # the first block of a chunk of two
+        logits = torch.where(far, logits - apart, logits)
+        found = solve("iterative", logits, mask, MASSES, n_iters)
+        tolerance = 64 * torch.finfo(dtype).eps * (1 + apart) / EPSILONS[0]
+        for i, mass in enumerate(MASSES):
+            expected = ops.coordinate_descent(halves(logits)[i], mask, mass, n_iters, *EPSILONS, False)
+            actual = halves(found[0])[i], *(t.unflatten(-1, (2, 2))[..., i, :] for t in found[1:])
+            for a, e in zip(actual, expected):
+                torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
+@TRITON
+@pytest.mark.interpreted
+@pytest.mark.parametrize("at", [0, -1])
+def test_a_nan_of_any_chunk_poisons_a_long_row(kernels: str, at: int, unit: int, device: torch.device) -> None:
+    """Its scores, through every step; a row without tokens has zeros and finite iterates."""
+    n = 4 * unit
+    logits, mask = draw((2, 2, n), "normal", 3).float().to(device), torch.ones(2, n, dtype=torch.bool, device=device)
+    logits[0, 1, at], mask[1] = math.nan, False
+    scores, a, counts = solve("iterative", logits, mask, 5.5, 4)
+    assert scores[0, 1].isnan().all()
+    assert a[:, 0, 1].isnan().all()
+    assert not scores[0, 0].isnan().any()
+    assert not scores[1].any()
+    assert not a[:, 1].any()
+    assert not counts[:, 1].any()
+
+
+@TRITON
+@pytest.mark.interpreted
+def test_parts_of_a_row_sum_its_first_gradient(
+    kernels: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does, but for the order of the sum."""
+    from optimized.kernels import coordinate_descent as kernel
+
+    size = 16 if device.type == "cpu" else 1024
+    logits, mask = problem(3 * size + 1, "random", torch.float64, device)
+    saved = solve("iterative", logits, mask, MASSES, 6)
+    g = draw(tuple(logits.shape), "normal", 9).to(device)
+    whole, parts = [], []
+    for found, chunk, most in ((whole, kernel.CHUNK, kernel.PARTS), (parts, size, 2)):
+        monkeypatch.setattr(kernel, "CHUNK", chunk)
+        monkeypatch.setattr(kernel, "PARTS", most)
+        found += [kernel.coordinate_descent_backward(g, logits, mask, *saved, MASSES, *EPSILONS)]
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-12, atol=1e-12)
+    assert whole[0].any()
 
 
 def solve(solver: str, logits: Tensor, mask: Tensor | None, mass: Any, n_iters: int) -> tuple[Tensor, ...]:

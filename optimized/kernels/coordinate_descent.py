@@ -1,18 +1,19 @@
 """Coordinate descent, the iterative solver: scores, iterates and counts, and the gradient of the logits.
 
 Rows are (B, R) rows of N logits, contiguous, float32 or float64, of one or two groups of experts with a mass each; one
-program per row forward. A row that fits stays in registers; a longer one is read again in every step (from L2: 131072
-float32 take 512 KB). The program of a row writes its N scores, and T iterates a and T counts at (t, row).
+program per row forward. A row that fits stays in registers; a longer one is read again in every step, and from `ALONE`
+logits on many programs share it (`long_descent`). N scores, and T iterates a and T counts at (t, row), are written.
 
 For t = 0 .. T-1 (see `optimized.ops.coordinate_descent`): a_t = eps_t (log k - logsumexp(u_t / eps_t)). The largest
 u_t is min(max s, -a_{t-1}), so a step needs one reduction of two sums: of exponentials, and of saturated tokens.
 
-The backward needs no reduction per step: dA follows from the counts, by scalars. One program per row sums the first dA,
-and writes c_t = dA_t / k, and 1 / eps_t, to (t, row). Then programs (row, chunk of 512 tokens) write ds, in tiles of
-steps and tokens: g scores / eps_T [s < -a_{T-1}] - sum_t c_t exp((s + a_t) / eps_t) [s < -a_{t-1}]. The gradient g of
-the scores comes dense (B, R, N), or as that of the picked ones, (B, E, K) per group, by the inverse map.
+The backward needs no reduction per step: dA follows from the counts, by scalars. Programs (row, part) leave sums of the
+first dA, and the first part's writes c_t = dA_t / dA / k, and 1 / eps_t, to (t, row). Then programs (row, chunk of 512
+tokens) add up dA and write ds, in tiles of steps and tokens: g scores / eps_T [s < -a_{T-1}]
+- dA sum_t c_t exp((s + a_t) / eps_t) [s < -a_{t-1}]. The gradient g of the scores comes dense (B, R, N), or as that of
+the picked ones, (B, E, K) per group, by the inverse map.
 
-Blind spots: one program per row, forward and for the first dA, leaves most of a GPU idle when there are few long rows.
+Blind spots: one program per row forward leaves most of a GPU idle when there are few rows of up to `ALONE` logits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from optimized.kernels import long_descent
 from optimized.kernels.launch import CHUNK, cdiv, contiguous, double_bits, from_bits, launch
 from optimized.kernels.rows import (
     block_of_row,
@@ -32,33 +34,23 @@ from optimized.kernels.rows import (
     load_row,
     mass_arguments,
     mass_of_row,
+    part_length,
     row_arguments,
     sum_both,
 )
+from optimized.kernels.temperature import rate_of, temperature_of
 
 # A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
 # loaded in vectors has another layout than the row, and costs shared memory.
 UNSPECIALIZED = [
     *("n", "rows", "experts", "group", "k_0", "k_1"),
-    *("mass_0_bits", "mass_1_bits", "n_iters", "eps_bits", "eps_init_bits", "eps_decay_bits"),
+    *("mass_0_bits", "mass_1_bits", "n_iters", "eps_bits", "eps_init_bits", "eps_decay_bits", "length", "parts"),
 ]
+ALONE = 65536  # logits of a row for one program
+PARTS = 32  # of a row, at most, that sum the first dA
 TOKENS = 512  # of a tile of the backward
 STEPS = 8
 SCALARS = 32  # steps at a time where each is a scalar
-
-
-@triton.jit
-def _temperature(t, eps_bits, eps_init_bits, eps_decay_bits, DTYPE: tl.constexpr):
-    """max(eps_init * eps_decay ** t, eps), in double until the end."""
-    decay = tl.exp2(t * tl.log2(from_bits(eps_decay_bits)))
-    return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)
-
-
-@triton.jit
-def _rate(temperature, DTYPE: tl.constexpr):
-    """Its reciprocal, finite: a difference of 0 over a temperature that underflowed is 0, not NaN."""
-    largest: tl.constexpr = 1.7e308 if DTYPE == tl.float64 else 3.4e38
-    return tl.minimum(1.0 / temperature, largest)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
@@ -88,7 +80,7 @@ def _descent_kernel(
             found += tl.sum(valid.to(tl.int32))
 
     # Step 0 has u = 0 at every valid token. A row without any takes a = 0: all its weights are exp(-inf).
-    temperature = _temperature(0, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    temperature = temperature_of(0, eps_bits, eps_init_bits, eps_decay_bits, dtype)
     a = tl.where(found > 0, temperature * (log_k - tl.log(found.to(dtype))), 0.0)
     a = tl.where(poisoned > 0, float("nan"), a)
     tl.store(a_ptr + row, a)
@@ -99,25 +91,25 @@ def _descent_kernel(
     for t in range(1, n_iters):
         hot *= cooling
         temperature = tl.maximum(hot, coldest).to(dtype)
-        rate = _rate(temperature, dtype)
+        rate = rate_of(temperature, dtype)
         bound = -a
         peak = tl.minimum(top, bound)
         peak = tl.where(peak == -float("inf"), 0.0, peak)
         if ONE_BLOCK:
             total, count = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound).to(tl.int32))
         else:
-            total = tl.full((), 0.0, dtype)
-            count = tl.full((), 0, tl.int32)
+            totals = tl.zeros((BLOCK,), dtype)
+            counts = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, n, BLOCK):
                 s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
-                part, more = sum_both(tl.exp((tl.minimum(s, bound) - peak) * rate), (s >= bound).to(tl.int32))
-                total += part
-                count += more
+                totals += tl.exp((tl.minimum(s, bound) - peak) * rate)
+                counts += (s >= bound).to(tl.int32)
+            total, count = sum_both(totals, counts)  # once: threads wait for one another in a sum
         a = tl.where(total > 0, temperature * (log_k - tl.log(total)) - peak, 0.0)
         a = tl.where(poisoned > 0, float("nan"), a)
         tl.store(a_ptr + tl.cast(t, tl.int64) * rows + row, a)
         tl.store(counts_ptr + tl.cast(t, tl.int64) * rows + row, count.to(dtype))
-    rate = _rate(_temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
+    rate = rate_of(temperature_of(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
     for start in range(0, n, BLOCK):
         if not ONE_BLOCK:
             s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
@@ -140,12 +132,16 @@ def _direct(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_sums_kernel(
-    grad_0, grad_1, inverse_0, inverse_1, s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr, c_ptr, rates_ptr,
+    grad_0, grad_1, inverse_0, inverse_1, s_ptr, mask_ptr, scores_ptr, a_ptr, counts_ptr, sums_ptr, c_ptr, rates_ptr,
     n, rows, experts, group, k_0, k_1, mass_0_bits, mass_1_bits, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
-    PICKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, SCALARS: tl.constexpr,
+    length,
+    PICKED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, SCALARS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """c_t of a row, and by the first row 1 / eps_t, for t = 1 .. T-1."""
+    """Program (row, part of `length` tokens): its sum of the first dA; by the first part c_t of the row, and by that of
+    the first row 1 / eps_t, for t = 1 .. T-1.
+    """
     row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     grad_ptr, inverse_ptr = gradient_of_row(
         grad_0, grad_1, inverse_0, inverse_1, row, experts, group, n, k_0, k_1, PICKED
     )
@@ -156,39 +152,43 @@ def _descent_sums_kernel(
     dtype: tl.constexpr = s_ptr.dtype.element_ty
     inverse_k = (1.0 / mass_of_row(row, experts, group, mass_0_bits, mass_1_bits)).to(dtype)
     a = tl.load(a_ptr + tl.cast(n_iters - 1, tl.int64) * rows + row)
-    last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    last = temperature_of(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
     da = tl.full((), 0.0, dtype)
-    for start in range(0, n, BLOCK):
+    for start in range(part * length, tl.minimum(part * length + length, n), BLOCK):
         _, _, ds = _direct(
             grad_ptr, inverse_ptr, s_ptr, mask_ptr, scores_ptr, start + tl.arange(0, BLOCK), n, a, last,
             PICKED, HAS_MASK,
         )  # fmt: skip
         da += tl.sum(ds)
+    tl.store(sums_ptr + row * PARTS + part, da)
 
     # From the last step back: dA_t is the first dA times a factor of each later step. Each factor is the share of the
     # mass that is saturated, so no product overflows.
     lanes = tl.arange(0, SCALARS)
-    for back in range(0, n_iters, SCALARS):
+    later_steps = tl.full((), 1.0, dtype)
+    for back in range(0, tl.where(part == 0, n_iters, 0), SCALARS):
         t = n_iters - 1 - back - lanes
         at = t.to(tl.int64) * rows + row
         later = (t >= 1) & (t + 1 < n_iters)
         mine = tl.load(a_ptr + at, mask=later, other=0.0)
         following = tl.load(a_ptr + at + rows, mask=later, other=0.0)
         count = tl.load(counts_ptr + at + rows, mask=later, other=0.0)
-        temperature = _temperature(t + 1, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+        temperature = temperature_of(t + 1, eps_bits, eps_init_bits, eps_decay_bits, dtype)
         factor = count * tl.exp((following - mine) / temperature) * inverse_k
-        product = da * tl.cumprod(tl.where(later, tl.where(count > 0, factor, 0.0), 1.0))
+        product = later_steps * tl.cumprod(tl.where(later, tl.where(count > 0, factor, 0.0), 1.0))
         tl.store(c_ptr + at, product * inverse_k, mask=t >= 1)
-        rate = _rate(_temperature(t, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
+        rate = rate_of(temperature_of(t, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
         tl.store(rates_ptr + t, rate, mask=t >= tl.where(row == 0, 1, n_iters))
-        da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))
+        later_steps = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=["mask_ptr"])
 def _descent_backward_kernel(
-    grad_0, grad_1, inverse_0, inverse_1, dlogits_ptr, s_ptr, mask_ptr, scores_ptr, a_ptr, c_ptr, rates_ptr, out_ptr,
-    n, rows, experts, group, k_0, k_1, n_iters, eps_bits, eps_init_bits, eps_decay_bits,
+    grad_0, grad_1, inverse_0, inverse_1, dlogits_ptr, s_ptr, mask_ptr, scores_ptr, a_ptr, sums_ptr, c_ptr, rates_ptr,
+    out_ptr,
+    n, rows, experts, group, k_0, k_1, n_iters, eps_bits, eps_init_bits, eps_decay_bits, parts,
     PICKED: tl.constexpr, HAS_DLOGITS: tl.constexpr, HAS_MASK: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk)."""
     row = tl.program_id(0).to(tl.int64)
@@ -199,7 +199,9 @@ def _descent_backward_kernel(
         mask_ptr += row // experts * n
     dtype: tl.constexpr = s_ptr.dtype.element_ty
     a = tl.load(a_ptr + tl.cast(n_iters - 1, tl.int64) * rows + row)
-    last = _temperature(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    last = temperature_of(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
+    each = tl.arange(0, PARTS)
+    da = tl.sum(tl.load(sums_ptr + row * PARTS + each, mask=each < parts, other=0.0))
     mine = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     s, valid, ds = _direct(
         grad_ptr, inverse_ptr, s_ptr + row * n, mask_ptr, scores_ptr + row * n, mine, n, a, last, PICKED, HAS_MASK
@@ -210,7 +212,7 @@ def _descent_backward_kernel(
         at = t.to(tl.int64) * rows + row
         a_t = tl.load(a_ptr + at, mask=inside, other=0.0)[:, None]
         bound = -tl.load(a_ptr + at - rows, mask=inside, other=float("inf"))[:, None]
-        c = tl.load(c_ptr + at, mask=inside, other=0.0)[:, None]
+        c = da * tl.load(c_ptr + at, mask=inside, other=0.0)[:, None]
         rate = tl.load(rates_ptr + t, mask=inside, other=1.0)[:, None]
         # Saturated tokens take no part, and their exponential may overflow. Past the last step all are.
         p = tl.exp(tl.where(s[None, :] >= bound, -float("inf"), (s[None, :] + a_t) * rate))
@@ -232,6 +234,9 @@ def coordinate_descent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `optimized.ops.coordinate_descent`. k: the mass, or that of each group of rows."""
     batch, experts, n = logits.shape
+    if n > ALONE:
+        temperatures = [max(eps_init * eps_decay**t, eps) for t in range(n_iters + 1)]
+        return long_descent.descend_long(logits, mask, k, n_iters, temperatures)
     size = logits.element_size()
     s, mask, constants = row_arguments(logits, mask, block_of_row(n, size))
     scores = torch.empty_like(s)
@@ -302,16 +307,19 @@ def _backward(
         group, *masses = mass_arguments(experts, k)
         scores, a = scores.contiguous(), a.contiguous()
         c, rates = torch.empty_like(a), a.new_empty(n_iters)
+        length = part_length(n, constants["BLOCK"], PARTS)
+        parts, sums = cdiv(n, length), a.new_empty(rows, PARTS)
         launch(
-            _descent_sums_kernel, (rows,),
-            *pointers, s, mask, scores, a, counts.contiguous(), c, rates,
-            n, rows, experts, group, *widths, *masses, n_iters, *bits, SCALARS=SCALARS, **picked, **constants,
+            _descent_sums_kernel, (rows, parts),
+            *pointers, s, mask, scores, a, counts.contiguous(), sums, c, rates,
+            n, rows, experts, group, *widths, *masses, n_iters, *bits, length,
+            SCALARS=SCALARS, PARTS=PARTS, **picked, **constants,
         )  # fmt: skip
         launch(
             _descent_backward_kernel, (rows, cdiv(n, TOKENS)),
-            *pointers, contiguous(dlogits), s, mask, scores, a, c, rates, out,
-            n, rows, experts, group, *widths, n_iters, *bits,
-            HAS_DLOGITS=dlogits is not None, HAS_MASK=mask is not None, TOKENS=TOKENS, STEPS=STEPS, num_warps=4,
-            **picked,
+            *pointers, contiguous(dlogits), s, mask, scores, a, sums, c, rates, out,
+            n, rows, experts, group, *widths, n_iters, *bits, parts,
+            HAS_DLOGITS=dlogits is not None, HAS_MASK=mask is not None, TOKENS=TOKENS, STEPS=STEPS, PARTS=PARTS,
+            num_warps=4, **picked,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Rows of N logits for kernels with one program per row: loads, sums, block sizes, and arguments common to them.
+"""Rows of N logits for kernels of whole rows: loads, sums, block sizes, and arguments common to them.
 
 Rows (B, R, N) are those of one or two groups of E = R / groups experts, whose logits lie one after the other.
 """
@@ -16,6 +16,7 @@ from optimized.kernels.launch import (
     INTERPRETED,
     ROWS_IN_REGISTERS,
     as_bytes,
+    cdiv,
     double_bits,
     from_bits,
     next_power_of_2,
@@ -101,6 +102,11 @@ def row_arguments(
 def block_of_row(n: int, element_size: int) -> int:
     """The whole row where it stays in registers, else a chunk."""
     return next_power_of_2(max(n, 1)) if fits(n, element_size) else CHUNK
+
+
+def part_length(n: int, block: int, parts: int) -> int:
+    """Of one of at most so many parts of a row, in whole blocks."""
+    return cdiv(n, block * parts) * block
 
 
 def mass_arguments(experts: int, masses: float | tuple[float, ...]) -> tuple[int, int, int]:

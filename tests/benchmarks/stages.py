@@ -18,7 +18,9 @@ ORDER = (
 MODULES = {
     "router_logits": "router",
     "coordinate_descent": "solver",
+    "long_descent": "solver",
     "capped_simplex": "solver",
+    "long_selection": "selection",
     "gather_norm": "gather",
     "null_slot": "null slot",
     "token_gradient": "dx",

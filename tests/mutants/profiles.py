@@ -25,16 +25,19 @@ class Profile:
 
 SELECTION = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "((select or poison) and (triton or masked) and not (groups and float64) and not batching) or route_matches",
+    "((select or poison) and (triton or masked) and not (groups and float64) and not batching and not long_rows) "
+    "or route_matches",
     interpreted=True,
     examples=60,
 )
 DESCENT = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
-    "(triton and (iterative or descent or temperature or equality) and not (none_valid and 45)) "
+    "(triton and (iterative or descent or temperature or equality or parts_of) and not (none_valid and 45)) "
     "or (coordinate_descent and masked and (opcheck or batching))",
     interpreted=True,
 )
+LONG_SELECTION = Profile(("test_rows.py",), "long_rows_select", interpreted=True)
+LONG_DESCENT = Profile(("test_rows.py",), "long_rows_descend or poisons_a_long_row", interpreted=True)
 CAPPED = Profile(
     ("test_rows.py", "test_routing.py", "test_operators.py"),
     "(triton and exact) or (capped_simplex and masked)",
@@ -172,7 +175,11 @@ CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation o
 
 PROFILES = {
     "optimized/kernels/selection.py": SELECTION,
+    "optimized/kernels/slots.py": SELECTION,
+    "optimized/kernels/long_selection.py": LONG_SELECTION,
     "optimized/kernels/coordinate_descent.py": DESCENT,
+    "optimized/kernels/long_descent.py": LONG_DESCENT,
+    "optimized/kernels/temperature.py": DESCENT,
     "optimized/kernels/capped_simplex.py": CAPPED,
     "optimized/kernels/rows.py": ROWS,
     "optimized/kernels/launch.py": LAUNCH,
@@ -222,6 +229,7 @@ LARGE = Profile(("test_large.py",), "test_large")
 ADAPTERS = "hidden_keys or bitwise or kernels_own_draw or test_lengths"
 PROFILES_ON_GPU = {
     "optimized/kernels/selection.py": LARGE,
+    "optimized/kernels/long_selection.py": LARGE,
     "optimized/kernels/coordinate_descent.py": LARGE,
     "optimized/kernels/combine.py": Profile(
         ("test_large.py", "test_poison.py"), "(test_large.py or uninitialised) and combine"

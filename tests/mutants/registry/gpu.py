@@ -13,6 +13,13 @@ EDITS: Edits = {
             "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", "fla-org/flash-linear-attention#1080"
         ),
     },
+    "optimized/kernels/long_selection.py": {
+        "long-select-row-of-32-bits": edit(
+            '    """turn: that of the last digit."""\n    row = tl.program_id(0).to(tl.int64)',
+            '    """turn: that of the last digit."""\n    row = tl.program_id(0)',
+            "fla-org/flash-linear-attention#1080",
+        ),
+    },
     "optimized/kernels/coordinate_descent.py": {
         "descent-kernel-row-of-32-bits": edit(
             "    row = tl.program_id(0).to(tl.int64)\n    s_ptr += row * n\n    scores_ptr += row * n\n",

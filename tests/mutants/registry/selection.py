@@ -3,7 +3,7 @@
 from ..mutant import Edits, edit
 
 EDITS: Edits = {
-    "optimized/kernels/selection.py": {
+    "optimized/kernels/slots.py": {
         "select-kernel-nan-ranks-first": edit(
             "key = tl.where(s != s, lowest + 2, key)", "key = tl.where(s != s, ones, key)", "NaN order"
         ),
@@ -16,42 +16,45 @@ EDITS: Edits = {
         "select-kernel-masked-poison": edit(
             "key = tl.where(valid, key, lowest + 1)", "key = tl.where(valid, key, lowest + 2)", "trymirai/lalamo#310"
         ),
-        "select-kernel-one-equal-too-few": edit(
-            "(seen_equal + tl.cumsum(equal) <= room)",
-            "(seen_equal + tl.cumsum(equal) < room)",
-            "vllm-project/vllm-xpu-kernels#453",
-        ),
+        "select-kernel-one-equal-too-few": edit("(same <= room)", "(same < room)", "vllm-project/vllm-xpu-kernels#453"),
         "select-kernel-equals-and-larger-ones": edit(
-            "seen_equal += tl.sum(equal)", "seen_equal += tl.sum(chosen.to(tl.int32))", "pytorch/pytorch#150012"
+            "return above + (total & 0xFFFF), equal + (total >> 16)",
+            "return above + (total & 0xFFFF), equal + (total & 0xFFFF)",
+            "pytorch/pytorch#150012",
         ),
-        "select-kernel-low-bits-undecided": edit(
-            "while (shift >= 0) & (found != k):", "while (shift > 0) & (found != k):", "ties and signed zeros"
-        ),
-        "select-kernel-poison-of-the-last-chunk": edit(
-            "            poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))",
-            "            poisoned = tl.max((key == lowest + 2).to(tl.int32))",
-            "pytorch/pytorch#153799",
+        "select-kernel-masked-in-between": edit(
+            "slot = tl.where(chosen & ~valid, k - room + same, over + between) - 1",
+            "slot = over + tl.minimum(same, room) - 1",
+            "masked rows and sentinels",
         ),
         "select-kernel-inverse-of-masked": edit(
-            "tl.where(chosen & shown, slot, -1), mask=there",
-            "tl.where(chosen, slot, -1), mask=there",
+            "tl.where(chosen & valid, slot, -1), mask=inside",
+            "tl.where(chosen, slot, -1), mask=inside",
             "trymirai/lalamo#310",
         ),
         "select-kernel-inverse-unwritten": edit(
-            "tl.where(chosen & shown, slot, -1), mask=there",
-            "tl.where(chosen & shown, slot, -1), mask=chosen",
+            "tl.where(chosen & valid, slot, -1), mask=inside",
+            "tl.where(chosen & valid, slot, -1), mask=chosen",
             "tile-ai/tilelang#2461",
         ),
         "select-kernel-inverse-of-the-other-group": edit("        inverse_0 = inverse_1\n", "", "BobMcDear/attorch#14"),
         "select-kernel-unit-scores-hide-nan": edit(
-            'tl.store(picked_0 + slot, tl.where(poisoned > 0, float("nan"), picked), mask=chosen)',
-            "tl.store(picked_0 + slot, picked, mask=chosen)",
+            'tl.store(picked_ptr + slot, tl.where(poisoned > 0, float("nan"), picked), mask=chosen)',
+            "tl.store(picked_ptr + slot, picked, mask=chosen)",
             "straight-through",
         ),
         "select-kernel-unit-scores-of-masked": edit(
-            "picked = shown.to(picked_0.dtype.element_ty)",
-            "picked = chosen.to(picked_0.dtype.element_ty)",
+            "picked = valid.to(picked_ptr.dtype.element_ty)",
+            "picked = chosen.to(picked_ptr.dtype.element_ty)",
             "straight-through",
+        ),
+    },
+    "optimized/kernels/selection.py": {
+        "select-kernel-low-bits-undecided": edit(
+            "while (shift >= 0) & (found != k):", "while (shift > 0) & (found != k):", "ties and signed zeros"
+        ),
+        "select-kernel-masked-are-all-in": edit(
+            "all_in = (found == k) & (least > lowest + 1)", "all_in = found == k", "masked rows and sentinels"
         ),
         "select-kernel-scores-strided": edit(
             "s if scores is None else scores.contiguous()",
@@ -59,11 +62,51 @@ EDITS: Edits = {
             "unslothai/unsloth#10617",
             "stride and layout",
         ),
-        "select-kernel-first-masked-slot": edit(
-            "first_masked = tl.minimum(valid_tokens, k)",
-            "first_masked = valid_tokens",
-            "masked rows and sentinels",
-            equivalent="it is read for chosen masked tokens only, and these exist only if valid_tokens < k",
+    },
+    "optimized/kernels/long_selection.py": {
+        "long-select-least-key-left-out": edit(
+            "return tl.where(all_in, least - 1, least), tl.where(",
+            "return least, tl.where(",
+            "ties and signed zeros",
+        ),
+        "long-select-one-equal-too-few": edit(
+            "tl.where(all_in, 0, room - larger)",
+            "tl.where(all_in, 0, room - larger - 1)",
+            "vllm-project/vllm-xpu-kernels#453",
+        ),
+        "long-select-chunk-before-forgotten": edit("each < chunk, table", "each < chunk - 1, table", "tail mask"),
+        "long-select-keys-that-begin-otherwise": edit(
+            ">> (shift + DIGIT).to(key_type)) == 0", ">> shift.to(key_type)) == 0", "ties and signed zeros"
+        ),
+        "long-select-k-of-the-last-group": edit(
+            "room = tl.where(row % experts < group, k_0, k_1)", "room = k_1", "BobMcDear/attorch#14"
+        ),
+        "long-select-masked-are-all-in": edit(
+            "(least != 0) & (least != 1)", "(least != 0)", "masked rows and sentinels"
+        ),
+        "long-select-chunks-before-by-the-last-digit": edit(
+            "            before += more\n    tl.store(before_ptr",
+            "            before = more\n    tl.store(before_ptr",
+            "stale saved tensor",
+        ),
+        "long-select-counts-of-the-last-block": edit(
+            "counts += tl.histogram(", "counts = tl.histogram(", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+        "long-select-poison-of-the-last-block": edit(
+            "poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))",
+            "poisoned = tl.max((key == lowest + 2).to(tl.int32))",
+            "pytorch/pytorch#153799",
+        ),
+        "long-select-poison-of-the-own-chunk": edit(
+            "poisoned = tl.max(tl.load(nan_ptr + row * CHUNKS + each, mask=each < chunks, other=0))",
+            "poisoned = tl.load(nan_ptr + row * CHUNKS + chunk)",
+            "NaN order",
+        ),
+        "long-select-scores-strided": edit(
+            "s if scores is None else scores.contiguous()",
+            "s if scores is None else scores",
+            "unslothai/unsloth#10617",
+            "stride and layout",
         ),
     },
     "optimized/ops/select.py": {

@@ -14,7 +14,9 @@ EDITS: Edits = {
             "masked rows and sentinels",
         ),
         "descent-kernel-last-temperature": edit(
-            "rate = _rate(_temperature(n_iters, eps_bits", "rate = _rate(_temperature(n_iters - 1, eps_bits", "mass"
+            "rate = rate_of(temperature_of(n_iters, eps_bits",
+            "rate = rate_of(temperature_of(n_iters - 1, eps_bits",
+            "mass",
         ),
         "descent-kernel-cools-too-late": edit(
             "        hot *= cooling\n        temperature = tl.maximum(hot, coldest).to(dtype)\n",
@@ -44,8 +46,8 @@ EDITS: Edits = {
             "        da += tl.sum(ds)\n", "        da = tl.sum(ds)\n", "lucidrains/CoLT5-attention#8", "tail mask"
         ),
         "descent-kernel-steps-not-carried": edit(
-            "da = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))",
-            "da = tl.sum(tl.where(lanes == 0, product, 0.0))",
+            "later_steps = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))",
+            "later_steps = tl.sum(tl.where(lanes == 0, product, 0.0))",
             "fla-org/flash-linear-attention#1140",
         ),
         "descent-kernel-factor-without-count": edit(
@@ -54,7 +56,9 @@ EDITS: Edits = {
             "lucidrains/CoLT5-attention#8",
         ),
         "descent-kernel-factor-of-another-step": edit(
-            "temperature = _temperature(t + 1, eps_bits", "temperature = _temperature(t, eps_bits", "stale saved tensor"
+            "temperature = temperature_of(t + 1, eps_bits",
+            "temperature = temperature_of(t, eps_bits",
+            "stale saved tensor",
         ),
         "descent-kernel-dlogits-of-masked-dropped": edit(
             "    ds = tl.where(valid, ds, 0.0)\n    if HAS_DLOGITS:\n"
@@ -77,6 +81,69 @@ EDITS: Edits = {
         ),
         "descent-kernel-zero-times-infinity": edit(
             "tl.where(count > 0, factor, 0.0)", "factor", "fla-org/flash-linear-attention#1214"
+        ),
+        "descent-kernel-block-alone": edit(
+            "                totals += tl.exp(", "                totals = tl.exp(", "pytorch/pytorch#153799"
+        ),
+        "descent-kernel-first-part-alone": edit(
+            "da = tl.sum(tl.load(sums_ptr + row * PARTS + each, mask=each < parts, other=0.0))",
+            "da = tl.load(sums_ptr + row * PARTS)",
+            "lucidrains/CoLT5-attention#8",
+            "tail mask",
+        ),
+        "descent-kernel-parts-overlap": edit(
+            "tl.minimum(part * length + length, n), BLOCK)", "n, BLOCK)", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+    },
+    "optimized/kernels/long_descent.py": {
+        "long-descent-largest-of-the-last-block": edit(
+            "top = tl.maximum(top, tl.max(s))", "top = tl.max(s)", "log-sum-exp and scale"
+        ),
+        "long-descent-peak-is-the-bound": edit(
+            "peak = tl.minimum(top, bound)", "peak = bound", "fla-org/flash-linear-attention#1214"
+        ),
+        "long-descent-sums-of-another-step": edit(
+            "left = (t % 2 * rows + row) * CHUNKS + each", "left = row * CHUNKS + each", "stale saved tensor"
+        ),
+        "long-descent-cools-too-early": edit("bits[t - 1], bits[t], length", "bits[t], bits[t], length", "mass"),
+        "long-descent-poison-is-forgotten": edit(
+            "        a = tl.where(earlier != earlier, earlier, a)\n", "", "NaN order"
+        ),
+        "long-descent-scores-of-poisoned-rows": edit(
+            "                scores = tl.where(a != a, a, scores)\n", "", "NaN order"
+        ),
+        "long-descent-poison-of-the-last-block": edit(
+            "poisoned = tl.maximum(poisoned, tl.max((s != s).to(tl.int32)))",
+            "poisoned = tl.max((s != s).to(tl.int32))",
+            "pytorch/pytorch#153799",
+        ),
+        "long-descent-tokens-of-the-last-block": edit(
+            "found += tl.sum(valid.to(tl.int32))",
+            "found = tl.sum(valid.to(tl.int32))",
+            "lucidrains/CoLT5-attention#8",
+            "tail mask",
+        ),
+        "long-descent-totals-of-the-last-block": edit(
+            "totals += tl.exp(", "totals = tl.exp(", "pytorch/pytorch#153799"
+        ),
+        "long-descent-counts-of-the-last-block": edit(
+            "counts += (s >= bound)", "counts = (s >= bound)", "lucidrains/CoLT5-attention#8", "tail mask"
+        ),
+        "long-descent-mask-of-item-0": edit(
+            "        mask_ptr += row // experts * n\n", "        mask_ptr += 0\n", "fla-org/flash-linear-attention#1115"
+        ),
+    },
+    "optimized/kernels/temperature.py": {
+        "temperature-of-zero-steps": edit("decay = tl.exp2(t * tl.log2(", "decay = tl.exp2((t + 1) * tl.log2(", "mass"),
+        "temperature-below-its-least": edit(
+            "return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)",
+            "return (from_bits(eps_init_bits) * decay).to(DTYPE)",
+            "log-sum-exp and scale",
+        ),
+        "temperature-infinite-rate": edit(
+            "return tl.minimum(1.0 / temperature, largest)",
+            "return 1.0 / temperature",
+            "fla-org/flash-linear-attention#1214",
         ),
     },
     "optimized/kernels/capped_simplex.py": {
