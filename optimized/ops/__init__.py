@@ -14,12 +14,14 @@ from optimized.ops.solver import Solver
 
 if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a class
     attention: Operator
+    candidates: Operator
     capped_simplex: Operator
     combine: Operator
     coordinate_descent: Operator
     expert_attention: Operator
     gather_norm: Operator
     layer_norm: Operator
+    memory: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -29,12 +31,14 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     window_attention: Operator
 else:
     from optimized.ops.attention import attention
+    from optimized.ops.candidates import candidates
     from optimized.ops.capped_simplex import capped_simplex
     from optimized.ops.combine import combine
     from optimized.ops.coordinate_descent import coordinate_descent
     from optimized.ops.expert_attention import expert_attention
     from optimized.ops.gather_norm import gather_norm
     from optimized.ops.layer_norm import layer_norm
+    from optimized.ops.memory import memory
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows
