@@ -78,7 +78,9 @@ class MemoryAttention(RoutedAttention):
             assert old is not None
             odd = odd_rows(old).any(3)
             rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
-            held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+            held = Held(
+                rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1)
+            )
             out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
         else:
             kv = self._keys_values(x, plan)
@@ -96,7 +98,9 @@ class MemoryAttention(RoutedAttention):
     def _queries(self, x: Tensor, asked: Asked, plan: Plan) -> Float[Tensor, "E B Q H d"]:
         norm, own = self.norm, plain(self.norm, RMSNorm) is None
         gamma: Any = norm.gamma if own and norm is not None else None
-        rows, _ = ops.gather_norm(x, gamma, asked.places.flatten(2), asked.mask.flatten(2), asked.inverse, plan.dispatch)
+        rows, _ = ops.gather_norm(
+            x, gamma, asked.places.flatten(2), asked.mask.flatten(2), asked.inverse, plan.dispatch
+        )
         if not own:
             assert norm is not None
             rows = norm(rows)

@@ -195,11 +195,25 @@ def window_attention(s: Sample) -> dict[str, Any]:
     return {"x": s.floats(s.batch, s.n, DIM), **weights, "heads": HEADS, **given}
 
 
+def candidates(s: Sample) -> dict[str, Any]:
+    """n columns, in blocks of three or less."""
+    block = next(w for w in (3, 2, 1) if s.n % w == 0)
+    first = draw((s.batch, s.experts), "normal", 100 * s.seed + 6).to(s.dtype)
+    given = {"logits": s.floats(s.batch, s.experts, s.n), "valid": s.token_mask(), "first": first}
+    return {**given, "kq": 2, "capacity": 2, "block": block}
+
+
+def memory(s: Sample) -> dict[str, Any]:
+    """n columns, the first of them before any block."""
+    prior = min(s.n, 1 if s.n % 2 else 2)
+    return {"logits": s.floats(s.batch, s.experts, s.n), "valid": s.token_mask(), "k": 3, "block": 2, "prior": prior}
+
+
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
         router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
-        attention, expert_attention, window, window_attention, layer_norm,
+        attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
     )
 }  # fmt: skip
 

@@ -76,7 +76,7 @@ def every_sample() -> Iterator[Any]:
     small = [Sample(n=n, variant="blocks", masked=n > 0, triton=False) for n in (0, 1)]
     for name in OPERATORS:
         of = forward_of(name)
-        routing = of in (*SOLVERS, "select", "pick")  # in float32 at least
+        routing = of in (*SOLVERS, "select", "pick", "candidates", "memory")  # in float32 at least
         half = [] if routing else [Sample(torch.bfloat16, True, "transposed", triton=of in MODEL_DTYPE)]
         half += [Sample(torch.float16, of == "gather_norm", "sliced", triton=True)] * (of in MODEL_DTYPE)
         variants = [Sample(variant=v, masked=i % 2 == 1, triton=False) for i, v in enumerate(VARIANTS.get(of, {}))]

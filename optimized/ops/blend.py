@@ -61,7 +61,8 @@ class blend:
             found["null"] = torch.stack(parts).to(a.null.dtype)
         if not (needs.y or needs.scores):
             return found
-        rows, scores = take_rows(dout, a.indices, a.slots), _by_slot(a.scores).to(wide)
+        rows = take_rows(dout, a.indices, a.slots) if dout.shape[1] else a.y.new_zeros(a.y.shape, dtype=wide)
+        scores = _by_slot(a.scores).to(wide)
         constant = ~a.slots.transpose(0, 1)[..., None] | scores.isnan() | ~a.y.isfinite()
         if needs.y:
             found["y"] = (rows * scores).masked_fill_(constant, 0).to(a.y.dtype).contiguous()
