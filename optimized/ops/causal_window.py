@@ -25,6 +25,7 @@ from optimized.ops.window import attend, attend_backward, tables, turn
     wrt="qkv",
     gradients_of="out",
     saves="mask out safe lse odd",
+    alike={"qkv": "safe"},
 )
 class causal_window:
     """softmax(q k^T / sqrt(d)) v: token i sees 0 <= i - j <= window. NaN where q, or a k or v that it sees, is not
