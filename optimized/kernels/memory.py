@@ -88,9 +88,8 @@ def _memory_kernel(
         count = tl.minimum(there, k)
         least = token
         found = count
-        above = tl.full((), 0, tl.int32)
         if there > k:
-            least, found, above = kth_largest(
+            least, found = kth_largest(
                 key, k, s_ptr, mask_ptr, list_ptr, list_counts_ptr, n, k, listed, start, size,
                 BITS, HAS_MASK, listing, BLOCK, ONE_BLOCK,
             )  # fmt: skip

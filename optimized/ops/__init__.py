@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     gather_norm: Operator
     layer_norm: Operator
     memory: Operator
+    memory_attention: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -39,6 +40,7 @@ else:
     from optimized.ops.gather_norm import gather_norm
     from optimized.ops.layer_norm import layer_norm
     from optimized.ops.memory import memory
+    from optimized.ops.memory_attention import memory_attention
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows
