@@ -112,8 +112,7 @@ def _memory_attention_kernel(
     q = _tile(q_ptr + start, i, stride, here, dim, BLOCK_D)
     null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
-    s = tl.sum(q.to(DTYPE) * null_k[None, :], 1)
-    top = s * to_base_2
+    top = tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2
     total = tl.where(top - top == 0, 1.0, float("nan")).to(DTYPE)
     weight = tl.full((BLOCK_M,), 1.0, DTYPE)
     seed = tl.full((), 0, tl.int64)
@@ -182,20 +181,20 @@ def _memory_queries_kernel(
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
     lse = lse * LOG2_E
     null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
-    p = tl.exp2(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
+    p0 = tl.exp2(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
     weight = tl.full((BLOCK_M,), 1.0, DTYPE)
     seed = tl.full((), 0, tl.int64)
     if DROPOUT:
         seed = tl.load(seed_ptr)
         weight = _kept(seed, queries, tl.full((BLOCK_M,), -1, tl.int64), n, drop, keep_bits, DTYPE)
-    ds = p * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta) * scale
-    ds = tl.where(live, ds, 0.0)
-    dq = tl.where(live[:, None], ds[:, None] * null_k[None, :], 0.0)
-    share = tl.where(live, p * weight, 0.0)
+    ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta) * scale
+    ds0 = tl.where(live, ds0, 0.0)
+    dq = tl.where(live[:, None], ds0[:, None] * null_k[None, :], 0.0)
+    share = tl.where(live, p0 * weight, 0.0)
     channels = tl.arange(0, BLOCK_D)
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
-    dnull_k = tl.sum(ds[:, None] * q.to(DTYPE), 0)
+    dnull_k = tl.sum(ds0[:, None] * q.to(DTYPE), 0)
     dnull_v = tl.sum(share[:, None] * dout.to(DTYPE), 0)
     tl.store(dnull_ptr + program * dim + channels, dnull_k, mask=channels < dim)
     tl.store(dnull_ptr + (programs + program) * dim + channels, dnull_v, mask=channels < dim)
