@@ -41,8 +41,8 @@ class memory_attention:
         indices, counts: of `memory` over L columns, (B, E, J, K) and (B, E, J) int32.
         q_counts: (B, E, J) int32, how many slots of a block hold a query, the first ones, at most C.
         dropout: probability of dropping a weight, the null key's too.
-    Returns out (E, B, J, C, H, d), 0 in empty slots; the log-sum-exp (E, B, J, H, C), +inf where out is NaN and in empty
-    slots; and the seed of the draws, (1) int64 (empty without dropout), of which both forms make the same.
+    Returns out (E, B, J, C, H, d), 0 in empty slots; the log-sum-exp (E, B, J, H, C), +inf in empty slots and where out
+    is NaN; and the seed of the draws, (1) int64 (empty without dropout), of which both forms make the same.
     """
 
     def forward(a: Any) -> Any:
