@@ -195,18 +195,41 @@ def window_attention(s: Sample) -> dict[str, Any]:
     return {"x": s.floats(s.batch, s.n, DIM), **weights, "heads": HEADS, **given}
 
 
+def triples(s: Sample) -> Tensor | None:
+    """Of columns, three for a token, of which the last may be masked."""
+    mask = s.token_mask()
+    if mask is None:
+        return None
+    return torch.stack((torch.ones_like(mask), torch.ones_like(mask), mask), -1).flatten(1)
+
+
 def candidates(s: Sample) -> dict[str, Any]:
-    """n columns, in blocks of three or less."""
-    block = next(w for w in (3, 2, 1) if s.n % w == 0)
     first = draw((s.batch, s.experts), "normal", 100 * s.seed + 6).to(s.dtype)
-    given = {"logits": s.floats(s.batch, s.experts, s.n), "valid": s.token_mask(), "first": first}
-    return {**given, "kq": 2, "capacity": 2, "block": block}
+    given = {"logits": s.floats(s.batch, s.experts, 3 * s.n), "valid": triples(s), "first": first}
+    return {**given, "kq": 2, "capacity": 2, "block": 3}
 
 
 def memory(s: Sample) -> dict[str, Any]:
-    """n columns, the first of them before any block."""
-    prior = min(s.n, 1 if s.n % 2 else 2)
-    return {"logits": s.floats(s.batch, s.experts, s.n), "valid": s.token_mask(), "k": 3, "block": 2, "prior": prior}
+    logits = s.floats(s.batch, s.experts, 3 * s.n + 2)
+    valid = None if not s.masked else torch.nn.functional.pad(triples(s), (2, 0), value=True)
+    return {"logits": logits, "valid": valid, "k": 3, "block": 3, "prior": 2}
+
+
+def memory_attention(s: Sample) -> dict[str, Any]:
+    """Of blocks of three columns, as many as tokens."""
+    remembered = memory(s)
+    indices, counts = ops.memory(*(remembered[name] for name in ("logits", "valid", "k", "block", "prior")), False)
+    shape = (s.experts, s.batch, s.n, 2, HEADS, DIM_HEAD)
+    return {
+        "q": s.floats(*shape, seed=1),
+        "kv": s.floats(s.experts, s.batch, 3 * s.n + 2, 2, HEADS, DIM_HEAD, seed=2),
+        "scores": s.floats(s.batch, s.experts, 3 * s.n + 2, seed=3, dtype=s.wide),
+        "null_kv": s.floats(2, s.experts, HEADS, 1, DIM_HEAD, seed=4),
+        "indices": indices,
+        "counts": counts,
+        "q_counts": s.integers(3, *counts.shape, seed=5, dtype=torch.int32),
+        "dropout": 0.0,
+    }
 
 
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
@@ -214,6 +237,7 @@ SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     for function in (
         router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
         attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
+        memory_attention,
     )
 }  # fmt: skip
 
@@ -281,6 +305,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
     },
+    "memory_attention": {"dropout": {"dropout": 0.3}},
     "window": WINDOWS,
     "window_attention": WINDOWS,
 }

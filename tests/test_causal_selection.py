@@ -95,7 +95,7 @@ def small_blocks(kernels: str, **changes: int) -> Any:
     from optimized.kernels import memory
 
     assert kernels in ("torch", "triton")
-    return mock.patch.multiple(memory, **({"KEYS": 8, "LONG": 8, "GROUP": 4, "LISTS": 1} | changes))
+    return mock.patch.multiple(memory, **({"KEYS": 8, "LONG": 8, "GROUP": 4} | changes))
 
 
 def check_all(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -114,10 +114,9 @@ MEMORY = st.fixed_dictionaries(
         "content": st.sampled_from(CONTENTS),
         "mask": st.sampled_from(("none", "random", "nobody")),
         "seed": SEEDS,
-        "lists": st.sampled_from((1, 4)),
     }
 )
-COMMON = {"shape": (1, 2), "seed": 3, "lists": 1}
+COMMON = {"shape": (1, 2), "seed": 3}
 
 
 @EVERY_KERNEL
@@ -136,7 +135,7 @@ def test_memory_is_the_best_of_what_came_before(kernels: str, device: torch.devi
     there = None if valid is None else valid.to(device)
     expected = remembered(logits, valid, c["k"], c["block"], c["prior"])
     for long in (8, 2**20) if kernels == "triton" else (8,):
-        with small_blocks(kernels, LONG=long, LISTS=c["lists"]):
+        with small_blocks(kernels, LONG=long):
             found = ops.memory(logits.to(device), there, c["k"], c["block"], c["prior"], kernels == "triton")
         check_all(found, expected)
 

@@ -48,7 +48,7 @@ def _candidates_kernel(
             HAS_MASK, False, BLOCK, ONE_BLOCK,
         )  # fmt: skip
         if numbers >= kq:
-            least, _, _ = kth_largest(
+            least, _ = kth_largest(
                 key, kq, s_ptr, mask_ptr, indices_ptr, counts_ptr, n, 1, 0, before, width,
                 BITS, HAS_MASK, False, BLOCK, ONE_BLOCK,
             )  # fmt: skip

@@ -25,10 +25,9 @@ from torch import Tensor
 from optimized.kernels.launch import as_bytes, cdiv, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
-KEYS = 4096  # in registers at a time
-GROUP = 4096  # columns of a group, at least: then a list of 512 is an eighth of it
-LISTS = 4  # times K columns of a group, at least
-LONG = 16384  # columns from which on a row is searched in groups
+KEYS = 2048  # in registers at a time
+GROUP = 4096  # columns of a group, at least, and four times K: then a list is a quarter of it at most
+LONG = 16384  # columns beyond which a row is searched in groups
 
 
 @triton.jit(do_not_specialize=["n", "k", "prior", "width", "blocks", "group", "targets", "experts"])
@@ -88,9 +87,8 @@ def _memory_kernel(
         count = tl.minimum(there, k)
         least = token
         found = count
-        above = tl.full((), 0, tl.int32)
         if there > k:
-            least, found, above = kth_largest(
+            least, found = kth_largest(
                 key, k, s_ptr, mask_ptr, list_ptr, list_counts_ptr, n, k, listed, start, size,
                 BITS, HAS_MASK, listing, BLOCK, ONE_BLOCK,
             )  # fmt: skip
@@ -133,7 +131,7 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
             BITS=8 * s.element_size(), STAGE=stage, HAS_MASK=mask is not None, **_sizes(longest),
         )  # fmt: skip
 
-    found, group = (indices, counts), max(cdiv(max(GROUP, LISTS * k), block), 1)
+    found, group = (indices, counts), cdiv(max(GROUP, 4 * k), block)
     if n <= LONG or group >= blocks:
         group = blocks
     else:
@@ -148,4 +146,4 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
 def _sizes(longest: int) -> dict[str, Any]:
     """Of a search among so many elements at most."""
     block = min(next_power_of_2(max(longest, 1)), KEYS)
-    return {"BLOCK": block, "ONE_BLOCK": longest <= block, "num_warps": min(max(block // 256, 1), 16)}
+    return {"BLOCK": block, "ONE_BLOCK": longest <= block, "num_warps": max(block // 256, 1)}

@@ -56,8 +56,7 @@ def kth_largest(
     key, k, s_ptr, mask_ptr, list_ptr, counts_ptr, n, width, listed, start, size,
     BITS: tl.constexpr, HAS_MASK: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(least, found, above): the K-th largest key or, where exactly k keys reach it, a lesser one; how many reach it,
-    and, where these are more than k, how many lie above it.
+    """(least, found): the K-th largest key or, where exactly k keys reach it, a lesser one; how many reach it.
 
     Built from the top, two bits at a time, from the lowest key up: flipping a bit adds to it, but for the sign, which
     is set. At least k keys are there.
@@ -65,7 +64,6 @@ def kth_largest(
     key_type: tl.constexpr = key.dtype
     least = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)
     found = tl.full((), -1, tl.int32)
-    above = tl.full((), 0, tl.int32)
     shift = tl.full((), BITS - 2, tl.int32)
     while (shift >= 0) & (found != k):
         first = least ^ (tl.full((), 1, key_type) << shift.to(key_type))
@@ -75,8 +73,7 @@ def kth_largest(
             key, first, second, third, s_ptr, mask_ptr, list_ptr, counts_ptr, n, width, listed, start, size,
             HAS_MASK, LISTED, BLOCK, ONE_BLOCK,
         )  # fmt: skip
-        above = tl.where(count_3 >= k, above, tl.where(count_2 >= k, count_3, tl.where(count_1 >= k, count_2, count_1)))
         found = tl.where(count_3 >= k, count_3, tl.where(count_2 >= k, count_2, tl.where(count_1 >= k, count_1, found)))
         least = tl.where(count_3 >= k, third, tl.where(count_2 >= k, second, tl.where(count_1 >= k, first, least)))
         shift -= 2
-    return least, found, above
+    return least, found

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     gathered: Operator
     layer_norm: Operator
     memory: Operator
+    memory_attention: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -46,6 +47,7 @@ else:
     from optimized.ops.gathered import gathered
     from optimized.ops.layer_norm import layer_norm
     from optimized.ops.memory import memory
+    from optimized.ops.memory_attention import memory_attention
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows

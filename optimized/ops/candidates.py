@@ -16,7 +16,7 @@ from optimized.ops.operator import operator
 @operator(
     "(Tensor logits, Tensor? valid, Tensor first, SymInt kq, SymInt capacity, SymInt block, bool triton)"
     " -> (Tensor indices, Tensor slots, Tensor inverse, Tensor thresholds, Tensor counts)",
-    folds=dict.fromkeys("logits valid first indices slots inverse thresholds counts".split(), 0),
+    folds=dict.fromkeys(("logits", "valid", "first", "indices", "slots", "inverse", "thresholds", "counts"), 0),
 )
 class candidates:
     """The first `capacity` tokens of each block whose logit is at least the kq-th largest of the block before.
@@ -36,7 +36,7 @@ class candidates:
             from optimized.kernels import candidates as kernel
 
             return kernel.candidates(a.logits, a.valid, a.first, a.kq, a.capacity, a.block)
-        rows = a.logits.unflatten(-1, (a.logits.shape[-1] // a.block, a.block))
+        rows = a.logits.contiguous().unflatten(-1, (a.logits.shape[-1] // a.block, a.block))
         valid = torch.ones_like(rows, dtype=torch.bool)
         if a.valid is not None:
             valid = a.valid[:, None].expand_as(a.logits).reshape(rows.shape)

@@ -17,7 +17,7 @@ from optimized.ops.select import _order_preserving
 @operator(
     "(Tensor logits, Tensor? valid, SymInt k, SymInt block, SymInt prior, bool triton)"
     " -> (Tensor indices, Tensor counts)",
-    folds=dict.fromkeys("logits valid indices counts".split(), 0),
+    folds=dict.fromkeys(("logits", "valid", "indices", "counts"), 0),
 )
 class memory:
     """Of each block, the k best of the columns before it.
