@@ -230,7 +230,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
         nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
         inverse = torch.where(routed, 0, -1).int()[..., None]
-        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, cache.length)
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, torch.ones_like(held), cache.length)
         stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
         y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
@@ -269,6 +269,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             inverse.contiguous(),
             memory.columns[:, :, by_block],
             memory.counts[:, :, by_block],
+            queries.filled[:, :, by_block].sum(-1, dtype=torch.int32),
             places.start,
         )
         if places.filled is not None:  # what has a slot already is not asked again
