@@ -232,10 +232,37 @@ def memory_attention(s: Sample) -> dict[str, Any]:
     }
 
 
+def blend(s: Sample) -> dict[str, Any]:
+    """After a cache, averaged, if masked."""
+    given = combine(s)
+    return {
+        **{name: given[name] for name in ("y", "scores", "indices", "slots", "inverse", "dtype")},
+        "local": s.floats(s.batch, s.n, DIM, seed=2),
+        "null": s.floats(s.experts, DIM, seed=3),
+        "begin": s.integers(4, s.batch, seed=4) + 2 if s.masked else None,
+        "width": 2 if s.masked else 0,  # what has a slot stands behind
+        "average": s.masked,
+    }
+
+
+def causal_window(s: Sample) -> dict[str, Any]:
+    """Rotated before, if masked."""
+    given = window(s)
+    del given["causal"]
+    return {**given, "turned": s.masked}
+
+
+def gathered(s: Sample) -> dict[str, Any]:
+    """Of three blocks, of which none sees a row twice."""
+    order = torch.rand(s.batch, s.experts, 3, s.n, generator=generator(20 + s.seed)).argsort(-1)
+    counts = s.integers(min(4, s.n) + 1, s.batch, s.experts, 3, seed=8, dtype=torch.int32)
+    return {"t": s.floats(s.experts, s.batch, s.n, DIM), "indices": order[..., :4].int(), "counts": counts}
+
+
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
+        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
         attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
         memory_attention,
     )
@@ -280,6 +307,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "all_queries": {"k_q": 6},
         "takes_all": {"k_q": 9, "k_kv": 6},
     },
+    "blend": {
+        "first_block": {
+            "width": 3,
+            "slots": lambda s: torch.zeros_like(s.routing()["slots"]),
+            "inverse": lambda s: torch.full_like(s.routing()["inverse"], -1),
+        },
+    },
+    "causal_window": {"kernel": {"backend": "triton"}, "beyond": {"window": 9}},
     "combine": {
         "alone": {"local": None, "null": None},
         "average_null": {"local": None, "null": null_of, "average": True},
