@@ -1,7 +1,7 @@
 """Strictly causal Mixture of Attention: what a token gets depends on it and on tokens before it, and on nothing else.
 
-Without a mask and a cache tokens stay where they are. With a mask the valid ones are moved to the front and the output
-back; with a cache they are laid out behind the unfinished block (`autoregressive_layout`). Nothing waits for the device.
+Without a mask and a cache tokens stay where they are. With a mask the valid ones are moved to the front, and the output
+back; with a cache they are laid out behind the unfinished block (`autoregressive_layout`). Nothing asks the device.
 
 Letters: B batch, N tokens of a call, D model dimension, E experts, H heads, d head dimension, W block size, K slots of
 memory, C slots for queries in a block, J blocks.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,11 +24,10 @@ from optimized.autoregressive_cache import Cache, StaticCache
 from optimized.autoregressive_layout import Order, Places, continued, first_call
 from optimized.autoregressive_local import CLASSES as LOCAL
 from optimized.autoregressive_local import CausalLocalAttention
+from optimized.autoregressive_results import after, routes_of
 from optimized.autoregressive_routing import (
-    Limits,
+    Decided,
     LogitsRouter,
-    Memory,
-    Queries,
     both_logits,
     fusable,
     own_scores,
@@ -42,22 +40,11 @@ from optimized.autoregressive_routing import (
 from optimized.plan import Kind, Plan, bind
 from optimized.routed_attention import RoutedAttention
 from reference import contract
-from reference.autoregressive import Laid, MemoryRoutes, QueryRoutes
-from reference.autoregressive import Memory as Chosen
 from reference.autoregressive_call import check_call
 from reference.autoregressive_contract import AutoregressiveConfig
 from reference.contract import Config, TokenMask
 
 CLASSES: contract.Classes = {**ROUTED, **LOCAL, LogitsRouter: ("routing_token",)}
-
-
-class Decided(NamedTuple):
-    """What the routers made of a call."""
-
-    queries: Queries
-    limits: Limits
-    memory: Memory
-    scores: Tensor  # of the memory: by column (B, E, S), or by slot of every block (B, E, J, K)
 
 
 class MixtureOfAutoregressiveAttention(nn.Module):
@@ -204,9 +191,9 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if use_cache:
             count = x.new_full((x.shape[0],), n, dtype=torch.int64) if order is None else order.mask.sum(1)
             past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
-            results.append(_after(past, count, n, places, decided, kv, near, cache is not None))
+            results.append(after(past, count, n, places, decided, (kv, near), cache is not None))
         if return_routes:
-            results.append(self._routes(places, decided, logits, order, n, cache))
+            results.append(routes_of(places, decided, logits, order, cache, c))
         return results[0] if len(results) == 1 else tuple(results)
 
     @torch.no_grad()
@@ -243,7 +230,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
         nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
         inverse = torch.where(routed, 0, -1).int()[..., None]
-        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, cache.length)
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, torch.ones_like(held), cache.length)
         stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
         y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
@@ -269,7 +256,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
     def _attend(
         self, places: Places, decided: Decided, cache: Cache | None, rotary_emb: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """What the experts have, (E, B, Q, D), and keys and values of all columns. Block 0 of a sequence is left out."""
+        """What the experts have, (E, B, Q, D), and keys and values of all columns; without block 0 of a sequence."""
         m = places.x.shape[1]
         queries, memory, scores = decided.queries, decided.memory, decided.scores
         inverse, by_block = queries.inverse[..., :m], slice(_skipped(cache), None)
@@ -282,6 +269,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             inverse.contiguous(),
             memory.columns[:, :, by_block],
             memory.counts[:, :, by_block],
+            queries.filled[:, :, by_block].sum(-1, dtype=torch.int32),
             places.start,
         )
         if places.filled is not None:  # what has a slot already is not asked again
@@ -319,41 +307,6 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             y, scores, at, slots, inverse.contiguous(), local, null_tokens, begin, c.routed_window_size,
             c.average_routed, dtype, plan.mixture,
         )  # fmt: skip
-
-    def _routes(
-        self,
-        places: Places,
-        decided: Decided,
-        logits: tuple[Tensor, Tensor],
-        order: Order | None,
-        n: int,
-        cache: Cache | None,
-    ) -> tuple[QueryRoutes, MemoryRoutes]:
-        c, queries, memory, scores = self.config, *decided[:1], *decided[2:]
-        at = queries.places
-        new = torch.ones_like(places.q_logits, dtype=torch.bool) if places.there is None else places.there[:, None]
-        if places.filled is not None:
-            at = at - places.filled[:, None, None, None]
-            new = new & (torch.arange(new.shape[-1], device=new.device) >= places.filled[:, None])[:, None]
-        if order is not None and n:
-            found = order.indices[:, None].expand(-1, c.num_experts, -1)
-            at = found.gather(-1, at.clamp(0, n - 1).flatten(2)).view(at.shape)
-            logits = tuple(torch.where(order.mask[:, None], t.gather(-1, order.place[:, None].expand_as(t)), 0) for t in logits)  # type: ignore[assignment]  # noqa: E501
-        at = at.clamp(0, max(n - 1, 0))
-        rows = places.q_logits.detach().unflatten(-1, (-1, c.routed_window_size))
-        if c.everybody:
-            candidate = (queries.inverse >= 0).view(rows.shape)
-        else:
-            candidate = rows >= decided.limits.thresholds[..., None]
-        candidates = (candidate & new.expand_as(places.q_logits).view(rows.shape)).sum(-1)
-        taken = QueryRoutes(at, queries.mask, queries.scores, queries.mask.sum(-1), candidates, logits[0])
-
-        columns = memory.columns.long()
-        there = torch.arange(columns.shape[-1], device=columns.device) < memory.counts[..., None]
-        if scores.ndim == 3:
-            scores = torch.where(there, ops.gathered(scores.transpose(0, 1)[..., None], columns, memory.counts)[..., 0].transpose(0, 1), 0)  # noqa: E501
-        positions = torch.where(there, _positions(columns, places, cache), -1)
-        return taken, MemoryRoutes(positions, there, scores, logits[1])
 
     def _kind(self, x: Tensor, continued: bool) -> Kind:
         """What decides between backends in a call."""
@@ -398,53 +351,3 @@ def _skipped(cache: Cache | None) -> int:
 def _is(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether it takes what only a layer's own modules take: a class that FSDP or a user derived does, too."""
     return isinstance(module, cls) and type(module).forward is cls.forward and "forward" not in vars(module)
-
-
-def _positions(columns: Tensor, places: Places, cache: Cache | None) -> Tensor:
-    """Of columns (B, E, J, K)."""
-    if cache is None:
-        return columns
-    prior = cache.positions.shape[-1]
-    laid = cache.start[:, None] + torch.arange(places.q_logits.shape[-1], device=columns.device)
-    every = torch.cat((cache.positions, laid[:, None].expand(-1, columns.shape[1], -1)), -1)
-    return every.gather(-1, columns.flatten(2)).view(columns.shape)
-
-
-def _after(
-    past: Cache,
-    count: Tensor,
-    n: int,
-    places: Places,
-    decided: Decided,
-    kv: Tensor,
-    near: list[Any],
-    continued: bool,
-) -> Cache:
-    """The cache after a call; past: that before, empty for a first one."""
-    queries, limits, memory, _ = decided
-    columns = memory.columns.long()
-    length = places.q_logits.shape[-1]
-    there = torch.arange(columns.shape[-1], device=columns.device) < memory.counts[..., None]
-    x, keys_values = places.x, kv.permute(3, 1, 0, 2, 4, 5)
-    if not continued:
-        prior = past.positions.shape[-1]
-        columns = columns + prior
-        x = F.pad(x, (0, 0, 0, length - x.shape[1]))
-        keys_values = F.pad(keys_values, (0, 0, 0, 0, prior, 0))
-        near = [F.pad(t, (0, 0, 0, 0, past.local_keys.shape[1], 0)) for t in near]
-    position = past.start[:, None] + torch.arange(length, device=x.device)
-    positions = torch.where(there, columns, -1) if continued else torch.where(there, memory.columns.long(), -1)
-    if continued:
-        positions = torch.where(there, _positions(columns, places, past), -1)
-    held = places.there
-    if held is None:
-        held = torch.arange(length, device=x.device)[None] < n
-        held = held.expand(x.shape[0], -1)
-    q_logits = torch.where(held[:, None], places.q_logits, 0)
-    laid = Laid(x, q_logits, places.kv_logits, held, held, position)
-    assert memory.poisoned is not None
-    chosen = Chosen(columns, there, positions, memory.poisoned)
-    dtype = past.keys.dtype
-    keys, values = keys_values.to(dtype).unbind(0)
-    local = near[0].to(dtype), near[1].to(dtype)
-    return past.after(count, n, laid, chosen, (keys, values), tuple(limits), local)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optimized import ops
+from optimized.choice import choices
 from optimized.ops.finite import odd_rows
 from optimized.plain import obstacle_to_fusion, plain
 from optimized.plan import Kind, Plan, bind
@@ -32,6 +33,7 @@ class Asked(NamedTuple):
     inverse: Int[Tensor, "B E M"]  # slot j C + c of a row, -1 for none
     columns: Int[Tensor, "B E J K"] | None  # None: all blocks see the stored ones, and no row of x
     counts: Int[Tensor, "B E J"]
+    q_counts: Int[Tensor, "B E J"]  # slots that hold a query, of this call or not, the first ones
     start: Int[Tensor, " B"] | None  # position of the first row of x; None for 0
 
     def positions(self, index: Tensor) -> Tensor:
@@ -78,7 +80,9 @@ class MemoryAttention(RoutedAttention):
             assert old is not None
             odd = odd_rows(old).any(3)
             rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
-            held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+            held = Held(
+                rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1)
+            )
             out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
         else:
             kv = self._keys_values(x, plan)
@@ -87,7 +91,10 @@ class MemoryAttention(RoutedAttention):
                 k, v = kv.unbind(3)
                 kv = torch.stack((_rotated(k, angles, at.expand(k.shape[0], -1, -1), plan), v), 3)
             kv = kv if old is None else torch.cat((old, kv), 2)
-            out = attend_gathered(q, kv, scores, asked, null_kv, dropout, plan)
+            if by_index(plan) and scores.ndim == 3:
+                out = attend_by_index(q, kv, scores, asked, null_kv, dropout)
+            else:
+                out = attend_gathered(q, kv, scores, asked, null_kv, dropout, plan)
         rows = out.flatten(3)
         if plain(self.to_out, ExpertProjection) is None:
             return _projected(rows, self.to_out.weight, plan), kv
@@ -96,7 +103,9 @@ class MemoryAttention(RoutedAttention):
     def _queries(self, x: Tensor, asked: Asked, plan: Plan) -> Float[Tensor, "E B Q H d"]:
         norm, own = self.norm, plain(self.norm, RMSNorm) is None
         gamma: Any = norm.gamma if own and norm is not None else None
-        rows, _ = ops.gather_norm(x, gamma, asked.places.flatten(2), asked.mask.flatten(2), asked.inverse, plan.dispatch)
+        rows, _ = ops.gather_norm(
+            x, gamma, asked.places.flatten(2), asked.mask.flatten(2), asked.inverse, plan.dispatch
+        )
         if not own:
             assert norm is not None
             rows = norm(rows)
@@ -117,7 +126,7 @@ class MemoryAttention(RoutedAttention):
                 gamma = norm.gamma.squeeze(-1).to(wide)[:, None]
                 weight = (weight.to(wide).unflatten(0, (self.num_experts, -1)) * gamma).flatten(0, 1)
             kv = F.linear(x.to(plan.dtype), weight.to(plan.dtype))
-            return kv.unflatten(2, (self.num_experts, *heads)).permute(2, 0, 1, 3, 4, 5)
+            return kv.unflatten(2, (self.num_experts, *heads)).permute(2, 0, 1, 3, 4, 5).contiguous()
         rows = x.expand(self.num_experts, *x.shape)
         return project(self.to_kv, rows if norm is None else norm(rows)).to(plan.dtype).unflatten(3, heads)
 
@@ -157,6 +166,26 @@ def _rotated(t: Float[Tensor, "E B L H d"], angles: tuple[Tensor, Tensor], posit
         return t
     at = positions.clamp_max(cos.shape[0] - 1).flatten(0, 1)
     return ops.rotary(t.flatten(0, 1), cos, sin, at, False, plan.dispatch).unflatten(0, t.shape[:2])
+
+
+def by_index(plan: Plan) -> bool:
+    """Whether a kernel of ours looks keys up: where it moves tokens, unless a library was chosen to attend."""
+    return plan.dispatch and choices().of("routed_attention") is None
+
+
+def attend_by_index(
+    q: Float[Tensor, "E B Q H d"],
+    kv: Float[Tensor, "E B S 2 H d"],
+    scores: Float[Tensor, "B E S"],
+    asked: Asked,
+    null_kv: Float[Tensor, "2 E H 1 d"],
+    dropout: float,
+) -> Float[Tensor, "E B Q H d"]:
+    """By a kernel that looks keys up."""
+    experts, batch, _, *head = q.shape
+    by_block = q.reshape(experts, batch, *asked.places.shape[2:], *head)
+    given = asked.columns, asked.counts, asked.q_counts
+    return ops.memory_attention(by_block, kv, scores, null_kv, *given, dropout, True)[0].flatten(2, 3)
 
 
 def attend_gathered(

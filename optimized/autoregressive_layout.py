@@ -61,9 +61,7 @@ def rows_at(x: Tensor, indices: Tensor, there: Tensor, inverse: Tensor, triton: 
     return ops.gather_norm(x, None, indices[:, None], there[:, None], inverse[:, None].int(), triton)[0][0]
 
 
-def first_call(
-    x: Tensor, logits: tuple[Tensor, Tensor], order: Order | None, blocks: int, width: int
-) -> Places:
+def first_call(x: Tensor, logits: tuple[Tensor, Tensor], order: Order | None, blocks: int, width: int) -> Places:
     """Of tokens with none before them, valid ones first."""
     n = x.shape[1]
     more = blocks * width - n

@@ -94,9 +94,7 @@ class CausalLocalAttention(LocalAttention):
         shown = torch.arange(k.shape[1], device=k.device) < count[:, None]
         hidden = (odd_rows(q) | (odd & shown[..., None]).any(1, keepdim=True))[..., None]
         lengths, q = count.int(), q.masked_fill(hidden, 0)
-        out = ops.attention(
-            q, k, v, None, None, lengths, None, 0.0, -1, False, plan.routed_attention, plan.dispatch
-        )[0]
+        out = ops.attention(q, k, v, None, None, lengths, None, 0.0, -1, False, plan.routed_attention, plan.dispatch)[0]
         return out.masked_fill(hidden, torch.nan)
 
     def _attend(self, qkv: Tensor, mask: Tensor | None, turned: bool, plan: Plan) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from optimized import ops, pending
+from optimized import ops
 from optimized.autoregressive_cache import StaticCache
 from optimized.autoregressive_layout import Places
 from optimized.ops.coordinate_descent import temperature
@@ -117,7 +117,7 @@ def queries_of(
     else:
         first = logits.new_full(logits.shape[:2], torch.nan) if past is None else past.threshold
         keys = logits.detach().contiguous()
-        indices, filled, inverse, thresholds, _ = pending.candidates(
+        indices, filled, inverse, thresholds, _ = ops.candidates(
             keys, places.there, first, c.num_routed_queries, c.capacity, width, plan.routing
         )
         indices = indices.long()
@@ -171,6 +171,20 @@ class Memory(NamedTuple):
     counts: Int[Tensor, "B E J"]  # int32, filled slots, which come first
     poisoned: Bool[Tensor, "B E J"] | None  # a NaN logit came before, which a solver's scores or a cache need to know
 
+    @property
+    def there(self) -> Bool[Tensor, "B E J K"]:
+        """Which slots are filled."""
+        return torch.arange(self.columns.shape[-1], device=self.columns.device) < self.counts[..., None]
+
+    def positions(self, places: Places, past: Cache | None) -> Int[Tensor, "B E J K"]:
+        """Counted from the cache's start; -1 where empty."""
+        columns = self.columns.long()
+        if past is not None:
+            laid = past.start[:, None] + torch.arange(places.q_logits.shape[-1], device=columns.device)
+            every = torch.cat((past.positions, laid[:, None].expand(-1, columns.shape[1], -1)), -1)
+            columns = every.gather(-1, columns.flatten(2)).view(columns.shape)
+        return torch.where(self.there, columns, -1)
+
 
 def remember(places: Places, past: Cache | None, c: AutoregressiveConfig, plan: Plan, watched: bool) -> Memory:
     """watched: somebody asks which are poisoned."""
@@ -180,7 +194,7 @@ def remember(places: Places, past: Cache | None, c: AutoregressiveConfig, plan: 
         logits = torch.cat((past.logits.detach(), logits), -1)
         there = torch.cat((past.positions[:, 0] >= 0, there), -1)  # type: ignore[list-item]
     given = c.num_routed_key_values, c.routed_window_size, prior
-    columns, counts = pending.memory(logits.contiguous(), there, *given, plan.routing)
+    columns, counts = ops.memory(logits.contiguous(), there, *given, plan.routing)
     poisoned = None
     if watched or c.options.solver != "sigmoid":
         nan = places.kv_logits.isnan().unflatten(-1, (-1, c.routed_window_size)).any(-1)
@@ -215,9 +229,17 @@ def solved_scores(
     start = width * torch.arange(blocks, device=columns.device)
     start = start[None] if past is None else past.start[:, None] + start
     scores = torch.where(odd & (start > slots)[:, None, :, None], torch.nan, scores)
-    there = torch.arange(slots, device=columns.device) < memory.counts[..., None]
-    scores = handed_on(scores, there, o)
+    scores = handed_on(scores, memory.there, o)
     return scores if token is None else with_zero_gradient(scores, token)
+
+
+class Decided(NamedTuple):
+    """What the routers made of a call."""
+
+    queries: Queries
+    limits: Limits
+    memory: Memory
+    scores: Tensor  # of the memory: by column (B, E, S), or by slot of every block (B, E, J, K)
 
 
 # --- one token of every item ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimized.attention import Request, note
+from optimized.autoregressive import MixtureOfAutoregressiveAttention
 from optimized.mixture import MixtureOfAttention
 from optimized.plan import BY_TRITON, REGISTRY, Backend, choose
 
@@ -38,14 +39,16 @@ class Explanation:
         return f"{table}\n{'path':<{first}}  {self.path}"
 
 
-def explain(module: MixtureOfAttention, x: Any, **forward_arguments: Any) -> Explanation:
+def explain(
+    module: MixtureOfAttention | MixtureOfAutoregressiveAttention, x: Any, **forward_arguments: Any
+) -> Explanation:
     """Report the backend of each stage for `module(x, **forward_arguments)`, without running it.
 
     Autocast, training mode (dropout), masks, what is attached to modules, and `use_backends` are taken into account.
     Raises TypeError or ValueError as the call would, for arguments and for a chosen backend that can't serve it.
     """
-    if not isinstance(module, MixtureOfAttention):
-        raise TypeError(f"module: expected an optimized.MixtureOfAttention, got {type(module).__name__}")
+    if not isinstance(module, Layer):
+        raise TypeError(f"module: expected a layer of optimized, got {type(module).__name__}")
     kind, path = module.kind_of_call(x, **forward_arguments)
     stages = {}
     for stage in kind.stages:

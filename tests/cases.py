@@ -320,6 +320,104 @@ def _selected(
     yield truths
 
 
+def _blocks(n: int) -> Iterator[tuple[int, int, int]]:
+    """Of n columns: K, length of a block, columns before any. Few blocks and many, K small and large."""
+    for k, parts in ((max(n // 3, 1), 3), (min(n, 7), 9)):
+        width = max(n // parts, 1)
+        yield k, width, n % width
+
+
+def remembered(logits: Tensor, shown: Tensor, k: int, width: int, prior: int) -> tuple[Tensor, Tensor]:
+    """Indices and counts of the k best before each block: number before NaN, the larger, the later."""
+    ranked = (
+        torch.where(logits.isnan(), -torch.inf, logits + 0.0).flip(-1).argsort(dim=-1, descending=True, stable=True)
+    )
+    order = logits.shape[-1] - 1 - ranked
+    order = order.gather(-1, logits.isnan().gather(-1, order).byte().argsort(dim=-1, stable=True))
+    indices, counts = [], []
+    for end in range(prior, logits.shape[-1], width):
+        there = (order < end) & shown[:, None].expand_as(logits).gather(-1, order)
+        chosen = there & (there.cumsum(-1) <= k)
+        columns = torch.where(chosen, order, logits.shape[-1]).sort(-1).values[..., :k]
+        indices.append(torch.where(columns < logits.shape[-1], columns, 0).int())
+        counts.append(chosen.sum(-1).int())
+    return torch.stack(indices, 2), torch.stack(counts, 2)
+
+
+@case("rows")
+def memory(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import memory as kernel
+
+    mask, shown = _mask(x, s, masked)
+    logits = x.normal(s.batch, 2 * s.group, s.n, seed=s.n)
+    tied = x.lay(logits.round())
+    tied[0, 1, -1] = torch.nan
+    given = [(row, *sizes) for row in (logits, tied) for sizes in _blocks(s.n)]
+    found = [kernel.memory(row, mask, *sizes) for row, *sizes in given]
+    yield {f"{name} {i}": t for i, made in enumerate(found) for name, t in zip(("indices", "counts"), made)}
+    truths = [remembered(row, shown, *sizes) for row, *sizes in given]
+    yield {f"{name} {i}": Truth(t) for i, made in enumerate(truths) for name, t in zip(("indices", "counts"), made)}
+
+
+@case("rows")
+def candidates(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import candidates as kernel
+
+    mask, shown = _mask(x, s, masked)
+    rows = x.normal(s.batch, 2 * s.group, s.n, seed=s.n).mul(4).round().div(4)
+    rows[0, 1, -1] = torch.nan
+    first = x.normal(s.batch, 2 * s.group, seed=3, wide=True).to(rows.dtype)
+    names = ("indices", "slots", "inverse", "thresholds", "counts")
+    given = [(min(k, width), max(width // 2, 1), width, s.n // width * width) for k, width, _ in _blocks(s.n)]
+    cut = [(x.lay(rows[..., :n].contiguous()), None if mask is None else mask[:, :n]) for *_, n in given]
+    found = [kernel.candidates(row, m, first, *sizes) for (row, m), (*sizes, _) in zip(cut, given)]
+    yield {f"{name} {i}": t for i, made in enumerate(found) for name, t in zip(names, made)}
+    truths: dict[str, Truth] = {}
+    for i, (kq, capacity, width, n) in enumerate(given):
+        blocks = rows[..., :n].unflatten(-1, (n // width, width))
+        there = shown[:, None, :n].expand(*rows.shape[:2], n).reshape(blocks.shape)
+        number = there & ~blocks.isnan()
+        best = torch.where(number, blocks + 0.0, -torch.inf).sort(-1, descending=True).values[..., kq - 1]
+        limits = torch.cat((first[..., None], torch.where(number.sum(-1) >= kq, best, torch.nan)[..., :-1]), -1)
+        reach = there & (blocks >= limits[..., None])
+        slot = torch.where(reach & (reach.cumsum(-1) <= capacity), reach.cumsum(-1) - 1, capacity)
+        indices = torch.zeros(*slot.shape[:3], capacity + 1, dtype=torch.int32, device=slot.device)
+        indices.scatter_(-1, slot, torch.arange(n, device=slot.device).int().view(-1, width).expand_as(slot))
+        counts = reach.sum(-1).int()
+        slots = torch.arange(capacity, device=slot.device) < counts[..., None]
+        starts = capacity * torch.arange(n // width, device=slot.device)[:, None]
+        inverse = torch.where(slot < capacity, starts + slot, -1).int().flatten(2)
+        made = torch.where(slots, indices[..., :capacity], 0), slots, inverse, limits, counts
+        truths |= {f"{name} {i}": Truth(t) for name, t in zip(names, made)}
+    yield truths
+
+
+@case("rows")
+def memory_places(x: Inputs, s: Sizes) -> Yielded:
+    from optimized.kernels import memory_places as kernel
+
+    logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
+    shown = torch.ones(s.batch, s.n, dtype=torch.bool)
+    lists = [
+        remembered(logits, shown, k, width, prior) for k, width, prior in (*_blocks(s.n), (s.n, (s.n + 1) // 2, 0))
+    ]
+    given = [tuple(x.lay(t.to(x.device)) for t in pair) for pair in lists]
+    yield {f"places {i}": kernel.memory_places(*pair, s.n) for i, pair in enumerate(given)}
+    truths = {}
+    for i, (indices, counts) in enumerate(lists):
+        places = torch.full_like(indices, -1)
+        for row in itertools.product(*map(range, indices.shape[:2])):
+            held: list[int] = [-1] * indices.shape[-1]
+            for j, count in enumerate(counts[row].tolist()):
+                listed = indices[row][j, :count].tolist()
+                kept = set(held) & set(listed)
+                new = iter([t for t in listed if t not in kept])
+                held = [t if t in kept else next(new, -1) for t in held]
+                places[row][j] = torch.tensor(held, dtype=torch.int32)
+        truths[f"places {i}"] = Truth(places)
+    yield truths
+
+
 def descend(s: Tensor, shown: Tensor, k: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, iterates (T, B, R) and counts of the iterative solver; k (R)."""
     temperatures = [max(EPSILONS[1] * EPSILONS[2] ** t, EPSILONS[0]) for t in range(steps + 1)]
@@ -899,3 +997,101 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
     truths = {name: x.truth(t, t.abs(), 0) for name, t in truths.items()}
     by_slot = [t.sum((-2, -1)).unflatten(0, (s.experts, s.batch)).transpose(0, 1) for t in (products, products.abs())]
     yield {**truths, "dscores": x.truth(*by_slot, s.heads * s.dim_head, x.wide)}
+
+
+@case("heads")
+def memory_attention(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
+    from optimized.kernels import memory_attention as kernel
+
+    if s.dim_head > 128:  # too many channels
+        yield {}
+        yield {}
+        return
+    blocks, width, k = 3, max(s.length // 2, 1), s.length + 1
+    n, shape = 2 + blocks * width, (s.experts, s.batch, blocks, s.length, s.heads, s.dim_head)
+    logits, shown = draw((s.batch, s.experts, n), "normal", 40), torch.ones(s.batch, n, dtype=torch.bool)
+    listed = [t.to(x.device) for t in remembered(logits, shown, k, width, 2)]
+    filled = torch.arange(s.length, s.length + listed[1].numel(), dtype=torch.int32).view(listed[1].shape) % (
+        s.length + 1
+    )
+    q, dout = (x.normal(*shape, seed=41 + i) for i in range(2))
+    kv = x.normal(s.experts, s.batch, n, 2, s.heads, s.dim_head, seed=43)
+    null_kv = x.normal(2, s.experts, s.heads, 1, s.dim_head, seed=44)
+    scores = x.lay(logits.sigmoid().to(x.device, x.wide))
+    seed, rate = torch.tensor([7 << 40], device=x.device), 0.25 if dropout else 0.0
+    m = kernel.Memories(q, kv, scores, null_kv, *listed, filled.to(x.device), seed, rate)
+    out, lse = kernel.memory_attention(m)
+    grads = kernel.memory_attention_backward(dout, m, out, lse)
+    yield {"out": out, "lse": lse, **dict(zip(("dq", "dkv", "dscores", "dnull"), grads))}
+    # All columns, of which a block sees some, behind the null key: (E, B, J, H, C, 1 + L). Errors as of `window`.
+    short, root = torch.finfo(x.dtype).eps, s.dim_head**0.5
+    step = 0.0 if x.dtype == x.wide else 2 * short
+    at = torch.where(torch.arange(k, device=x.device) < listed[1][..., None], listed[0].long(), n)
+    sight = torch.zeros(*at.shape[:3], n + 1, dtype=torch.bool, device=x.device).scatter_(-1, at, True)[..., :n]
+    sight = torch.cat((torch.ones_like(sight[..., :1]), sight), -1).transpose(0, 1)[:, :, :, None, None]
+    full = torch.arange(s.length, device=x.device) < m.q_counts.transpose(0, 1)[..., None]
+    full = full[:, :, :, None, :, None]
+    wide_q, g = (t.double().transpose(3, 4) for t in (q, dout))
+    g = torch.where(full, g, 0)
+    keys, values = (
+        torch.cat((a.expand(-1, s.batch, -1, -1, -1), b), -2)[:, :, None]
+        for a, b in zip(null_kv.double()[:, :, None], kv.double().transpose(2, 4).unbind(3))
+    )
+    weight = torch.nn.functional.pad(scores.double().transpose(0, 1), (1, 0), value=1.0)[:, :, None, None, None]
+    p = (wide_q @ keys.mT / root).masked_fill(~sight, -torch.inf)
+    true_lse, p = p.logsumexp(-1), torch.where(full, p.softmax(-1), 0)
+    z = _draws(shape, n, seed, rate).to(p) if dropout else 1.0
+    sums_of = (s.dim_head + k + 25) * x.eps * (2 if x.dtype == torch.float64 else 1)
+    gain = sums_of * (1 + ((_lengths(wide_q) @ _lengths(keys).mT / root) * sight).amax(-1, keepdim=True))
+    share = p * z * weight
+    result, size = share @ values, share @ values.abs()
+    bounds = {"out": (gain + step) * (size + result.abs()), "lse": gain[..., 0] * (1 + true_lse.abs())}
+    dp, delta = (g @ values.mT) * z * weight, (g * result).sum(-1, keepdim=True)
+    ds = p * (dp - delta) / root
+    off = (g.abs() * bounds["out"]).sum(-1, keepdim=True) + sums_of * (
+        (g.abs() @ values.abs().mT) * z * weight + (g * result).abs().sum(-1, keepdim=True)
+    )
+    ds_off = p / root * (2 * gain * (dp - delta).abs() + off) + step * ds.abs()
+    pz = p * z
+    u, u_off = pz.mT @ g, (2 * pz * (gain + step)).mT @ g.abs() + blocks * s.length * x.eps * pz.mT @ g.abs()
+    dk = (ds.mT @ wide_q).sum(2)
+    dk_off = (ds_off.mT @ wide_q.abs() + (2 * step + blocks * sums_of) * ds.abs().mT @ wide_q.abs()).sum(2)
+    around = ds_off @ keys.abs() + (2 * step + sums_of) * ds.abs() @ keys.abs()
+    u, u_off, values, weight = u.sum(2), u_off.sum(2), values[:, :, 0], weight[:, :, 0, :, 0, :, None]
+    dv, dv_off = u * weight, u_off * weight
+    by_head = (u * values).sum((2, -1)), ((u_off + s.heads * sums_of * u.abs()) * values.abs()).sum((2, -1))
+
+    def columns(dk: Tensor, dv: Tensor) -> Tensor:
+        return torch.stack((dk, dv), 2)[..., 1:, :].movedim(4, 2)
+
+    def null(dk: Tensor, dv: Tensor) -> Tensor:
+        return torch.stack((dk, dv))[..., :1, :].sum(2)
+
+    count = s.batch * blocks * s.length * x.eps
+    most = null((ds.abs().mT @ wide_q.abs()).sum(2), (pz.mT @ g.abs()).sum(2))
+    made = {
+        "out": (result.transpose(3, 4), bounds["out"].transpose(3, 4)),
+        "dq": ((ds @ keys).transpose(3, 4), around.transpose(3, 4)),
+        "dkv": (columns(dk, dv), columns(dk_off, dv_off)),
+        "dscores": tuple(t[..., 1:].transpose(0, 1) for t in by_head),
+        "dnull": (null(dk, dv), null(dk_off, dv_off) + count * most),
+    }
+    last, found = torch.finfo(x.dtype), {}
+    for name, (value, bound) in made.items():
+        found[name] = Truth(value, bound + last.eps * value.abs() + last.smallest_normal)
+    found["lse"] = Truth(torch.where(full[..., 0], true_lse, torch.inf), bounds["lse"])
+    yield {name: found[name] for name in ("out", "lse", "dq", "dkv", "dscores", "dnull")}
+
+
+def _draws(shape: tuple[int, ...], n: int, seed: Tensor, rate: float) -> Tensor:
+    """Of dropout, (E, B, J, H, C, 1 + L): 0 or 1 / (1 - rate), in NumPy's integers of 64 bits without a sign."""
+    import numpy as np
+
+    experts, batch, blocks, slots, heads, _ = shape
+    queries = np.arange(experts * batch * heads * blocks * slots, dtype=np.uint64)
+    z = queries.reshape(experts, batch, heads, blocks, slots, 1) * np.uint64(n + 1) + np.arange(n + 1, dtype=np.uint64)
+    z = np.uint64(int(seed)) + z * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    kept = (z ^ (z >> np.uint64(31))) >> np.uint64(40) & np.uint64(0xFFFFFF)
+    return torch.from_numpy((kept >= rate * 2**24) / (1 - rate)).transpose(2, 3).to(seed.device)

@@ -195,11 +195,76 @@ def window_attention(s: Sample) -> dict[str, Any]:
     return {"x": s.floats(s.batch, s.n, DIM), **weights, "heads": HEADS, **given}
 
 
+def triples(s: Sample) -> Tensor | None:
+    """Of columns, three for a token, of which the last may be masked."""
+    mask = s.token_mask()
+    if mask is None:
+        return None
+    return torch.stack((torch.ones_like(mask), torch.ones_like(mask), mask), -1).flatten(1)
+
+
+def candidates(s: Sample) -> dict[str, Any]:
+    first = draw((s.batch, s.experts), "normal", 100 * s.seed + 6).to(s.dtype)
+    given = {"logits": s.floats(s.batch, s.experts, 3 * s.n), "valid": triples(s), "first": first}
+    return {**given, "kq": 2, "capacity": 2, "block": 3}
+
+
+def memory(s: Sample) -> dict[str, Any]:
+    logits = s.floats(s.batch, s.experts, 3 * s.n + 2)
+    valid = None if not s.masked else torch.nn.functional.pad(triples(s), (2, 0), value=True)
+    return {"logits": logits, "valid": valid, "k": 3, "block": 3, "prior": 2}
+
+
+def memory_attention(s: Sample) -> dict[str, Any]:
+    """Of blocks of three columns, as many as tokens."""
+    remembered = memory(s)
+    indices, counts = ops.memory(*(remembered[name] for name in ("logits", "valid", "k", "block", "prior")), False)
+    shape = (s.experts, s.batch, s.n, 2, HEADS, DIM_HEAD)
+    return {
+        "q": s.floats(*shape, seed=1),
+        "kv": s.floats(s.experts, s.batch, 3 * s.n + 2, 2, HEADS, DIM_HEAD, seed=2),
+        "scores": s.floats(s.batch, s.experts, 3 * s.n + 2, seed=3, dtype=s.wide),
+        "null_kv": s.floats(2, s.experts, HEADS, 1, DIM_HEAD, seed=4),
+        "indices": indices,
+        "counts": counts,
+        "q_counts": s.integers(3, *counts.shape, seed=5, dtype=torch.int32),
+        "dropout": 0.0,
+    }
+
+
+def blend(s: Sample) -> dict[str, Any]:
+    """After a cache, averaged, if masked."""
+    given = combine(s)
+    return {
+        **{name: given[name] for name in ("y", "scores", "indices", "slots", "inverse", "dtype")},
+        "local": s.floats(s.batch, s.n, DIM, seed=2),
+        "null": s.floats(s.experts, DIM, seed=3),
+        "begin": s.integers(4, s.batch, seed=4) + 2 if s.masked else None,
+        "width": 2 if s.masked else 0,  # what has a slot stands behind
+        "average": s.masked,
+    }
+
+
+def causal_window(s: Sample) -> dict[str, Any]:
+    """Rotated before, if masked."""
+    given = window(s)
+    del given["causal"]
+    return {**given, "turned": s.masked}
+
+
+def gathered(s: Sample) -> dict[str, Any]:
+    """Of three blocks, of which none sees a row twice."""
+    order = torch.rand(s.batch, s.experts, 3, s.n, generator=generator(20 + s.seed)).argsort(-1)
+    counts = s.integers(min(4, s.n) + 1, s.batch, s.experts, 3, seed=8, dtype=torch.int32)
+    return {"t": s.floats(s.experts, s.batch, s.n, DIM), "indices": order[..., :4].int(), "counts": counts}
+
+
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
-        attention, expert_attention, window, window_attention, layer_norm,
+        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
+        attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
+        memory_attention,
     )
 }  # fmt: skip
 
@@ -242,6 +307,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "all_queries": {"k_q": 6},
         "takes_all": {"k_q": 9, "k_kv": 6},
     },
+    "blend": {
+        "first_block": {
+            "width": 3,
+            "slots": lambda s: torch.zeros_like(s.routing()["slots"]),
+            "inverse": lambda s: torch.full_like(s.routing()["inverse"], -1),
+        },
+    },
+    "causal_window": {"kernel": {"backend": "triton"}, "beyond": {"window": 9}},
     "combine": {
         "alone": {"local": None, "null": None},
         "average_null": {"local": None, "null": null_of, "average": True},
@@ -267,6 +340,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
     },
+    "memory_attention": {"dropout": {"dropout": 0.3}},
     "window": WINDOWS,
     "window_attention": WINDOWS,
 }

@@ -68,11 +68,12 @@ class Axis(NamedTuple):
     most: int
 
 
-ROWS = ("selection", "coordinate_descent", "capped_simplex")  # of long rows, in small blocks: test_rows.py
+# Of long rows, in small blocks: test_rows.py.
+ROWS = ("selection", "coordinate_descent", "capped_simplex", "memory", "candidates", "memory_places")
 SLOTS = ("gather_norm", "combine")
 CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm")
 TOKENS = (*SLOTS, "layer_norm")
-HEADS = ("null_slot", "rotary", "value_score", "window")
+HEADS = ("null_slot", "rotary", "value_score", "window", "memory_attention")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
     "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 66000),
@@ -102,6 +103,10 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "layer_norm.CHUNK": "tokens",
     "layer_norm.TILE": "channels",
     "launch.MAX_BLOCK_D": "channels",
+    "memory.KEYS": "rows",
+    "memory.GROUP": "rows",
+    "memory.LONG": "rows",
+    "memory_places.LANES": "rows",
     "launch.ROWS_IN_REGISTERS": "rows",
     "long_descent.BLOCK": "rows",
     "long_selection.BLOCK": "rows",

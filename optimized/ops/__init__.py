@@ -16,6 +16,7 @@ from optimized.ops.solver import Solver
 if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a class
     attention: Operator
     blend: Operator
+    candidates: Operator
     capped_simplex: Operator
     causal_window: Operator
     combine: Operator
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     gather_norm: Operator
     gathered: Operator
     layer_norm: Operator
+    memory: Operator
+    memory_attention: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
 else:
     from optimized.ops.attention import attention
     from optimized.ops.blend import blend
+    from optimized.ops.candidates import candidates
     from optimized.ops.capped_simplex import capped_simplex
     from optimized.ops.causal_window import causal_window
     from optimized.ops.combine import combine
@@ -42,6 +46,8 @@ else:
     from optimized.ops.gather_norm import gather_norm
     from optimized.ops.gathered import gathered
     from optimized.ops.layer_norm import layer_norm
+    from optimized.ops.memory import memory
+    from optimized.ops.memory_attention import memory_attention
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows

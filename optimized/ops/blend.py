@@ -34,6 +34,10 @@ class blend:
     """
 
     def forward(a: Any) -> Any:
+        if a.triton:
+            from optimized.kernels import blend as kernel
+
+            return kernel.blend(a.y, a.scores, a.inverse, a.local, a.null, a.begin, a.width, a.average, a.dtype)
         wide = _wide(a)
         later = _later(a)
         out = add_rows(a.y.to(wide) * _by_slot(a.scores).to(wide), a.inverse)
@@ -49,7 +53,10 @@ class blend:
         return a.local.new_empty(a.local.shape, dtype=a.dtype)
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        found, wide, later = {}, _wide(a), _later(a)
+        if a.triton:
+            return _gradients_by_triton(a, g.out, needs)
+        found: dict[str, Tensor] = {}
+        wide, later = _wide(a), _later(a)
         dout = g.out.to(wide)
         if a.average:
             dout = dout / _terms(a, later)
@@ -61,7 +68,8 @@ class blend:
             found["null"] = torch.stack(parts).to(a.null.dtype)
         if not (needs.y or needs.scores):
             return found
-        rows, scores = take_rows(dout, a.indices, a.slots), _by_slot(a.scores).to(wide)
+        rows = take_rows(dout, a.indices, a.slots) if dout.shape[1] else a.y.new_zeros(a.y.shape, dtype=wide)
+        scores = _by_slot(a.scores).to(wide)
         constant = ~a.slots.transpose(0, 1)[..., None] | scores.isnan() | ~a.y.isfinite()
         if needs.y:
             found["y"] = (rows * scores).masked_fill_(constant, 0).to(a.y.dtype).contiguous()
@@ -69,6 +77,20 @@ class blend:
             dots = (rows * a.y.to(wide)).masked_fill_(constant, 0).sum(-1)
             found["scores"] = dots.transpose(0, 1).to(a.scores.dtype).contiguous()
         return found
+
+
+def _gradients_by_triton(a: Any, g: Tensor, needs: Any) -> dict[str, Tensor | None]:
+    from optimized.kernels import blend as kernel
+
+    found: dict[str, Tensor | None] = {}
+    if needs.y or needs.scores:
+        found["y"], found["scores"] = kernel.blend_slots_backward(g, a.y, a.scores, a.indices, a.slots, a.average)
+    if needs.local or needs.null:
+        null = a.null if needs.null else None
+        found["local"], found["null"] = kernel.blend_tokens_backward(
+            g, a.inverse, a.local, null, a.begin, a.width, a.average
+        )
+    return found
 
 
 def _wide(a: Any) -> torch.dtype:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from optimized.ops.attention import pairs_in_window, products
-from optimized.ops.finite import odd_rows
+from optimized.ops.finite import largest, odd_rows
 from optimized.ops.operator import Arguments, operator
 from optimized.ops.window import attend, attend_backward, tables, turn
 
@@ -25,6 +25,7 @@ from optimized.ops.window import attend, attend_backward, tables, turn
     wrt="qkv",
     gradients_of="out",
     saves="mask out safe lse odd",
+    alike={"qkv": "safe"},
 )
 class causal_window:
     """softmax(q k^T / sqrt(d)) v: token i sees 0 <= i - j <= window. NaN where q, or a k or v that it sees, is not
@@ -39,15 +40,16 @@ class causal_window:
     """
 
     def forward(a: Any) -> Any:
-        safe = a.qkv.clone(memory_format=torch.contiguous_format)
-        if not a.turned:
-            turn(safe[:, :, :2], a.triton)
-        odd_q, *odd_kv = odd_rows(safe).unbind(2)
-        odd_kv = odd_kv[0] | odd_kv[1]
-        safe.masked_fill_(torch.stack((odd_q, odd_kv, odd_kv), 2)[..., None], 0)
+        safe, odd_q, odd_kv = _finite(a)
         out, lse = attend(_causal(a), safe[:, :, :2], safe[:, :, 2])
         odd = odd_q | seen_in_window(odd_kv, a.mask, a.window)
-        return out.masked_fill_(odd[..., None], torch.nan), safe, lse, odd
+        if a.triton:
+            from optimized.kernels.finite import spoil
+
+            spoil(out, odd)
+        else:
+            out.masked_fill_(odd[..., None], torch.nan)
+        return out, safe, lse, odd
 
     def fake(a: Any) -> Any:
         batch, n, _, heads, dim = a.qkv.shape
@@ -57,12 +59,12 @@ class causal_window:
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
         causal, hidden = _causal(a), a.odd[..., None]
-        causal.out = a.out.masked_fill(hidden, 0)
+        causal.out = torch.where(hidden, 0, a.out)
         qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
         angles = tables(v, a.triton)
         if a.turned:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
-        return {"qkv": attend_backward(causal, g.out.masked_fill(hidden, 0), qk, v, angles)}
+        return {"qkv": attend_backward(causal, torch.where(hidden, 0, g.out), qk, v, angles)}
 
     def flops(a: Any, out: Any) -> int:
         batch, n, _, heads, dim = a.qkv.shape
@@ -71,6 +73,21 @@ class causal_window:
     def backward_flops(a: Any, g: Any, needs: Any) -> int:
         batch, n, _, heads, dim = a.safe.shape
         return products(batch, heads, pairs_in_window(n, a.window, True), dim) * 5 // 2
+
+
+def _finite(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q and k with v, zeros for rows that are not finite; which queries are not, and which keys or values."""
+    if a.triton:
+        from optimized.kernels.finite import finite_heads
+
+        angles = None if a.turned else tables(a.qkv[:, :, 0], True)
+        return finite_heads(a.qkv, angles, largest(a.qkv.dtype))
+    safe = a.qkv.clone(memory_format=torch.contiguous_format)
+    if not a.turned:
+        turn(safe[:, :, :2], False)
+    odd_q, *odd_kv = odd_rows(safe).unbind(2)
+    odd = odd_kv[0] | odd_kv[1]
+    return safe.masked_fill_(torch.stack((odd_q, odd, odd), 2)[..., None], 0), odd_q, odd
 
 
 def _causal(a: Any) -> Arguments:

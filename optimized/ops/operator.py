@@ -65,7 +65,7 @@ class Operator:
 
     folds: for the batching rule, the place of the batch dimension in tensors, by name, where every tensor has one: the
     new dimension is folded into it. Without, the rule is one call for each item. draws: the argument that is a
-    probability of dropout.
+    probability of dropout. alike: arguments of `wrt` that are not saved, and what is saved of their shape and dtype.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Operator:
         saves: str = "",
         folds: dict[str, int] | None = None,
         draws: str = "",
+        alike: dict[str, str] | None = None,
     ) -> None:
         parsed = torch._C.parse_schema(f"moa::{name}{schema}")
         self.name, self.__doc__ = name, body.__doc__
@@ -87,6 +88,7 @@ class Operator:
         self._defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
         self._body, self._folds, self._draws = body, folds, draws
         self.wrt, self.gradients_of, self.saves = wrt.split(), gradients_of.split(), saves.split()
+        self.alike = {name: name for name in self.wrt} | (alike or {})
         arguments = schema.rpartition("->")[0].strip()
         # As written: a parsed schema tells SymInt from int no more.
         types = {n: part.split()[0] for n, part in zip(self.names, arguments[1:-1].split(","))}
@@ -310,7 +312,7 @@ class _Backward:
         needs = self._split(a)[2].__dict__
         return _only(
             [
-                torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)
+                torch.empty_like(getattr(a, self._of.alike[name]), memory_format=torch.contiguous_format)
                 if needs[name]
                 else self._nothing(a)
                 for name in self._of.wrt
@@ -323,7 +325,7 @@ class _Backward:
 
     def _nothing(self, a: Arguments) -> Tensor:
         """On the device of one that is always there: the first differentiable argument."""
-        first = getattr(a, self._of.wrt[0])
+        first = getattr(a, self._of.alike[self._of.wrt[0]])
         assert isinstance(first, Tensor)
         return first.new_empty(0)
 

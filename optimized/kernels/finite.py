@@ -1,0 +1,108 @@
+"""Queries, keys and values rotated and rid of what is not finite, in one pass; and results that become NaN.
+
+A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes zeros
+for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes nothing
+but the rows that become NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimized.kernels.launch import arithmetic, as_bytes, cdiv, launch, next_power_of_2
+
+NUMBERS = 1024  # of a tile, of one half of the channels
+
+
+@triton.jit
+def _load_pair(ptr, at, half, inside, DTYPE: tl.constexpr):
+    first = tl.load(ptr + at, mask=inside, other=0.0).to(DTYPE)
+    second = tl.load(ptr + at + half, mask=inside, other=0.0).to(DTYPE)
+    return first, second
+
+
+@triton.jit
+def _small(first, second, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    """Whether all numbers of a row are."""
+    most = tl.full((1, 1), LARGEST, DTYPE)
+    fits = (tl.abs(first) <= most) & (tl.abs(second) <= most)
+    return tl.min(fits.to(tl.int32), 1) != 0
+
+
+@triton.jit(do_not_specialize=["rows", "n", "heads"])
+def _finite_heads_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, safe_ptr, odd_q_ptr, odd_kv_ptr, rows, n, heads, half,
+    TURN: tl.constexpr, LARGEST: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (b, n, h)
+    token = row // heads
+    channels = tl.arange(0, BLOCK_HALF)
+    inside = (row < rows)[:, None] & (channels < half)[None, :]
+    part = heads.to(tl.int64) * 2 * half
+    at = (token * 3 * part + row % heads * 2 * half)[:, None] + channels[None, :]
+    q1, q2 = _load_pair(qkv_ptr, at, half, inside, DTYPE)
+    k1, k2 = _load_pair(qkv_ptr, at + part, half, inside, DTYPE)
+    v1, v2 = _load_pair(qkv_ptr, at + 2 * part, half, inside, DTYPE)
+    if TURN:
+        angle = (token % n * 2 * half)[:, None] + channels[None, :]
+        cos1, cos2 = _load_pair(cos_ptr, angle, half, inside, DTYPE)
+        sin1, sin2 = _load_pair(sin_ptr, angle, half, inside, DTYPE)
+        q1, q2 = q1 * cos1 - q2 * sin1, q2 * cos2 + q1 * sin2
+        k1, k2 = k1 * cos1 - k2 * sin1, k2 * cos2 + k1 * sin2
+    fits_q = _small(q1, q2, LARGEST, DTYPE)
+    fits_kv = _small(k1, k2, LARGEST, DTYPE) & _small(v1, v2, LARGEST, DTYPE)
+    kind = safe_ptr.dtype.element_ty
+    tl.store(safe_ptr + at, tl.where(fits_q[:, None], q1, 0.0).to(kind), mask=inside)
+    tl.store(safe_ptr + at + half, tl.where(fits_q[:, None], q2, 0.0).to(kind), mask=inside)
+    tl.store(safe_ptr + at + part, tl.where(fits_kv[:, None], k1, 0.0).to(kind), mask=inside)
+    tl.store(safe_ptr + at + part + half, tl.where(fits_kv[:, None], k2, 0.0).to(kind), mask=inside)
+    tl.store(safe_ptr + at + 2 * part, tl.where(fits_kv[:, None], v1, 0.0).to(kind), mask=inside)
+    tl.store(safe_ptr + at + 2 * part + half, tl.where(fits_kv[:, None], v2, 0.0).to(kind), mask=inside)
+    tl.store(odd_q_ptr + row, (fits_q == 0).to(tl.int8), mask=row < rows)
+    tl.store(odd_kv_ptr + row, (fits_kv == 0).to(tl.int8), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _spoil_kernel(out_ptr, odd_ptr, rows, dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    odd = tl.load(odd_ptr + row, mask=row < rows, other=0) != 0
+    channels = tl.arange(0, BLOCK_D)
+    nan = tl.full((ROWS, BLOCK_D), float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+    at = row[:, None] * dim + channels[None, :]
+    tl.store(out_ptr + at, nan, mask=odd[:, None] & (channels < dim)[None, :])
+
+
+def finite_heads(qkv: Tensor, tables: tuple[Tensor, Tensor] | None, largest: float) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, N, 3, H, d) as described, contiguous, and bools (B, N, H): odd queries, odd keys or values.
+
+    tables: cos and sin (N, d); None for no rotation.
+    """
+    batch, n, _, heads, dim = qkv.shape
+    safe = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    odd_q, odd_kv = (torch.empty(batch, n, heads, dtype=torch.bool, device=qkv.device) for _ in range(2))
+    if odd_q.numel():
+        block = next_power_of_2(dim // 2)
+        rows = max(NUMBERS // block, 1)
+        cos, sin = (None, None) if tables is None else tables
+        launch(
+            _finite_heads_kernel, (cdiv(odd_q.numel(), rows),),
+            qkv.contiguous(), cos, sin, safe, odd_q.view(torch.int8), odd_kv.view(torch.int8),
+            odd_q.numel(), n, heads, dim // 2,
+            TURN=tables is not None, LARGEST=largest, DTYPE=arithmetic(qkv.dtype), ROWS=rows, BLOCK_HALF=block,
+            num_warps=4,
+        )  # fmt: skip
+    return safe, odd_q, odd_kv
+
+
+def spoil(out: Tensor, odd: Tensor) -> None:
+    """Rows of out (..., d), contiguous, become NaN where odd (...)."""
+    if out.numel():
+        block = next_power_of_2(out.shape[-1])
+        rows = max(2 * NUMBERS // block, 1)
+        launch(
+            _spoil_kernel, (cdiv(odd.numel(), rows),), out, as_bytes(odd), odd.numel(), out.shape[-1],
+            ROWS=rows, BLOCK_D=block, num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,390 @@
+"""Attention of each block's queries over its memory, whose keys are read by index, and the null key.
+
+Query i of block j sees the columns k of M_j, and the null key 0. With sigma_k the score of a column (1 for the null
+key), z a draw of dropout, 0 or 1 / (1 - p), or 1:
+
+    s_ik = <q_i, k_k> / sqrt(d),   P = softmax over M_j and 0,   out_i = sum_k z_ik P_ik sigma_k v_k
+    D_i = <dout_i, out_i>,   dP_ik = z_ik sigma_k <dout_i, v_k>,   dS = P (dP - D) / sqrt(d)
+    dq_i = sum_k dS_ik k_k,   dk_k = sum_i dS_ik q_i,   u_k = sum_i z_ik P_ik dout_i
+    dv_k = sigma_k u_k,   dsigma_k = sum over heads <u_k, v_k>
+
+The sums over i are over the queries of all blocks that see a column. sigma is multiplied into P, not into the values.
+
+A program of the forward, and of dq, has some queries of one block and head, and goes through the list of its memory.
+One of dk and dv has some places of memory (`memory_places`) of one row and head, and goes through the blocks: it keeps
+the sums in registers until a place is taken by another column. So no row of keys is ever copied, each gradient is
+written once, sums go by blocks ascending, and what later blocks add to a column is exactly 0 where their cotangent is.
+
+Where a query, a key, a value, a score or a logit that it sees is not finite, out is NaN in all channels of that head,
+and the query takes part in no gradient. It is told by what became of its sums: a visible logit of -inf, which would
+leave no trace, is made NaN first. lse is +inf there and in empty slots, which makes P = 0 in the backward; products
+with what is not finite are selected away. A key that is not finite makes all queries of its block NaN, so that no query
+with a gradient ever meets it.
+
+Draws of dropout are a hash of (seed, query, column), so the backward has them anew; see `ops.memory_attention`.
+
+Blind spots: dk and dv compute the logits a second time; programs that hold places are few where rows and heads are;
+values whose sum, not mean, overflows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optimized.kernels.launch import arithmetic, cdiv, double_bits, from_bits, launch, next_power_of_2, wide
+from optimized.kernels.memory_places import memory_places
+from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
+
+SIZES = ["n", "k", "slots", "blocks", "batch", "experts", "heads", "tiles", "scale_bits", "drop", "keep_bits"]
+
+
+@triton.jit
+def _place(blocks, batch, experts, heads, tiles):
+    """Of a program: its row (e, b), block, head and tile; and the row as (b, e)."""
+    program = tl.program_id(0)
+    tile = program % tiles
+    h = program // tiles % heads
+    j = program // tiles // heads % blocks
+    row = (program // tiles // heads // blocks).to(tl.int64)
+    return row, j, h, tile, row % batch * experts + row // batch
+
+
+@triton.jit
+def _tile(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
+    """Rows of ptr; 0 where they are not shown."""
+    channels = tl.arange(0, BLOCK_D)
+    at = rows[:, None].to(tl.int64) * stride + channels[None, :]
+    return tl.load(ptr + at, mask=shown[:, None] & (channels < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(ptr, rows, stride, shown, tile, dim, BLOCK_D: tl.constexpr):
+    channels = tl.arange(0, BLOCK_D)
+    at = rows[:, None].to(tl.int64) * stride + channels[None, :]
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=shown[:, None] & (channels < dim)[None, :])
+
+
+@triton.jit
+def _kept(seed, queries, columns, n, drop, keep_bits, DTYPE: tl.constexpr):
+    """z of each pair: 24 bits of a hash (splitmix64) of both against the probability."""
+    z = seed + (queries * (n + 1) + (columns + 1)) * -7046029254386353131
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    z = z ^ ((z >> 31) & 0x1FFFFFFFF)
+    return tl.where(((z >> 40) & 0xFFFFFF) >= drop, from_bits(keep_bits).to(DTYPE), 0.0)
+
+
+@triton.jit
+def _null(null_ptr, e, h, experts, heads, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The null key and value of an expert and head."""
+    channels = tl.arange(0, BLOCK_D)
+    at = (e * heads + h) * dim + channels
+    size = experts.to(tl.int64) * heads * dim
+    null_k = tl.load(null_ptr + at, mask=channels < dim, other=0.0).to(DTYPE)
+    return null_k, tl.load(null_ptr + size + at, mask=channels < dim, other=0.0).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _memory_attention_kernel(
+    q_ptr, kv_ptr, scores_ptr, null_ptr, counts_ptr, q_counts_ptr, seed_ptr, indices_ptr, out_ptr, lse_ptr,
+    n, k, slots, blocks, batch, experts, heads, dim, tiles, scale_bits, drop, keep_bits,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row, j, h, tile, row_be = _place(blocks, batch, experts, heads, tiles)
+    block = row_be * blocks + j
+    filled = tl.load(q_counts_ptr + block)
+    first = tile * BLOCK_M
+    count = tl.where(first < filled, tl.load(counts_ptr + block), 0)
+    i = first + tl.arange(0, BLOCK_M)
+    here = i < tl.minimum(filled, slots)
+    stride = heads * dim
+    kv_ptr += row * n * 2 * stride + h * dim
+    scores_ptr += row_be * n
+    indices_ptr += block * k
+    queries = ((row * heads + h) * blocks + j) * slots + i
+    start = (row * blocks + j) * slots * stride + h * dim
+    q = _tile(q_ptr + start, i, stride, here, dim, BLOCK_D)
+    null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
+    to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
+    top = tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2
+    total = tl.where(top - top == 0, 1.0, float("nan")).to(DTYPE)
+    weight = tl.full((BLOCK_M,), 1.0, DTYPE)
+    seed = tl.full((), 0, tl.int64)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        weight = _kept(seed, queries, tl.full((BLOCK_M,), -1, tl.int64), n, drop, keep_bits, DTYPE)
+    out = weight[:, None] * null_v[None, :]
+    for begin in range(0, count, BLOCK_N):
+        at = begin + tl.arange(0, BLOCK_N)
+        seen = at < count
+        columns = tl.load(indices_ptr + at, mask=seen, other=0)
+        keys = _tile(kv_ptr, columns, 2 * stride, seen, dim, BLOCK_D)
+        values = _tile(kv_ptr + stride, columns, 2 * stride, seen, dim, BLOCK_D)
+        score = tl.load(scores_ptr + columns, mask=seen, other=0.0).to(DTYPE)
+        s = _product(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
+        s = tl.where(s == -float("inf"), float("nan"), s)
+        s = tl.where(seen[None, :], s * to_base_2, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(p, 1)
+        p = p * score[None, :]
+        if DROPOUT:
+            p = p * _kept(seed, queries[:, None], columns[None, :].to(tl.int64), n, drop, keep_bits, DTYPE)
+        out = _product(_rounded(p, kv_ptr), values, out * fade[:, None], HALF, DTYPE)
+        top = higher
+    odd = (total != total) | (tl.max((out - out != 0).to(tl.int32), 1) > 0)
+    total = tl.where(here, total, 1.0)
+    out = tl.where(odd[:, None], float("nan"), out / total[:, None])
+    inside = i < slots
+    _store(out_ptr + start, i, stride, inside, tl.where(here[:, None], out, 0.0), dim, BLOCK_D)
+    lse = tl.where(here & (odd == 0), (top + tl.log2(total)) * LN_2, float("inf"))
+    tl.store(lse_ptr + ((row * blocks + j) * heads + h) * slots + i, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _memory_queries_kernel(
+    q_ptr, kv_ptr, scores_ptr, null_ptr, counts_ptr, q_counts_ptr, seed_ptr, indices_ptr, out_ptr, lse_ptr, dout_ptr,
+    delta_ptr, dq_ptr, dnull_ptr,
+    n, k, slots, blocks, batch, experts, heads, dim, tiles, scale_bits, drop, keep_bits,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dq of some queries of a block; D; and their share (2, programs, d) of the gradient of the null key and value."""
+    row, j, h, tile, row_be = _place(blocks, batch, experts, heads, tiles)
+    block = row_be * blocks + j
+    first = tile * BLOCK_M
+    count = tl.where(first < tl.load(q_counts_ptr + block), tl.load(counts_ptr + block), 0)
+    i = first + tl.arange(0, BLOCK_M)
+    inside = i < slots
+    stride = heads * dim
+    kv_ptr += row * n * 2 * stride + h * dim
+    scores_ptr += row_be * n
+    indices_ptr += block * k
+    queries = ((row * heads + h) * blocks + j) * slots + i
+    start = (row * blocks + j) * slots * stride + h * dim
+    place = ((row * blocks + j) * heads + h) * slots + i
+    lse = tl.load(lse_ptr + place, mask=inside, other=float("inf"))
+    live = lse < float("inf")
+    q = _tile(q_ptr + start, i, stride, live, dim, BLOCK_D)
+    dout = _tile(dout_ptr + start, i, stride, live, dim, BLOCK_D)
+    out = _tile(out_ptr + start, i, stride, live, dim, BLOCK_D)
+    delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
+    tl.store(delta_ptr + place, delta, mask=inside)
+    scale = from_bits(scale_bits).to(DTYPE)
+    to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
+    lse = lse * LOG2_E
+    null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
+    p0 = tl.exp2(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
+    weight = tl.full((BLOCK_M,), 1.0, DTYPE)
+    seed = tl.full((), 0, tl.int64)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        weight = _kept(seed, queries, tl.full((BLOCK_M,), -1, tl.int64), n, drop, keep_bits, DTYPE)
+    ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta) * scale
+    ds0 = tl.where(live, ds0, 0.0)
+    dq = tl.where(live[:, None], ds0[:, None] * null_k[None, :], 0.0)
+    share = tl.where(live, p0 * weight, 0.0)
+    channels = tl.arange(0, BLOCK_D)
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    dnull_k = tl.sum(ds0[:, None] * q.to(DTYPE), 0)
+    dnull_v = tl.sum(share[:, None] * dout.to(DTYPE), 0)
+    tl.store(dnull_ptr + program * dim + channels, dnull_k, mask=channels < dim)
+    tl.store(dnull_ptr + (programs + program) * dim + channels, dnull_v, mask=channels < dim)
+    for begin in range(0, count, BLOCK_N):
+        at = begin + tl.arange(0, BLOCK_N)
+        seen = at < count
+        columns = tl.load(indices_ptr + at, mask=seen, other=0)
+        keys = _tile(kv_ptr, columns, 2 * stride, seen, dim, BLOCK_D)
+        values = _tile(kv_ptr + stride, columns, 2 * stride, seen, dim, BLOCK_D)
+        score = tl.load(scores_ptr + columns, mask=seen, other=0.0).to(DTYPE)
+        s = _product(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
+        p = tl.exp2(s * to_base_2 - lse[:, None])
+        dp = _product(dout, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE) * score[None, :]
+        if DROPOUT:
+            dp = dp * _kept(seed, queries[:, None], columns[None, :].to(tl.int64), n, drop, keep_bits, DTYPE)
+        ds = tl.where(seen[None, :] & live[:, None], p * (dp - delta[:, None]) * scale, 0.0)
+        dq = _product(_rounded(ds, kv_ptr), keys, dq, HALF, DTYPE)
+    # Beside a key that is not finite no query is live, and 0 times it is NaN.
+    _store(dq_ptr + start, i, stride, inside, tl.where(live[:, None], dq, 0.0), dim, BLOCK_D)
+
+
+@triton.jit
+def _write(
+    kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The gradients of columns that are `done`. What is not finite passes nothing on."""
+    score = tl.load(scores_ptr + held, mask=done, other=0.0).to(DTYPE)
+    score = tl.where(score - score == 0, score, 0.0)
+    values = _tile(kv_ptr + stride, held, 2 * stride, done, dim, BLOCK_D).to(DTYPE)
+    values = tl.where(values - values == 0, values, 0.0)
+    tl.store(dscores_ptr + held, tl.sum(u * values, 1), mask=done)
+    _store(dkv_ptr, held, 2 * stride, done, dk, dim, BLOCK_D)
+    _store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _memory_keys_kernel(
+    q_ptr, kv_ptr, scores_ptr, null_ptr, counts_ptr, q_counts_ptr, seed_ptr, places_ptr, lse_ptr, dout_ptr, delta_ptr,
+    dkv_ptr, dscores_ptr,
+    n, k, slots, blocks, batch, experts, heads, dim, tiles, scale_bits, drop, keep_bits,
+    DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dk, dv, and the share of a head (B, E, H, L) of dscores, of the columns that come by some places of memory."""
+    row, _, h, tile, row_be = _place(1, batch, experts, heads, tiles)
+    at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    stride = heads * dim
+    kv_ptr += row * n * 2 * stride + h * dim
+    dkv_ptr += row * n * 2 * stride + h * dim
+    scores_ptr += row_be * n
+    dscores_ptr += (row_be * heads + h) * n
+    places_ptr += row_be * blocks * k
+    q_counts_ptr += row_be * blocks
+    scale = from_bits(scale_bits).to(DTYPE)
+    to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
+    seed = tl.full((), 0, tl.int64)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    held = tl.full((BLOCK_N,), -1, tl.int32)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    for j in range(blocks):
+        columns = tl.load(places_ptr + at, mask=at < k, other=-1)
+        places_ptr += k
+        changed = columns != held
+        if tl.max(changed.to(tl.int32)) > 0:
+            done = changed & (held >= 0)
+            _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE, BLOCK_D)
+            dk = tl.where(changed[:, None], 0.0, dk)
+            u = tl.where(changed[:, None], 0.0, u)
+            held = columns
+        filled = tl.minimum(tl.load(q_counts_ptr + j), slots)
+        there = held >= 0
+        keys = _tile(kv_ptr, held, 2 * stride, there, dim, BLOCK_D)
+        values = _tile(kv_ptr + stride, held, 2 * stride, there, dim, BLOCK_D)
+        score = tl.load(scores_ptr + held, mask=there, other=0.0).to(DTYPE)
+        start = (row * blocks + j) * slots * stride + h * dim
+        place = ((row * blocks + j) * heads + h) * slots
+        for begin in range(0, filled, BLOCK_M):
+            i = begin + tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_ptr + place + i, mask=i < filled, other=float("inf"))
+            live = lse < float("inf")
+            delta = tl.load(delta_ptr + place + i, mask=live, other=0.0)
+            q = _tile(q_ptr + start, i, stride, live, dim, BLOCK_D)
+            dout = _tile(dout_ptr + start, i, stride, live, dim, BLOCK_D)
+            pairs = there[:, None] & live[None, :]
+            s = _product(keys, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
+            p = tl.where(pairs, tl.exp2(s * to_base_2 - (lse * LOG2_E)[None, :]), 0.0)
+            dp = _product(values, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]
+            weighted = p
+            if DROPOUT:
+                queries = ((row * heads + h) * blocks + j) * slots + i
+                kept = _kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop, keep_bits, DTYPE)
+                dp = dp * kept
+                weighted = p * kept
+            ds = tl.where(pairs, p * (dp - delta[None, :]) * scale, 0.0)
+            u = _product(_rounded(weighted, dout_ptr), dout, u, HALF, DTYPE)
+            dk = _product(_rounded(ds, q_ptr), q, dk, HALF, DTYPE)
+    _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, held >= 0, dk, u, stride, dim, DTYPE, BLOCK_D)
+
+
+class Memories(NamedTuple):
+    """What both directions read: see `optimized.ops.memory_attention`. null_kv in the dtype of q; seed: one int64."""
+
+    q: Tensor
+    kv: Tensor
+    scores: Tensor
+    null_kv: Tensor
+    indices: Tensor
+    counts: Tensor
+    q_counts: Tensor
+    seed: Tensor
+    dropout: float
+
+    def read(self) -> tuple[Tensor, ...]:
+        """Contiguous, but for the indices."""
+        return tuple(t.contiguous() for t in (*self[:4], self.counts, self.q_counts, self.seed))
+
+    def numbers(self, tiles: int) -> tuple[int, ...]:
+        experts, batch, blocks, slots, heads, dim = self.q.shape
+        drop, keep = round(self.dropout * 2**24), double_bits(1 / (1 - self.dropout))
+        rows = (self.kv.shape[2], self.indices.shape[-1], slots, blocks, batch, experts, heads, dim)
+        return (*rows, tiles, double_bits(dim**-0.5), drop, keep)
+
+    def grid(self, role: str, length: int) -> tuple[dict[str, Any], int, int]:
+        """Constants; tiles of so many queries or places; programs of a head of a row of a block."""
+        sizes = _sizes(self.q.dtype, self.q.shape[-1], role)
+        tiles = cdiv(length, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
+        experts, batch, _, _, heads, _ = self.q.shape
+        return {"DROPOUT": self.dropout > 0, **sizes}, tiles, experts * batch * heads * tiles
+
+
+def memory_attention(m: Memories) -> tuple[Tensor, Tensor]:
+    """out (E, B, J, C, H, d) and lse (E, B, J, H, C), contiguous."""
+    experts, batch, blocks, slots, heads, _ = m.q.shape
+    out = m.q.new_empty(m.q.shape)
+    lse = m.q.new_empty(experts, batch, blocks, heads, slots, dtype=wide(m.q.dtype))
+    if out.numel():
+        constants, tiles, programs = m.grid("forward", slots)
+        launch(
+            _memory_attention_kernel, (programs * blocks,), *m.read(), m.indices.contiguous(), out, lse,
+            *m.numbers(tiles), **constants,
+        )  # fmt: skip
+    return out, lse
+
+
+def memory_attention_backward(
+    dout: Tensor, m: Memories, out: Tensor, lse: Tensor, keys: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, kv, scores and null_kv, contiguous; keys: whether kv and scores ask for theirs."""
+    experts, batch, blocks, slots, heads, dim = m.q.shape
+    n, k = m.kv.shape[2], m.indices.shape[-1]
+    dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape)
+    shares = lse.new_zeros(batch, experts, heads, n)
+    dnull = torch.zeros_like(m.null_kv, dtype=lse.dtype)
+    if dq.numel():
+        read, lse, dout = m.read(), lse.contiguous(), dout.contiguous()
+        delta = torch.empty_like(lse)
+        constants, tiles, programs = m.grid("queries", slots)
+        partial = lse.new_empty(2, programs * blocks, dim)
+        launch(
+            _memory_queries_kernel, (programs * blocks,), *read, m.indices.contiguous(), out.contiguous(), lse, dout,
+            delta, dq, partial, *m.numbers(tiles), **constants,
+        )  # fmt: skip
+        dnull = partial.view(2, experts, batch * blocks, heads, tiles, dim).sum((2, 4)).unsqueeze(3)
+        if keys and k and n:
+            constants, tiles, programs = m.grid("keys", k)
+            launch(
+                _memory_keys_kernel, (programs,), *read, memory_places(m.indices, m.counts, n), lse, dout, delta,
+                dkv, shares, *m.numbers(tiles), **constants,
+            )  # fmt: skip
+    return dq, dkv, shares.sum(2).to(m.scores.dtype), dnull.to(m.null_kv.dtype)
+
+
+def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
+    """Blocks and warps. A product has at least 16 channels. BLOCK_M: queries, BLOCK_N: keys."""
+    block_d = max(next_power_of_2(dim), 16)
+    half = dtype in (torch.float16, torch.bfloat16)
+    if dtype == torch.float64:
+        rows, warps = (16, 16), 4
+    elif not half:
+        rows, warps = (32, 32) if block_d <= 64 else (16, 16), 8
+    else:
+        rows, warps = (64, 64) if block_d <= 128 else (32, 32), 4 if block_d <= 64 else 8
+    return {
+        "HALF": half,
+        "DTYPE": arithmetic(dtype),
+        "BLOCK_M": rows[0],
+        "BLOCK_N": rows[1],
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+        "num_stages": 1 if role == "keys" else 3 if half else 2,
+    }
