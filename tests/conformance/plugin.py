@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="check this MixtureOfAttention, or a function that makes one, in place of this repository's own tests",
     )
     group.addoption(
-        "--causal", action="store_true", help="with --impl: the layer is strictly causal, and asked what such a layer keeps"
+        "--causal", action="store_true", help="with --impl: the layer is strictly causal, and asked for what that takes"
     )
     group.addoption(
         "--impl-report", type=Path, metavar="FILE", help="with --impl: write the verdicts to FILE (.md, .json or .html)"

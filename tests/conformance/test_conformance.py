@@ -26,7 +26,8 @@ EXAMPLES, EXAMPLES_OF_OURS = 50, 5  # ours have a suite of their own
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     layers = OURS if option.impl is None else {option.causal: (option.impl,)}
-    asked = [(spec, causal, name) for causal, specs in layers.items() for spec in specs for name in SETS[causal].properties]
+    pairs = [(spec, causal) for causal, specs in layers.items() for spec in specs]
+    asked = [(spec, causal, name) for spec, causal in pairs for name in SETS[causal].properties]
     metafunc.parametrize(("spec", "causal", "name"), asked, ids=[f"{spec}-{name}" for spec, _, name in asked])
 
 

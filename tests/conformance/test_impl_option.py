@@ -47,6 +47,7 @@ def blocks(page: Path) -> list[str]:
         ),
         ({"impl": "reference:MixtureOfAttention", "report": Path("a.json")}, "--report: expected without --impl"),
         ({"impl_timeout": 3.0}, "--impl-timeout: expected together with --impl, got '3.0' alone"),
+        ({"causal": True}, "--causal: expected together with --impl, got it alone"),
         *(
             ({"impl": "a:B", "impl_timeout": float(bad)}, f"--impl-timeout: expected a finite number > 0, got {bad}")
             for bad in ("0.0", "-1.0", "nan", "inf")
@@ -54,7 +55,8 @@ def blocks(page: Path) -> list[str]:
     ],
 )
 def test_bad_values(options: dict[str, object], message: str) -> None:
-    given = SimpleNamespace(**({"impl": None, "impl_report": None, "impl_timeout": None, "report": None} | options))
+    unset = {"impl": None, "causal": False, "impl_report": None, "impl_timeout": None, "report": None}
+    given = SimpleNamespace(**(unset | options))
     with pytest.raises(pytest.UsageError, match=message):
         plugin.check_options(given)
 

@@ -9,7 +9,7 @@ from tests.conformance.causal.data import EITHER, cases, noise, planted
 from tests.conformance.causal.subject import CausalSubject, checked_on
 from tests.conformance.subject import assert_unchanged, call
 
-ITEMS = cases(batch=(2, 3), experts=(1, 2), everybody=EITHER, remember_all=EITHER, prenorm=EITHER)
+ITEMS = cases(batch=(2, 3), experts=(1, 2), remember_all=EITHER, prenorm=EITHER)
 
 
 @checked_on(ITEMS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.conformance.causal.case import CausalCase
@@ -20,7 +19,8 @@ CHOICE = {"everybody": EITHER, "remember_all": EITHER, "experts": (1, 2), "preno
 def go_on(layer: nn.Module, x: Tensor, cache: Any = None, **given: Any) -> tuple[Tensor, Any]:
     """Output and cache."""
     found = call(layer, x, **given, **({} if cache is None else {"cache": cache}), use_cache=True)
-    assert isinstance(found, tuple) and len(found) == 2, "use_cache=True: forward does not return (out, cache)"
+    pair = isinstance(found, tuple) and len(found) == 2
+    assert pair, "use_cache=True: forward does not return (out, cache)"
     return found
 
 
@@ -48,9 +48,9 @@ def a_cache_is_a_value(subject: CausalSubject, case: CausalCase) -> None:
     x = subject.move(inputs)["x"]
     at = 1 + case.seed % (case.n - 1)
     cache = go_on(layer, x[:, :at])[1]
-    first = go_on(layer, x[:, at:], cache)[0].detach().clone()
+    first = go_on(layer, x[:, at:].clone(), cache)[0].detach().clone()
     go_on(layer, noise(case, (1, case.block + 1, case.dim)).to(x), cache)
-    again = go_on(layer, x[:, at:], cache)[0]
+    again = go_on(layer, x[:, at:].clone(), cache)[0]
     assert torch.equal(again, first), f"after {at} tokens: going on again from the same cache differs"
 
 
@@ -69,7 +69,7 @@ def a_cache_can_be_reordered(subject: CausalSubject, case: CausalCase) -> None:
 
 @checked_on(cases(batch=(1, 2), **CHOICE), "cache", "crop")
 def a_cache_can_be_cropped(subject: CausalSubject, case: CausalCase) -> None:
-    """cache.crop(n): without the newest n tokens of the unfinished block, it goes on as if they had never been there."""
+    """cache.crop(n): without the newest n tokens of the unfinished block it goes on as if they had never been there."""
     state, inputs = planted(case)
     layer = subject.build_any(case, state)
     x = subject.move(inputs)["x"]

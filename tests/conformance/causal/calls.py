@@ -15,7 +15,7 @@ from tests.conformance.properties.precision import DTYPES, SIZED
 from tests.conformance.subject import NotOffered, assert_equals_reference, assert_unchanged, call
 from tests.strategies import lay_out
 
-ANY = {"everybody": EITHER, "remember_all": EITHER, "experts": (1, 2), "batch": (1, 2), "prenorm": EITHER}
+ANY = {"remember_all": EITHER, "experts": (1, 2), "batch": (1, 2), "prenorm": EITHER}
 
 
 @checked_on(cases(**ANY))
@@ -71,7 +71,7 @@ def strides_do_not_matter(subject: CausalSubject, case: CausalCase) -> None:
     assert_unchanged(strided, plain, f"x {case.layout}: the output")
 
 
-@checked_on(cases(everybody=EITHER, remember_all=EITHER, prenorm=EITHER))
+@checked_on(cases(remember_all=EITHER, prenorm=EITHER))
 def the_output_has_the_dtype_of_x(subject: CausalSubject, case: CausalCase) -> None:
     """float64, float32, bfloat16 and float16: the output is finite, in x's dtype and shape."""
     state, inputs = planted(case)

@@ -83,6 +83,15 @@ def a_sequence_within_a_block_is_legal(subject: CausalSubject, case: CausalCase)
     assert_unchanged(longer[:, : case.n], out, f"{case.block} tokens more: the output of the first {case.n}")
 
 
+@checked_on(cases(everybody=True, remember_all=EITHER, blocks=(2, 3), experts=(1, 2), prenorm=EITHER))
+def every_token_may_be_a_query(subject: CausalSubject, case: CausalCase) -> None:
+    """num_routed_queries >= W, in several blocks: the outputs are finite. (Elsewhere there is a choice.)"""
+    state, inputs = planted(case)
+    out = call(subject.build_any(case, state), subject.move(inputs)["x"])
+    assert out.shape == inputs["x"].shape, f"the output has shape {tuple(out.shape)}"
+    assert out.isfinite().all(), "the output is not finite"
+
+
 @checked_on(cases(blocks=(0, 1), experts=(1, 2), prenorm=EITHER), "state_dict")
 def every_parameter_has_a_gradient(subject: CausalSubject, case: CausalCase) -> None:
     """Of zeros if need be, also where nobody is routed: gradients of many machines are added up in step."""

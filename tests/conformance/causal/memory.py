@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import alone, cases, flipped, planted, set_logits, silence_local
+from tests.conformance.causal.data import alone, cases, flipped, planted, silence_local
 from tests.conformance.causal.subject import CausalSubject, checked_on
 from tests.conformance.subject import assert_unchanged, call
 
@@ -25,11 +25,13 @@ def assert_remembers_the_best(subject: CausalSubject, case: CausalCase, expert: 
             if token >= start and token // width * width <= start:
                 continue  # itself a query of this block
             best = logits[:start].topk(min(case.k_kv, start)).indices.tolist()
-            what = f"another content of token {token} (logits {'above' if token in best else 'below'} the K best before)"
+            what = (
+                f"another content of token {token}, which is {'' if token in best else 'not '}among the K best before"
+            )
             if token in best:
-                assert not torch.equal(after[rows], before[rows]), f"{what}: the block from {start} on does not see it"
+                assert not torch.equal(after[rows], before[rows]), f"{what} {start}: the block does not see it"
             else:
-                assert_unchanged(after[rows], before[rows], f"{what}: the block from {start} on")
+                assert_unchanged(after[rows], before[rows], f"{what} {start}: the block")
 
 
 @checked_on(cases(everybody=True, blocks=(1, 3)), "state_dict")
@@ -62,5 +64,5 @@ def the_later_of_two_equal_logits_is_remembered(subject: CausalSubject, case: Ca
     def run(t: Tensor) -> Tensor:
         return call(layer, **subject.move({"x": t}))[0, start:]
 
-    what = f"tokens {earlier} and {later} have the same logit, one of them is among the {k} best: token {earlier} is seen,"
+    what = f"another content of token {earlier}, whose logit token {later} has too, and one is among the {k} best:"
     assert_unchanged(run(flipped(case, x, earlier)), run(x), f"{what} the last block")

@@ -38,17 +38,16 @@ def tokens_that_an_expert_leaves_get_its_null_token(subject: CausalSubject, case
     """Beyond the first block. Whom an expert takes is told by the layer: those whose output changes with the expert."""
     state, inputs = planted(case)
     silence_local(state)
-    given = subject.move(inputs)
     width = case.block
-    plain = call(subject.build(case, state), **given)
+    plain = call(subject.build(case, state), **subject.move(inputs))
     for expert in range(case.experts):
         of_expert = slice(expert * case.dim, (expert + 1) * case.dim)
         louder = {name: t.clone() for name, t in state.items()}
         louder["attn.to_out.weight"][of_expert] *= 2
-        left = (call(subject.build(case, louder), **given) == plain).all(-1)
+        left = (call(subject.build(case, louder), **subject.move(inputs)) == plain).all(-1)
         left[:, :width] = False
         filled = {name: t.clone() for name, t in state.items()}
         filled["null_tokens"][expert] = torch.arange(1, case.dim + 1)
-        found = call(subject.build(case, filled), **given)[:, width:]
+        found = call(subject.build(case, filled), **subject.move(inputs))[:, width:]
         expected = plain + left[..., None] * filled["null_tokens"][expert].to(plain)
         assert_unchanged(found, expected[:, width:], f"a null token given to expert {expert}: the output")
