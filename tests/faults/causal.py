@@ -25,7 +25,45 @@ from tests.faults.layers import Arguments, Given, by_name, without
 from tests.noise.layers import _of_its_own_window, _of_the_best_in_all, _of_the_sequence
 
 Layer = MixtureOfAutoregressiveAttention
+
+# Properties that report a kind of fault together.
 WHOLE = "output_and_gradients_equal_the_reference"
+LAW = (
+    "no_token_sees_a_later_one",
+    "no_token_sees_a_later_one_that_is_not_finite",
+    "gradients_of_the_past_take_no_later_token",
+    "a_prefix_has_the_output_of_the_whole",
+)
+QUERIES = (
+    "queries_reach_the_threshold_of_the_block_before",
+    "the_first_of_too_many_candidates_are_queries",
+    "the_exact_solver_scores_what_is_picked",
+)
+MEMORY = ("an_expert_remembers_the_k_best_tokens", "experts_remember_tokens_of_their_own")
+LOCAL = (
+    "local_attention_sees_w_tokens_and_itself",
+    "local_attention_scores_depend_on_i_minus_j",
+    "gradients_of_local_attention",
+    "local_attention_has_heads_of_its_own",
+)
+ATTENTION = (
+    "an_expert_attends_over_the_blocks_before",
+    "norms_have_unit_rms",
+    "gradients_of_attention",
+    "gradients_reach_the_routers",
+    "experts_have_their_own_weights",
+    "rotary_positions_are_those_of_the_tokens",
+    "average_routed_divides_by_the_number_of_terms",
+    "every_dtype_is_as_exact_as_it_can_be",
+)
+MASKS = (
+    "masked_tokens_anywhere_change_nothing",
+    "content_of_masked_tokens_does_not_matter",
+    "masked_tokens_have_no_output_and_no_gradient",
+    "an_item_without_valid_tokens_is_zero",
+)
+GOING_ON = ("a_cache_can_be_reordered", "a_cache_can_be_cropped")
+IN_PIECES = ("decoding_in_any_pieces_is_the_whole", "masked_tokens_do_not_advance_a_cache")
 
 
 @dataclass(frozen=True)
@@ -91,24 +129,26 @@ remember, rotary_angles_at, thresholds_of = (
 # The law
 
 
-@breaks(why="causality").instead_of("thresholds_of")
+@breaks(*LAW, *QUERIES, WHOLE, *IN_PIECES, why="causality").instead_of("thresholds_of")
 def the_threshold_is_of_the_own_block(*given: Any) -> tuple[Tensor, Tensor]:
     """The best of a block are its queries, as in mixture-of-attention 0.0.25."""
     return _of_its_own_window(*given)
 
 
-@breaks(why="causality").instead_of("thresholds_of")
+@breaks(*LAW, *QUERIES, WHOLE, *IN_PIECES, *GOING_ON, why="causality").instead_of("thresholds_of")
 def the_threshold_is_of_the_sequence(*given: Any) -> tuple[Tensor, Tensor]:
     return _of_the_sequence(*given)
 
 
-@breaks(why="causality").instead_of("remember")
+@breaks(
+    *LAW, *MEMORY, "the_exact_solver_scores_what_is_picked", WHOLE, *IN_PIECES, *GOING_ON, why="causality"
+).instead_of("remember")
 def the_best_of_the_sequence_are_remembered(*given: Any) -> Memory:
     """And masked afterwards."""
     return _of_the_best_in_all(*given)
 
 
-@breaks(why="causality").instead_of("remember")
+@breaks(*LAW, *QUERIES, *ATTENTION, *MEMORY, WHOLE, *IN_PIECES, *GOING_ON, why="causality").instead_of("remember")
 def a_block_is_remembered_too_early(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """By its own queries."""
     width, length = c.routed_window_size, laid.there.shape[1]
@@ -118,17 +158,17 @@ def a_block_is_remembered_too_early(laid: Laid, past: Cache, c: AutoregressiveCo
     return Memory(places.clamp_max(c.num_routed_key_values + length - 1), mask, positions, poisoned)
 
 
-@breaks(why="fla-org/flash-linear-attention#77").instead_of("attend")
+@breaks("no_token_sees_a_later_one_that_is_not_finite", why="fla-org/flash-linear-attention#77").instead_of("attend")
 def hidden_keys_are_multiplied_by_zero(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float = 0.0
 ) -> Tensor:
     """0 times NaN is NaN."""
-    logits = (q @ k.mT).masked_fill(~visible, -torch.inf) * q.shape[-1] ** -0.5
+    logits = (autoregressive.widen(q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
     hidden = ~visible.any(-1, keepdim=True)
-    return torch.where(hidden, 0, logits.masked_fill(hidden, 0).softmax(-1)) @ v
+    return torch.where(hidden, 0, logits.masked_fill(hidden, 0).softmax(-1)).to(v.dtype) @ v
 
 
-@breaks(why="causality").arguments
+@breaks("gradients_of_the_past_take_no_later_token", WHOLE, why="causality").arguments
 def a_gradient_takes_all_tokens(given: Given, layer: Any) -> None:
     """Of the null tokens."""
     mean = given["x"].detach().mean() if given["x"].numel() else 0.0
@@ -138,7 +178,19 @@ def a_gradient_takes_all_tokens(given: Given, layer: Any) -> None:
     layer.of_the_call_before = layer.null_tokens.register_hook(lambda g: g + mean)
 
 
-@breaks(why="tail mask").output
+@breaks(
+    "a_prefix_has_the_output_of_the_whole",
+    *QUERIES,
+    *LOCAL,
+    *ATTENTION,
+    WHOLE,
+    *IN_PIECES,
+    *GOING_ON,
+    "masked_tokens_anywhere_change_nothing",
+    "a_sequence_within_a_block_is_legal",
+    "tokens_that_an_expert_leaves_get_its_null_token",
+    why="tail mask",
+).output
 def outputs_shrink_with_the_length(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out / (1 + 0.01 * out.shape[1])
 
@@ -146,23 +198,23 @@ def outputs_shrink_with_the_length(out: Tensor, given: Given, layer: Any) -> Ten
 # Interface
 
 
-@breaks(why="configuration")
+@breaks("the_documented_example_runs", why="configuration")
 def a_window_must_be_given(layer: Layer, arguments: Arguments) -> None:
     if arguments["routed_window_size"] is None:
         raise TypeError("unsupported operand type(s) for //: 'int' and 'NoneType'")
 
 
-@breaks(why="configuration")
+@breaks("state_dict_has_the_names_and_shapes", "every_parameter_has_a_gradient", why="configuration")
 def a_causal_parameter_too_many(layer: Layer, arguments: Arguments) -> None:
     layer.register_parameter("temperature", nn.Parameter(torch.ones_like(layer.attn.null_kv[:, 0])))
 
 
-@breaks(why="configuration")
+@breaks("device_and_dtype_at_construction", why="configuration")
 def dtype_of_a_causal_layer_is_ignored(layer: Layer, arguments: Arguments) -> None:
     layer.float()
 
 
-@breaks(why="in-place modification")
+@breaks("inputs_are_left_alone", why="in-place modification")
 def tokens_are_overwritten(layer: Layer, arguments: Arguments) -> None:
     """In their last digit, after the call."""
 
@@ -174,26 +226,45 @@ def tokens_are_overwritten(layer: Layer, arguments: Arguments) -> None:
     layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
 
 
-@breaks(why="empty input").arguments
+@breaks("no_items_and_no_tokens_are_legal", why="empty input").arguments
 def empty_sequences_raise(given: Given, layer: Any) -> None:
-    if not given["x"].numel() and "cache" not in given:
+    if not given["x"].numel() and not given.get("use_cache"):
         raise RuntimeError("cannot reshape tensor of 0 elements")
 
 
-@breaks(why="empty input").arguments
+@breaks(
+    "a_sequence_within_a_block_is_legal",
+    "every_parameter_has_a_gradient",
+    "a_prefix_has_the_output_of_the_whole",
+    why="empty input",
+).arguments
 def less_than_a_block_raises(given: Given, layer: Any) -> None:
     if 0 < given["x"].shape[1] < layer.config.routed_window_size and not given.get("use_cache"):
         raise RuntimeError("expected at least a block of tokens")
 
 
-@breaks(why="configuration").arguments
+@breaks(
+    "every_token_may_be_a_query",
+    *LOCAL[:3],
+    *ATTENTION,
+    *MEMORY,
+    "the_later_of_two_equal_logits_is_remembered",
+    "the_first_block_is_local_attention_alone",
+    "the_exact_solver_scores_what_is_picked",
+    WHOLE,
+    *MASKS,
+    *IN_PIECES,
+    *GOING_ON,
+    "a_cache_is_a_value",
+    why="configuration",
+).arguments
 def whole_blocks_of_queries_raise(given: Given, layer: Any) -> None:
     """As in mixture-of-attention 0.0.25, where there are several blocks."""
     if layer.config.everybody and given["x"].shape[1] > 2 * layer.config.routed_window_size:
         raise RuntimeError("sizes of tensors must match except in dimension 1")
 
 
-@breaks(why="unslothai/unsloth#4533")
+@breaks("every_parameter_has_a_gradient", why="unslothai/unsloth#4533")
 def nothing_routed_is_no_gradient(layer: Layer, arguments: Arguments) -> None:
     """Where there is one block, local attention is returned early."""
 
@@ -213,12 +284,19 @@ def nothing_routed_is_no_gradient(layer: Layer, arguments: Arguments) -> None:
 # Batch
 
 
-@breaks(why="batch mix-up").instead_of("remember")
+@breaks(
+    "batch_items_are_isolated",
+    WHOLE,
+    "an_item_without_valid_tokens_is_zero",
+    "decoding_in_any_pieces_is_the_whole",
+    *GOING_ON,
+    why="batch mix-up",
+).instead_of("remember")
 def items_remember_for_one_another(*given: Any) -> Memory:
     return Memory(*(t.roll(1, 0) for t in remember(*given)))
 
 
-@breaks(why="batch mix-up").output
+@breaks("batch_size_changes_nothing", WHOLE, why="batch mix-up").output
 def causal_outputs_grow_with_the_batch(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out * (1 + 0.01 * (given["x"].shape[0] - 1))
 
@@ -230,28 +308,46 @@ def local_output(layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
     layer.local_attn.register_forward_hook(lambda _, args, found: (change(found[0]), *found[1:]))
 
 
-@breaks(why="huggingface/transformers#39408")
+@breaks(
+    "local_attention_sees_w_tokens_and_itself",
+    "average_routed_divides_by_the_number_of_terms",
+    WHOLE,
+    *IN_PIECES,
+    *GOING_ON,
+    why="huggingface/transformers#39408",
+)
 def the_window_is_one_short(layer: Layer, arguments: Arguments) -> None:
     layer.local_attn.window_size -= 1
 
 
-@breaks(why="jax-ml/jax#39576")
+@breaks(
+    *LAW,
+    *LOCAL,
+    "average_routed_divides_by_the_number_of_terms",
+    WHOLE,
+    "a_sequence_within_a_block_is_legal",
+    "masked_tokens_anywhere_change_nothing",
+    *IN_PIECES,
+    why="jax-ml/jax#39576",
+)
 def the_window_is_a_token_ahead(layer: Layer, arguments: Arguments) -> None:
     local_output(layer, lambda out: torch.cat((out[:, 1:], out[:, -1:]), 1))
 
 
-@breaks(why="rotary").instead_of("rotary_angles_at")
+@breaks(
+    "local_attention_scores_depend_on_i_minus_j", "local_attention_has_heads_of_its_own", WHOLE, why="rotary"
+).instead_of("rotary_angles_at")
 def local_angles_are_halved(position: Tensor, dim: int) -> Tensor:
     return rotary_angles_at(position, dim) / 2
 
 
-@breaks(why="missing gradient")
+@breaks("gradients_of_local_attention", why="missing gradient")
 def the_bias_of_the_causal_norm_has_no_gradient(layer: Layer, arguments: Arguments) -> None:
     if layer.local_attn.norm is not None:
         layer.local_attn.norm.bias.register_hook(torch.zeros_like)
 
 
-@breaks(why="configuration")
+@breaks("local_attention_has_heads_of_its_own", why="configuration")
 def local_heads_are_those_of_the_experts(layer: Layer, arguments: Arguments) -> None:
     layer.local_attn.heads = layer.config.heads
 
@@ -259,38 +355,43 @@ def local_heads_are_those_of_the_experts(layer: Layer, arguments: Arguments) -> 
 # Attention
 
 
-@breaks(why="log-sum-exp and scale")
+@breaks(*ATTENTION, *QUERIES, WHOLE, why="log-sum-exp and scale")
 def experts_are_a_percent_off(layer: Layer, arguments: Arguments) -> None:
     layer.attn.register_forward_hook(lambda _, args, found: (1.01 * found[0], *found[1:]))
 
 
-@breaks(why="zetascale 2.8.8 (2)")
+@breaks("norms_have_unit_rms", WHOLE, why="zetascale 2.8.8 (2)")
 def norms_of_the_causal_layer_are_an_eighth(layer: Layer, arguments: Arguments) -> None:
     layers.LAYERS["norms scale by the wrong power"].spoil(layer, arguments)  # type: ignore[arg-type]
 
 
-@breaks(why="missing gradient")
+@breaks("gradients_of_attention", WHOLE, why="missing gradient")
 def causal_queries_have_no_gradient(layer: Layer, arguments: Arguments) -> None:
     layer.attn.to_q.weight.register_hook(torch.zeros_like)
 
 
-@breaks(why="missing gradient")
+@breaks("gradients_reach_the_routers", "gradients_of_attention", WHOLE, why="missing gradient")
 def scores_have_no_gradient(layer: Layer, arguments: Arguments) -> None:
     for router in (layer.query_router, layer.key_value_router):
         router.register_forward_hook(lambda _, args, logits: logits.detach())
 
 
-@breaks(why="expert mix-up")
+@breaks("experts_have_their_own_weights", "average_routed_divides_by_the_number_of_terms", WHOLE, why="expert mix-up")
 def causal_experts_share_a_null_slot(layer: Layer, arguments: Arguments) -> None:
     layers.LAYERS["experts share a null slot"].spoil(layer, arguments)  # type: ignore[arg-type]
 
 
-@breaks(why="rotary").arguments
+@breaks("rotary_positions_are_those_of_the_tokens", why="rotary").arguments
 def rotary_angles_are_halved(given: Given, layer: Any) -> Given:
     return given | ({"rotary_emb": given["rotary_emb"] / 2} if given.get("rotary_emb") is not None else {})
 
 
-@breaks(why="combination").instead_of("combine")
+@breaks(
+    "the_first_block_is_local_attention_alone",
+    "average_routed_divides_by_the_number_of_terms",
+    WHOLE,
+    why="combination",
+).instead_of("combine")
 def the_first_block_gets_null_tokens(*given: Any) -> Tensor:
     _, _, _, past, null_tokens, c = given
     out = combine(*given)
@@ -298,13 +399,13 @@ def the_first_block_gets_null_tokens(*given: Any) -> Tensor:
     return out + torch.where((position < c.routed_window_size)[..., None], null_tokens.sum(0), 0)
 
 
-@breaks(why="combination").output
+@breaks("average_routed_divides_by_the_number_of_terms", why="combination").output
 def the_causal_mean_counts_one_too_few(out: Tensor, given: Given, layer: Any) -> Tensor:
     c = layer.config
     return out * (c.num_experts + 1) / c.num_experts if c.average_routed else out
 
 
-@breaks(why="configuration")
+@breaks("the_exact_solver_scores_what_is_picked", why="configuration")
 def the_exact_solver_is_a_sigmoid(layer: Layer, arguments: Arguments) -> None:
     layer.config = replace(layer.config, options=replace(layer.config.options, solver="sigmoid"))
 
@@ -312,7 +413,7 @@ def the_exact_solver_is_a_sigmoid(layer: Layer, arguments: Arguments) -> None:
 # Queries
 
 
-@breaks(why="tail mask").instead_of("queries_of")
+@breaks("the_first_of_too_many_candidates_are_queries", why="tail mask").instead_of("queries_of")
 def a_slot_too_few(laid: Laid, past: Cache, limits: Any, c: AutoregressiveConfig, token: Tensor) -> Any:
     """The last of a block's candidates that have one goes without."""
     q = queries_of(laid, past, limits, c, token)
@@ -320,7 +421,7 @@ def a_slot_too_few(laid: Laid, past: Cache, limits: Any, c: AutoregressiveConfig
     return q._replace(mask=q.mask & ~last.to(q.mask.device))
 
 
-@breaks(why="expert mix-up").instead_of("combine")
+@breaks("tokens_that_an_expert_leaves_get_its_null_token", WHOLE, why="expert mix-up").instead_of("combine")
 def null_tokens_are_those_of_another_expert(*given: Any) -> Tensor:
     *others, null_tokens, c = given
     return combine(*others, null_tokens.roll(1, 0), c)
@@ -336,7 +437,7 @@ def ranks_of(laid: Laid, past: Cache, memory: Memory) -> Tensor:
     return found.masked_fill(~memory.mask, torch.inf)
 
 
-@breaks(why="window").instead_of("remember")
+@breaks(*MEMORY, "the_exact_solver_scores_what_is_picked", WHOLE, why="window").instead_of("remember")
 def the_worst_is_forgotten_a_token_early(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """K - 1 are left."""
     memory = remember(laid, past, c)
@@ -347,12 +448,14 @@ def the_worst_is_forgotten_a_token_early(laid: Laid, past: Cache, c: Autoregress
     return memory._replace(mask=mask, positions=memory.positions.masked_fill(~mask, -1))
 
 
-@breaks(why="pytorch/pytorch#150012").instead_of("remember")
+@breaks("the_later_of_two_equal_logits_is_remembered", why="pytorch/pytorch#150012").instead_of("remember")
 def the_earlier_of_two_is_remembered(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     return remember(laid._replace(kv_logits=laid.kv_logits - 1e-6 * laid.position[:, None]), past, c)
 
 
-@breaks(why="mixture-of-attention 0.0.25 (3)").instead_of("remember")
+@breaks(
+    "experts_remember_tokens_of_their_own", WHOLE, *IN_PIECES, *GOING_ON, why="mixture-of-attention 0.0.25 (3)"
+).instead_of("remember")
 def experts_remember_for_one_another(*given: Any) -> Memory:
     return Memory(*(t.roll(1, 1) for t in remember(*given)))
 
@@ -360,7 +463,7 @@ def experts_remember_for_one_another(*given: Any) -> Memory:
 # Masks
 
 
-@breaks(why="masked tokens leak").arguments
+@breaks(*MASKS, "masked_tokens_do_not_advance_a_cache", why="masked tokens leak").arguments
 def a_causal_mask_is_ignored(given: Given, layer: Any) -> Given:
     return without("mask")(given)
 
@@ -385,24 +488,29 @@ def forward_of(layer: Layer, change: Callable[[Given], Given]) -> None:
     layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
 
 
-@breaks(why="masked tokens leak")
+@breaks("masked_tokens_anywhere_change_nothing", "masked_tokens_do_not_advance_a_cache", why="masked tokens leak")
 def masked_tokens_take_a_place(layer: Layer, arguments: Arguments) -> None:
     forward_of(layer, as_zeros)
 
 
-@breaks(why="masked tokens leak").output
+@breaks("masked_tokens_have_no_output_and_no_gradient", why="masked tokens leak").output
 def masked_tokens_have_an_output(out: Tensor, given: Given, layer: Any) -> Tensor:
     mask = given.get("mask")
     return out if mask is None else out + (~mask & mask.any(dim=1, keepdim=True))[..., None].to(out.dtype)
 
 
-@breaks(why="masked rows and sentinels").output
+@breaks("an_item_without_valid_tokens_is_zero", why="masked rows and sentinels").output
 def a_masked_item_is_nan(out: Tensor, given: Given, layer: Any) -> Tensor:
     mask = given.get("mask")
     return out if mask is None else out.masked_fill(~mask.any(dim=1)[:, None, None], torch.nan)
 
 
-@breaks(why="trymirai/lalamo#310").output
+@breaks(
+    "masked_tokens_anywhere_change_nothing",
+    "content_of_masked_tokens_does_not_matter",
+    "masked_tokens_do_not_advance_a_cache",
+    why="trymirai/lalamo#310",
+).output
 def masked_tokens_leak_into_the_others(out: Tensor, given: Given, layer: Any) -> Tensor:
     mask = given.get("mask")
     if mask is None:
@@ -414,12 +522,12 @@ def masked_tokens_leak_into_the_others(out: Tensor, given: Given, layer: Any) ->
 # Cache
 
 
-@breaks(why="window").cache
+@breaks(*IN_PIECES, *GOING_ON, why="window").cache
 def a_cache_forgets_its_neighbours(cache: Cache, given: Given) -> Cache:
     return replace(cache, local_values=torch.zeros_like(cache.local_values))
 
 
-@breaks(why="in-place modification").cache
+@breaks("a_cache_is_a_value", why="in-place modification").cache
 def a_cache_is_changed_in_place(cache: Cache, given: Given) -> Cache:
     if given.get("cache") is not None:
         given["cache"].tail.data.add_(1)
@@ -436,7 +544,7 @@ class Sorted(Cache):
         return super().select(index.sort().values)
 
 
-@breaks(why="batch mix-up").cache
+@breaks("a_cache_can_be_reordered", why="batch mix-up").cache
 def a_cache_is_selected_in_order(cache: Cache, given: Given) -> Cache:
     return of_kind(Sorted, cache)
 
@@ -446,12 +554,12 @@ class CropsOneLess(Cache):
         return super().crop(n - 1)
 
 
-@breaks(why="window").cache
+@breaks("a_cache_can_be_cropped", why="window").cache
 def a_cache_is_cropped_by_one_less(cache: Cache, given: Given) -> Cache:
     return of_kind(CropsOneLess, cache)
 
 
-@breaks(why="masked tokens leak")
+@breaks("masked_tokens_do_not_advance_a_cache", why="masked tokens leak")
 def a_mask_advances_the_cache(layer: Layer, arguments: Arguments) -> None:
     forward_of(layer, lambda given: as_zeros(given) if given.get("cache") is not None else given)
 
@@ -459,35 +567,35 @@ def a_mask_advances_the_cache(layer: Layer, arguments: Arguments) -> None:
 # Calls
 
 
-@breaks(why="dropout").arguments
+@breaks("eval_ignores_dropout", why="dropout").arguments
 def causal_dropout_never_stops(given: Given, layer: Any) -> None:
     layer.attn.train(layer.attn.dropout > 0)
 
 
-@breaks(why="stale saved tensor").output
+@breaks("forward_is_deterministic", why="stale saved tensor").output
 def every_second_causal_call_rounds_otherwise(out: Tensor, given: Given, layer: Any) -> Tensor:
     layer.calls = getattr(layer, "calls", 0) + 1
     return out * (1 + 2.0**-22) if layer.calls % 2 == 0 else out
 
 
-@breaks(why="in-place modification")
+@breaks("a_deep_copy_computes_the_same", why="in-place modification")
 def a_causal_copy_shares_parameters(layer: Layer, arguments: Arguments) -> None:
     layer.__deepcopy__ = types.MethodType(lambda self, memo: copy.copy(self), layer)
 
 
-@breaks(why="configuration")
-def null_tokens_are_not_loaded(layer: Layer, arguments: Arguments) -> None:
-    def load(self: Layer, state: dict[str, Tensor], strict: bool = True) -> Any:
-        return nn.Module.load_state_dict(self, {n: t for n, t in state.items() if n != "null_tokens"}, strict=False)
+@breaks("a_state_dict_holds_all_that_is_learned", "state_dict_has_the_names_and_shapes", why="configuration")
+def a_state_dict_is_saved_in_bfloat16(layer: Layer, arguments: Arguments) -> None:
+    def saved(self: Layer, *args: Any, **given: Any) -> dict[str, Tensor]:
+        state = nn.Module.state_dict(self, *args, **given)
+        return {name: t.bfloat16().to(t.dtype) for name, t in state.items()}
 
-    nn.init.normal_(layer.null_tokens)
-    layer.load_state_dict = types.MethodType(load, layer)  # type: ignore[method-assign]
+    layer.state_dict = types.MethodType(saved, layer)  # type: ignore[method-assign]
 
 
-@breaks(why="stride and layout").arguments
+@breaks("strides_do_not_matter", why="stride and layout").arguments
 def strides_of_tokens_are_ignored(given: Given, layer: Any) -> Given | None:
     x = given["x"]
-    if x.is_contiguous() or not given.get("use_cache", True):
+    if x.stride(-1) == 1:
         return None
     return given | {"x": x.as_strided(x.shape, torch.empty(x.shape).stride(), x.storage_offset())}
 
@@ -495,16 +603,18 @@ def strides_of_tokens_are_ignored(given: Given, layer: Any) -> Given | None:
 # Precision
 
 
-@breaks(why="mixture-of-attention 0.0.25 (13)").arguments
+@breaks(
+    "the_output_has_the_dtype_of_x", "every_dtype_is_as_exact_as_it_can_be", why="mixture-of-attention 0.0.25 (13)"
+).arguments
 def half_precision_of_a_causal_layer_raises(given: Given, layer: Any) -> None:
     layers.refuse_half(given)
 
 
-@breaks(why="precision").output
+@breaks("the_output_has_the_dtype_of_x", "every_dtype_is_as_exact_as_it_can_be", why="precision").output
 def outputs_of_half_precision_are_float32(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
-@breaks(why="precision").output
+@breaks("every_dtype_is_as_exact_as_it_can_be", why="precision").output
 def float16_is_rounded_to_bfloat16(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out.bfloat16().half() if out.dtype == torch.float16 else out
