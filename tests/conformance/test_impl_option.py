@@ -125,7 +125,7 @@ def test_a_run_on_a_causal_layer_that_leaks(tmp_path: Path, monkeypatch: pytest.
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     options = ["--impl", "theirs:Layer", "--causal", "--impl-report", str(written), "-k", "later_one or items_and"]
-    done = run("tests/conformance", *options, "--max-examples", "5")
+    done = run("tests/conformance", *options, "--max-examples", "20")
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"its {len(SETS[True].properties)} properties and no other tests are selected" in done.stdout
     assert "conformance of theirs:Layer: 1 hold, 1 fail, 1 not offered" in done.stdout

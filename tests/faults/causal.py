@@ -26,7 +26,7 @@ from tests.noise.layers import _of_its_own_window, _of_the_best_in_all, _of_the_
 
 Layer = MixtureOfAutoregressiveAttention
 
-# Properties that report a kind of fault together.
+# Properties that report kinds of faults together.
 WHOLE = "output_and_gradients_equal_the_reference"
 LAW = (
     "no_token_sees_a_later_one",
@@ -68,12 +68,14 @@ IN_PIECES = ("decoding_in_any_pieces_is_the_whole", "masked_tokens_do_not_advanc
 
 @dataclass(frozen=True)
 class CausalFault(Fault):
-    """Builds the reference and spoils it. breaks: the properties that must report it, and no other may."""
+    """Builds the reference and spoils it. breaks: the properties that are about it. also: others that report it, as a
+    wrong value shows in whatever is computed of it; no more may."""
 
     features: ClassVar[tuple[str, ...]] = FEATURES
 
     spoil: Callable[[Layer, Arguments], Any]
     breaks: frozenset[str]
+    also: frozenset[str]
 
     def __call__(self, dim: int, **arguments: Any) -> nn.Module:
         layer = Layer(dim, **arguments)
@@ -88,9 +90,13 @@ class breaks(layers.breaks):
     """As that of `layers`. `.instead_of(name)`: of a function of `reference.autoregressive`; `.cache`: what is returned
     in place of a cache, given what forward was given."""
 
+    def __init__(self, *properties: str, why: str, also: tuple[str, ...] = ()) -> None:
+        super().__init__(*properties, why=why)
+        self.also = also
+
     def _register(self, function: Callable[..., Any], spoil: Any, **functions: Callable[..., Any]) -> Any:
         name = named(function)
-        CAUSAL[name] = CausalFault(name, self.why, spoil, frozenset(self.properties))
+        CAUSAL[name] = CausalFault(name, self.why, spoil, frozenset(self.properties), frozenset(self.also))
         return function
 
     def instead_of(self, name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -116,11 +122,11 @@ def patch(layer: Layer, **functions: Callable[..., Any]) -> None:
         with mock.patch.multiple(autoregressive, **functions):
             return Layer.forward(self, *args, **given)
 
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(forward, layer)
 
 
 # The functions that a fault takes the place of.
-attend, combine, queries_of = autoregressive.attend, autoregressive.combine, autoregressive.queries_of
+combine, queries_of = autoregressive.combine, autoregressive.queries_of
 remember, rotary_angles_at, thresholds_of = (
     autoregressive.remember, autoregressive.rotary_angles_at, autoregressive.thresholds_of,
 )  # fmt: skip
@@ -129,26 +135,51 @@ remember, rotary_angles_at, thresholds_of = (
 # The law
 
 
-@breaks(*LAW, *QUERIES, WHOLE, *IN_PIECES, why="causality").instead_of("thresholds_of")
+@breaks(
+    "no_token_sees_a_later_one",
+    "gradients_of_the_past_take_no_later_token",
+    why="causality",
+    also=(*QUERIES, *IN_PIECES, *LAW, WHOLE),
+).instead_of("thresholds_of")
 def the_threshold_is_of_the_own_block(*given: Any) -> tuple[Tensor, Tensor]:
     """The best of a block are its queries, as in mixture-of-attention 0.0.25."""
     return _of_its_own_window(*given)
 
 
-@breaks(*LAW, *QUERIES, WHOLE, *IN_PIECES, *GOING_ON, why="causality").instead_of("thresholds_of")
+@breaks(
+    "no_token_sees_a_later_one",
+    "queries_reach_the_threshold_of_the_block_before",
+    why="causality",
+    also=(*GOING_ON, *IN_PIECES, *LAW, *QUERIES, WHOLE),
+).instead_of("thresholds_of")
 def the_threshold_is_of_the_sequence(*given: Any) -> tuple[Tensor, Tensor]:
     return _of_the_sequence(*given)
 
 
 @breaks(
-    *LAW, *MEMORY, "the_exact_solver_scores_what_is_picked", WHOLE, *IN_PIECES, *GOING_ON, why="causality"
+    "no_token_sees_a_later_one",
+    "an_expert_remembers_the_k_best_tokens",
+    why="causality",
+    also=(
+        *GOING_ON,
+        *IN_PIECES,
+        *LAW,
+        WHOLE,
+        "experts_remember_tokens_of_their_own",
+        "the_exact_solver_scores_what_is_picked",
+    ),
 ).instead_of("remember")
 def the_best_of_the_sequence_are_remembered(*given: Any) -> Memory:
     """And masked afterwards."""
     return _of_the_best_in_all(*given)
 
 
-@breaks(*LAW, *QUERIES, *ATTENTION, *MEMORY, WHOLE, *IN_PIECES, *GOING_ON, why="causality").instead_of("remember")
+@breaks(
+    "no_token_sees_a_later_one",
+    "an_expert_attends_over_the_blocks_before",
+    why="causality",
+    also=(*QUERIES, *MEMORY, *GOING_ON, *IN_PIECES, *LAW, *ATTENTION, WHOLE),
+).instead_of("remember")
 def a_block_is_remembered_too_early(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """By its own queries."""
     width, length = c.routed_window_size, laid.there.shape[1]
@@ -158,17 +189,13 @@ def a_block_is_remembered_too_early(laid: Laid, past: Cache, c: AutoregressiveCo
     return Memory(places.clamp_max(c.num_routed_key_values + length - 1), mask, positions, poisoned)
 
 
-@breaks("no_token_sees_a_later_one_that_is_not_finite", why="fla-org/flash-linear-attention#77").instead_of("attend")
-def hidden_keys_are_multiplied_by_zero(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, dropout: float = 0.0
-) -> Tensor:
+@breaks("no_token_sees_a_later_one_that_is_not_finite", why="fla-org/flash-linear-attention#77").output
+def later_tokens_are_multiplied_by_zero(out: Tensor, given: Given, layer: Any) -> Tensor:
     """0 times NaN is NaN."""
-    logits = (autoregressive.widen(q @ k.mT) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
-    hidden = ~visible.any(-1, keepdim=True)
-    return torch.where(hidden, 0, logits.masked_fill(hidden, 0).softmax(-1)).to(v.dtype) @ v
+    return out + 0 * given["x"].sum(1, keepdim=True)
 
 
-@breaks("gradients_of_the_past_take_no_later_token", WHOLE, why="causality").arguments
+@breaks("gradients_of_the_past_take_no_later_token", why="causality", also=(WHOLE,)).arguments
 def a_gradient_takes_all_tokens(given: Given, layer: Any) -> None:
     """Of the null tokens."""
     mean = given["x"].detach().mean() if given["x"].numel() else 0.0
@@ -180,16 +207,18 @@ def a_gradient_takes_all_tokens(given: Given, layer: Any) -> None:
 
 @breaks(
     "a_prefix_has_the_output_of_the_whole",
-    *QUERIES,
-    *LOCAL,
-    *ATTENTION,
-    WHOLE,
-    *IN_PIECES,
-    *GOING_ON,
-    "masked_tokens_anywhere_change_nothing",
-    "a_sequence_within_a_block_is_legal",
-    "tokens_that_an_expert_leaves_get_its_null_token",
     why="tail mask",
+    also=(
+        *QUERIES,
+        *LOCAL,
+        *ATTENTION,
+        *GOING_ON,
+        *IN_PIECES,
+        WHOLE,
+        "masked_tokens_anywhere_change_nothing",
+        "a_sequence_within_a_block_is_legal",
+        "tokens_that_an_expert_leaves_get_its_null_token",
+    ),
 ).output
 def outputs_shrink_with_the_length(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out / (1 + 0.01 * out.shape[1])
@@ -204,7 +233,7 @@ def a_window_must_be_given(layer: Layer, arguments: Arguments) -> None:
         raise TypeError("unsupported operand type(s) for //: 'int' and 'NoneType'")
 
 
-@breaks("state_dict_has_the_names_and_shapes", "every_parameter_has_a_gradient", why="configuration")
+@breaks("state_dict_has_the_names_and_shapes", why="configuration", also=("every_parameter_has_a_gradient",))
 def a_causal_parameter_too_many(layer: Layer, arguments: Arguments) -> None:
     layer.register_parameter("temperature", nn.Parameter(torch.ones_like(layer.attn.null_kv[:, 0])))
 
@@ -223,7 +252,7 @@ def tokens_are_overwritten(layer: Layer, arguments: Arguments) -> None:
         x.data.mul_(1 + 2.0**-22)
         return out
 
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(forward, layer)
 
 
 @breaks("no_items_and_no_tokens_are_legal", why="empty input").arguments
@@ -234,9 +263,8 @@ def empty_sequences_raise(given: Given, layer: Any) -> None:
 
 @breaks(
     "a_sequence_within_a_block_is_legal",
-    "every_parameter_has_a_gradient",
-    "a_prefix_has_the_output_of_the_whole",
     why="empty input",
+    also=("every_parameter_has_a_gradient", "a_prefix_has_the_output_of_the_whole"),
 ).arguments
 def less_than_a_block_raises(given: Given, layer: Any) -> None:
     if 0 < given["x"].shape[1] < layer.config.routed_window_size and not given.get("use_cache"):
@@ -245,18 +273,22 @@ def less_than_a_block_raises(given: Given, layer: Any) -> None:
 
 @breaks(
     "every_token_may_be_a_query",
-    *LOCAL[:3],
-    *ATTENTION,
-    *MEMORY,
-    "the_later_of_two_equal_logits_is_remembered",
-    "the_first_block_is_local_attention_alone",
-    "the_exact_solver_scores_what_is_picked",
-    WHOLE,
-    *MASKS,
-    *IN_PIECES,
-    *GOING_ON,
-    "a_cache_is_a_value",
     why="configuration",
+    also=(
+        *MEMORY,
+        *ATTENTION,
+        *MASKS,
+        *GOING_ON,
+        *IN_PIECES,
+        WHOLE,
+        "local_attention_sees_w_tokens_and_itself",
+        "local_attention_scores_depend_on_i_minus_j",
+        "gradients_of_local_attention",
+        "the_later_of_two_equal_logits_is_remembered",
+        "the_first_block_is_local_attention_alone",
+        "the_exact_solver_scores_what_is_picked",
+        "a_cache_is_a_value",
+    ),
 ).arguments
 def whole_blocks_of_queries_raise(given: Given, layer: Any) -> None:
     """As in mixture-of-attention 0.0.25, where there are several blocks."""
@@ -278,7 +310,7 @@ def nothing_routed_is_no_gradient(layer: Layer, arguments: Arguments) -> None:
             for p in early:
                 p.requires_grad_(True)
 
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(forward, layer)
 
 
 # Batch
@@ -286,17 +318,19 @@ def nothing_routed_is_no_gradient(layer: Layer, arguments: Arguments) -> None:
 
 @breaks(
     "batch_items_are_isolated",
-    WHOLE,
-    "an_item_without_valid_tokens_is_zero",
-    "decoding_in_any_pieces_is_the_whole",
-    *GOING_ON,
     why="batch mix-up",
+    also=(
+        WHOLE,
+        "an_item_without_valid_tokens_is_zero",
+        "decoding_in_any_pieces_is_the_whole",
+        "a_cache_can_be_reordered",
+    ),
 ).instead_of("remember")
 def items_remember_for_one_another(*given: Any) -> Memory:
     return Memory(*(t.roll(1, 0) for t in remember(*given)))
 
 
-@breaks("batch_size_changes_nothing", WHOLE, why="batch mix-up").output
+@breaks("batch_size_changes_nothing", why="batch mix-up", also=(WHOLE,)).output
 def causal_outputs_grow_with_the_batch(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out * (1 + 0.01 * (given["x"].shape[0] - 1))
 
@@ -310,32 +344,33 @@ def local_output(layer: Layer, change: Callable[[Tensor], Tensor]) -> None:
 
 @breaks(
     "local_attention_sees_w_tokens_and_itself",
-    "average_routed_divides_by_the_number_of_terms",
-    WHOLE,
-    *IN_PIECES,
-    *GOING_ON,
     why="huggingface/transformers#39408",
+    also=(*GOING_ON, *IN_PIECES, WHOLE, "average_routed_divides_by_the_number_of_terms"),
 )
 def the_window_is_one_short(layer: Layer, arguments: Arguments) -> None:
     layer.local_attn.window_size -= 1
 
 
 @breaks(
-    *LAW,
-    *LOCAL,
-    "average_routed_divides_by_the_number_of_terms",
-    WHOLE,
-    "a_sequence_within_a_block_is_legal",
-    "masked_tokens_anywhere_change_nothing",
-    *IN_PIECES,
+    "no_token_sees_a_later_one",
+    "local_attention_sees_w_tokens_and_itself",
     why="jax-ml/jax#39576",
+    also=(
+        *IN_PIECES,
+        *LAW,
+        *LOCAL,
+        WHOLE,
+        "average_routed_divides_by_the_number_of_terms",
+        "a_sequence_within_a_block_is_legal",
+        "masked_tokens_anywhere_change_nothing",
+    ),
 )
 def the_window_is_a_token_ahead(layer: Layer, arguments: Arguments) -> None:
     local_output(layer, lambda out: torch.cat((out[:, 1:], out[:, -1:]), 1))
 
 
 @breaks(
-    "local_attention_scores_depend_on_i_minus_j", "local_attention_has_heads_of_its_own", WHOLE, why="rotary"
+    "local_attention_scores_depend_on_i_minus_j", why="rotary", also=(WHOLE, "local_attention_has_heads_of_its_own")
 ).instead_of("rotary_angles_at")
 def local_angles_are_halved(position: Tensor, dim: int) -> Tensor:
     return rotary_angles_at(position, dim) / 2
@@ -355,30 +390,32 @@ def local_heads_are_those_of_the_experts(layer: Layer, arguments: Arguments) -> 
 # Attention
 
 
-@breaks(*ATTENTION, *QUERIES, WHOLE, why="log-sum-exp and scale")
+@breaks("an_expert_attends_over_the_blocks_before", WHOLE, why="log-sum-exp and scale", also=(*QUERIES, *ATTENTION))
 def experts_are_a_percent_off(layer: Layer, arguments: Arguments) -> None:
     layer.attn.register_forward_hook(lambda _, args, found: (1.01 * found[0], *found[1:]))
 
 
-@breaks("norms_have_unit_rms", WHOLE, why="zetascale 2.8.8 (2)")
+@breaks("norms_have_unit_rms", why="zetascale 2.8.8 (2)", also=(WHOLE,))
 def norms_of_the_causal_layer_are_an_eighth(layer: Layer, arguments: Arguments) -> None:
-    layers.LAYERS["norms scale by the wrong power"].spoil(layer, arguments)  # type: ignore[arg-type]
+    layers.LAYERS["norms scale by the wrong power"].spoil(layer, arguments)
 
 
-@breaks("gradients_of_attention", WHOLE, why="missing gradient")
+@breaks("gradients_of_attention", why="missing gradient", also=(WHOLE,))
 def causal_queries_have_no_gradient(layer: Layer, arguments: Arguments) -> None:
     layer.attn.to_q.weight.register_hook(torch.zeros_like)
 
 
-@breaks("gradients_reach_the_routers", "gradients_of_attention", WHOLE, why="missing gradient")
+@breaks("gradients_reach_the_routers", why="missing gradient", also=(WHOLE, "gradients_of_attention"))
 def scores_have_no_gradient(layer: Layer, arguments: Arguments) -> None:
     for router in (layer.query_router, layer.key_value_router):
         router.register_forward_hook(lambda _, args, logits: logits.detach())
 
 
-@breaks("experts_have_their_own_weights", "average_routed_divides_by_the_number_of_terms", WHOLE, why="expert mix-up")
+@breaks(
+    "experts_have_their_own_weights", why="expert mix-up", also=(WHOLE, "average_routed_divides_by_the_number_of_terms")
+)
 def causal_experts_share_a_null_slot(layer: Layer, arguments: Arguments) -> None:
-    layers.LAYERS["experts share a null slot"].spoil(layer, arguments)  # type: ignore[arg-type]
+    layers.LAYERS["experts share a null slot"].spoil(layer, arguments)
 
 
 @breaks("rotary_positions_are_those_of_the_tokens", why="rotary").arguments
@@ -388,9 +425,8 @@ def rotary_angles_are_halved(given: Given, layer: Any) -> Given:
 
 @breaks(
     "the_first_block_is_local_attention_alone",
-    "average_routed_divides_by_the_number_of_terms",
-    WHOLE,
     why="combination",
+    also=(WHOLE, "average_routed_divides_by_the_number_of_terms"),
 ).instead_of("combine")
 def the_first_block_gets_null_tokens(*given: Any) -> Tensor:
     _, _, _, past, null_tokens, c = given
@@ -421,7 +457,7 @@ def a_slot_too_few(laid: Laid, past: Cache, limits: Any, c: AutoregressiveConfig
     return q._replace(mask=q.mask & ~last.to(q.mask.device))
 
 
-@breaks("tokens_that_an_expert_leaves_get_its_null_token", WHOLE, why="expert mix-up").instead_of("combine")
+@breaks("tokens_that_an_expert_leaves_get_its_null_token", why="expert mix-up", also=(WHOLE,)).instead_of("combine")
 def null_tokens_are_those_of_another_expert(*given: Any) -> Tensor:
     *others, null_tokens, c = given
     return combine(*others, null_tokens.roll(1, 0), c)
@@ -437,7 +473,11 @@ def ranks_of(laid: Laid, past: Cache, memory: Memory) -> Tensor:
     return found.masked_fill(~memory.mask, torch.inf)
 
 
-@breaks(*MEMORY, "the_exact_solver_scores_what_is_picked", WHOLE, why="window").instead_of("remember")
+@breaks(
+    "an_expert_remembers_the_k_best_tokens",
+    why="window",
+    also=(WHOLE, "experts_remember_tokens_of_their_own", "the_exact_solver_scores_what_is_picked"),
+).instead_of("remember")
 def the_worst_is_forgotten_a_token_early(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """K - 1 are left."""
     memory = remember(laid, past, c)
@@ -454,7 +494,7 @@ def the_earlier_of_two_is_remembered(laid: Laid, past: Cache, c: AutoregressiveC
 
 
 @breaks(
-    "experts_remember_tokens_of_their_own", WHOLE, *IN_PIECES, *GOING_ON, why="mixture-of-attention 0.0.25 (3)"
+    "experts_remember_tokens_of_their_own", why="mixture-of-attention 0.0.25 (3)", also=(*GOING_ON, *IN_PIECES, WHOLE)
 ).instead_of("remember")
 def experts_remember_for_one_another(*given: Any) -> Memory:
     return Memory(*(t.roll(1, 1) for t in remember(*given)))
@@ -463,7 +503,11 @@ def experts_remember_for_one_another(*given: Any) -> Memory:
 # Masks
 
 
-@breaks(*MASKS, "masked_tokens_do_not_advance_a_cache", why="masked tokens leak").arguments
+@breaks(
+    "masked_tokens_anywhere_change_nothing",
+    why="masked tokens leak",
+    also=(*MASKS, "masked_tokens_do_not_advance_a_cache"),
+).arguments
 def a_causal_mask_is_ignored(given: Given, layer: Any) -> Given:
     return without("mask")(given)
 
@@ -485,10 +529,12 @@ def forward_of(layer: Layer, change: Callable[[Given], Given]) -> None:
         out = out if hidden is None else torch.where(hidden[..., None], out, 0)
         return (out, *others) if others else out
 
-    layer.forward = types.MethodType(forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(forward, layer)
 
 
-@breaks("masked_tokens_anywhere_change_nothing", "masked_tokens_do_not_advance_a_cache", why="masked tokens leak")
+@breaks(
+    "masked_tokens_anywhere_change_nothing", why="masked tokens leak", also=("masked_tokens_do_not_advance_a_cache",)
+)
 def masked_tokens_take_a_place(layer: Layer, arguments: Arguments) -> None:
     forward_of(layer, as_zeros)
 
@@ -506,10 +552,9 @@ def a_masked_item_is_nan(out: Tensor, given: Given, layer: Any) -> Tensor:
 
 
 @breaks(
-    "masked_tokens_anywhere_change_nothing",
     "content_of_masked_tokens_does_not_matter",
-    "masked_tokens_do_not_advance_a_cache",
     why="trymirai/lalamo#310",
+    also=("masked_tokens_anywhere_change_nothing", "masked_tokens_do_not_advance_a_cache"),
 ).output
 def masked_tokens_leak_into_the_others(out: Tensor, given: Given, layer: Any) -> Tensor:
     mask = given.get("mask")
@@ -522,7 +567,9 @@ def masked_tokens_leak_into_the_others(out: Tensor, given: Given, layer: Any) ->
 # Cache
 
 
-@breaks(*IN_PIECES, *GOING_ON, why="window").cache
+@breaks(
+    "decoding_in_any_pieces_is_the_whole", why="window", also=(*GOING_ON, "masked_tokens_do_not_advance_a_cache")
+).cache
 def a_cache_forgets_its_neighbours(cache: Cache, given: Given) -> Cache:
     return replace(cache, local_values=torch.zeros_like(cache.local_values))
 
@@ -583,13 +630,13 @@ def a_causal_copy_shares_parameters(layer: Layer, arguments: Arguments) -> None:
     layer.__deepcopy__ = types.MethodType(lambda self, memo: copy.copy(self), layer)
 
 
-@breaks("a_state_dict_holds_all_that_is_learned", "state_dict_has_the_names_and_shapes", why="configuration")
+@breaks("a_state_dict_holds_all_that_is_learned", why="configuration", also=("state_dict_has_the_names_and_shapes",))
 def a_state_dict_is_saved_in_bfloat16(layer: Layer, arguments: Arguments) -> None:
     def saved(self: Layer, *args: Any, **given: Any) -> dict[str, Tensor]:
         state = nn.Module.state_dict(self, *args, **given)
         return {name: t.bfloat16().to(t.dtype) for name, t in state.items()}
 
-    layer.state_dict = types.MethodType(saved, layer)  # type: ignore[method-assign]
+    layer.state_dict = types.MethodType(saved, layer)
 
 
 @breaks("strides_do_not_matter", why="stride and layout").arguments
@@ -604,17 +651,19 @@ def strides_of_tokens_are_ignored(given: Given, layer: Any) -> Given | None:
 
 
 @breaks(
-    "the_output_has_the_dtype_of_x", "every_dtype_is_as_exact_as_it_can_be", why="mixture-of-attention 0.0.25 (13)"
+    "the_output_has_the_dtype_of_x",
+    why="mixture-of-attention 0.0.25 (13)",
+    also=("every_dtype_is_as_exact_as_it_can_be",),
 ).arguments
 def half_precision_of_a_causal_layer_raises(given: Given, layer: Any) -> None:
     layers.refuse_half(given)
 
 
-@breaks("the_output_has_the_dtype_of_x", "every_dtype_is_as_exact_as_it_can_be", why="precision").output
+@breaks("the_output_has_the_dtype_of_x", why="precision", also=("every_dtype_is_as_exact_as_it_can_be",)).output
 def outputs_of_half_precision_are_float32(out: Tensor, given: Given, layer: Any) -> Tensor:
     return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 @breaks("every_dtype_is_as_exact_as_it_can_be", why="precision").output
-def float16_is_rounded_to_bfloat16(out: Tensor, given: Given, layer: Any) -> Tensor:
-    return out.bfloat16().half() if out.dtype == torch.float16 else out
+def float16_is_three_percent_off(out: Tensor, given: Given, layer: Any) -> Tensor:
+    return 1.03 * out if out.dtype == torch.float16 else out

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, planted, silence_local
+from tests.conformance.causal.data import cases, planted, silence_local
 from tests.conformance.causal.subject import CausalSubject, checked_on
-from tests.conformance.data import average_the_window, share_keys_and_values
+from tests.conformance.data import EITHER, average_the_window, share_keys_and_values
 from tests.conformance.subject import assert_equals_reference, assert_unchanged, call
 
 ALL = {"everybody": True, "remember_all": True}

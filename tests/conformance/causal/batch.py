@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, noise, planted
+from tests.conformance.causal.data import cases, noise, planted
 from tests.conformance.causal.subject import CausalSubject, checked_on
+from tests.conformance.data import EITHER
 from tests.conformance.subject import assert_unchanged, call
 
 ITEMS = cases(batch=(2, 3), experts=(1, 2), remember_all=EITHER, prenorm=EITHER)

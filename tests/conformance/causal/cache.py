@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, noise, planted
+from tests.conformance.causal.data import cases, noise, planted
 from tests.conformance.causal.masks import spread
 from tests.conformance.causal.subject import CausalSubject, checked_on
+from tests.conformance.data import EITHER
 from tests.conformance.subject import assert_unchanged, call
 
 CHOICE = {"everybody": EITHER, "remember_all": EITHER, "experts": (1, 2), "prenorm": EITHER}
@@ -76,7 +77,8 @@ def a_cache_can_be_cropped(subject: CausalSubject, case: CausalCase) -> None:
     at = 1 + case.seed % case.n
     back = 1 + case.seed // 7 % ((at - 1) % case.block + 1)
     cropped = go_on(layer, x[:, :at])[1].crop(back)
-    others = torch.cat((x[:, : at - back], x.flip(1)[:, : case.block + 1]), 1)
+    more = noise(case, (case.batch, case.block + 1, case.dim)).to(x)
+    others = torch.cat((x[:, : at - back], more), 1)
     found = go_on(layer, others[:, at - back :], cropped)[0]
     what = f"{at} tokens without the newest {back}, and others: the output"
     assert_unchanged(found, call(layer, others)[:, at - back :], what)

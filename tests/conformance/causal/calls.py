@@ -9,8 +9,9 @@ import torch
 from hypothesis import strategies as st
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, planted, silence_local
+from tests.conformance.causal.data import cases, planted, silence_local
 from tests.conformance.causal.subject import CausalSubject, checked_on
+from tests.conformance.data import EITHER
 from tests.conformance.properties.precision import DTYPES, SIZED
 from tests.conformance.subject import NotOffered, assert_equals_reference, assert_unchanged, call
 from tests.strategies import lay_out

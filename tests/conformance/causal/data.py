@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.data import EITHER, Inputs, State
+from tests.conformance.data import Inputs, State
 from tests.strategies import draw as drawn
 from tests.strategies import generator
-
-__all__ = ["EITHER", "Inputs", "State", "alone", "cases", "flipped", "planted", "silence_experts", "silence_local"]
 
 
 @st.composite
@@ -87,20 +85,15 @@ def planted(case: CausalCase, *, rise: int | None = None) -> tuple[State, Inputs
     rank = torch.rand(*shape, width, generator=g).argsort(-1).double()
     steps = torch.randint(0, 2, shape, generator=g) * 2 - 1 if rise is None else torch.full(shape, rise)
     level = rank + (steps.cumsum(-1) + torch.rand(shape, generator=g, dtype=torch.float64) / 2)[..., None]
-    span = (width + blocks * (rise or 1)) / 2
-    queries = ((level - width / 2 - (rise or 0) * blocks / 2) / span).flatten(2)[..., : case.n]
+    middle, most = (width / 2, width / 2 + blocks) if rise is None else ((width + rise * blocks) / 2,) * 2
+    queries = ((level - middle) / most).flatten(2)[..., : case.n]
     order = torch.rand(case.batch, experts, case.n, generator=g).argsort(-1).double()
     channels = torch.cat((queries, 2 * order / max(case.n - 1, 1) - 1), 1).transpose(1, 2)
-    set_logits(x, channels.clamp(-1.2, 1.2) * 0.9)
+    # Routers read these; what they do not read makes up the norm.
+    x[..., : 2 * experts] = 0.9 * channels
+    rest = (case.dim - x[..., : 2 * experts].square().sum(-1, keepdim=True)).sqrt()
+    x[..., 2 * experts :] *= rest / x[..., 2 * experts :].norm(dim=-1, keepdim=True)
     return state, inputs
-
-
-def set_logits(x: Tensor, channels: Tensor) -> None:
-    """Of norm sqrt(D): what the routers do not read makes up for what they do."""
-    count, dim = channels.shape[-1], x.shape[-1]
-    rest = (dim - channels.square().sum(-1, keepdim=True)).sqrt()
-    x[..., :count] = channels
-    x[..., count:] *= rest / x[..., count:].norm(dim=-1, keepdim=True).clamp_min(1e-9)
 
 
 def flipped(case: CausalCase, x: Tensor, token: int) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, noise, planted
+from tests.conformance.causal.data import cases, noise, planted
 from tests.conformance.causal.subject import CausalSubject, checked_on
+from tests.conformance.data import EITHER
 from tests.conformance.subject import assert_unchanged, call
 from tests.strategies import cotangent
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from tests.conformance.causal.case import CausalCase
-from tests.conformance.causal.data import EITHER, cases, planted, silence_experts
+from tests.conformance.causal.data import cases, planted, silence_experts
 from tests.conformance.causal.subject import CausalSubject, checked_on
-from tests.conformance.data import average_the_window
+from tests.conformance.data import EITHER, average_the_window
 from tests.conformance.subject import assert_equals_reference
 
 QKV = "local_attn.to_qkv.weight"
