@@ -8,7 +8,7 @@ same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -127,7 +127,11 @@ class RouterCase:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One call of the whole layer."""
+    """One call of the whole layer. LETTERS: what a report calls the sizes."""
+
+    LETTERS: ClassVar[dict[str, str]] = {
+        "batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv",
+    }  # fmt: skip
 
     batch: int = 2
     n: int = 17

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.errors import HypothesisException, Unsatisfiable
 
 from tests.conformance.registry import Property
-from tests.conformance.subject import NotOffered, Subject, describe, features_of
+from tests.conformance.subject import NotOffered, Subject, describe
 from tests.strategies import LayerCase
 
 HOLDS, FAILS, NOT_OFFERED = "holds", "FAILS", "not offered"
@@ -64,7 +64,7 @@ def examine(
     @hypothesis.given(prop.cases)
     def run(case: LayerCase) -> None:
         nonlocal checked
-        if declared is not None and (missing := features_of(case) - declared):
+        if declared is not None and (missing := subject.asked_by(case) - declared):
             undeclared.update(missing)
             hypothesis.reject()
         last[:] = [case]
@@ -112,35 +112,31 @@ def failure(
     return verdict(prop, FAILS, reason, brief(case), snippet(prop, spec, device, case))
 
 
-SIZES = {"batch": "B", "n": "N", "dim": "D", "experts": "E", "heads": "H", "dim_head": "d", "k_q": "Kq", "k_kv": "Kkv"}
-
-
 def _unusual(case: LayerCase) -> dict[str, Any]:
-    default = LayerCase()
-    given = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in SIZES}
+    default = type(case)()
+    given = {f.name: getattr(case, f.name) for f in fields(case) if f.name not in case.LETTERS}
     return {name: value for name, value in given.items() if value != getattr(default, name)}
 
 
 def brief(case: LayerCase) -> str:
     """The case for a reader: sizes, and whatever is not at its default."""
-    sizes = " ".join(f"{letter}={getattr(case, name)}" for name, letter in SIZES.items())
+    sizes = " ".join(f"{letter}={getattr(case, name)}" for name, letter in case.LETTERS.items())
     return " ".join((sizes, *(f"{name}={value}" for name, value in _unusual(case).items())))
 
 
 def as_python(case: LayerCase) -> str:
     """Python that rebuilds the case, formatted as a formatter would."""
-    given = {name: getattr(case, name) for name in SIZES} | _unusual(case)
+    given = {name: getattr(case, name) for name in case.LETTERS} | _unusual(case)
     lines = (f"    {name}={value!r},\n".replace("'", '"') for name, value in given.items())
-    return f"LayerCase(\n{''.join(lines)})"
+    return f"{type(case).__name__}(\n{''.join(lines)})"
 
 
 def snippet(prop: Property, spec: str, device: torch.device | str, case: LayerCase) -> str:
     module, _, name = spec.partition(":")
+    drawn, subject = type(case), prop.subject
+    imports = [(module, name), (prop.module, prop.name), *((c.__module__, c.__name__) for c in (subject, drawn))]
     return (
-        f"from {module} import {name}\n"
-        f"from {prop.module} import {prop.name}\n"
-        "from tests.conformance.subject import Subject\n"
-        "from tests.strategies import LayerCase\n\n"
-        f"case = {as_python(case)}\n"
-        f'{prop.name}(Subject({name}, "{device}"), case)\n'
+        "".join(f"from {module} import {name}\n" for module, name in imports)
+        + f"\ncase = {as_python(case)}\n"
+        + f'{prop.name}({subject.__name__}({name}, "{device}"), case)\n'
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.conformance import report
 from tests.conformance.examine import FAILS, NOT_OFFERED, Verdict, verdict
 from tests.conformance.process import Examiner
 from tests.conformance.properties import PROPERTIES
+from tests.conformance.registry import Property
+from tests.conformance.sets import SETS
 from tests.conformance.subject import printable, split
 
 TESTS = Path(__file__).parent / "test_conformance.py"
@@ -26,6 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--impl",
         metavar="MODULE:CALLABLE",
         help="check this MixtureOfAttention, or a function that makes one, in place of this repository's own tests",
+    )
+    group.addoption(
+        "--causal", action="store_true", help="with --impl: the layer is strictly causal, and asked for what that takes"
     )
     group.addoption(
         "--impl-report", type=Path, metavar="FILE", help="with --impl: write the verdicts to FILE (.md, .json or .html)"
@@ -44,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if spec is None:
         return
     timeout = TIMEOUT if config.option.impl_timeout is None else config.option.impl_timeout
-    examiner = config.stash[EXAMINER] = Examiner(spec, config.option.device, timeout)
+    examiner = config.stash[EXAMINER] = Examiner(spec, config.option.device, timeout, config.option.causal)
     if hasattr(config, "workerinput"):  # of pytest-xdist, where the controller has looked
         return
     try:
@@ -66,6 +72,8 @@ def check_options(option: Any) -> None:
     for name, value in (("--impl-report", path), ("--impl-timeout", timeout)):
         if value is not None and spec is None:
             raise pytest.UsageError(f"{name}: expected together with --impl, got {str(value)!r} alone")
+    if option.causal and spec is None:
+        raise pytest.UsageError("--causal: expected together with --impl, got it alone")
     if path is not None and path.suffix not in report.SUFFIXES:
         raise pytest.UsageError(f"--impl-report: expected a file in {', '.join(report.SUFFIXES)}, got {str(path)!r}")
     if spec is None:
@@ -83,7 +91,8 @@ def check_options(option: Any) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if config.option.impl is None:
         return []
-    return [f"conformance of {config.option.impl}: its {len(PROPERTIES)} properties and no other tests are selected"]
+    count = len(SETS[config.option.causal].properties)
+    return [f"conformance of {config.option.impl}: its {count} properties and no other tests are selected"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -92,18 +101,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-def verdicts_of(reporter: Any) -> list[Verdict]:
+def verdicts_of(reporter: Any, properties: Mapping[str, Property] = PROPERTIES) -> list[Verdict]:
     """Of all properties that were selected; one whose test ended without a verdict fails."""
     found: dict[str, Verdict] = {}
     for kind in ("passed", "failed", "error", "skipped"):
         for r in (r for r in reporter.stats.get(kind, []) if hasattr(r, "user_properties")):
             made = [Verdict(**v) for key, v in r.user_properties if key == "conformance"]
             name = r.nodeid.removesuffix("]").rpartition("-")[2]
-            if name in PROPERTIES and not made and kind != "passed":
-                made = [verdict(PROPERTIES[name], FAILS, f"no verdict: {printable(r.longreprtext or kind)}")]
+            if name in properties and not made and kind != "passed":
+                made = [verdict(properties[name], FAILS, f"no verdict: {printable(r.longreprtext or kind)}")]
             # Of two reports of a test, setup and call, the one that fails counts.
             found.update({v.name: v for v in made if v.name not in found or v.verdict == FAILS})
-    return [found[name] for name in PROPERTIES if name in found]
+    return [found[name] for name in properties if name in found]
 
 
 def nothing_was_checked(verdicts: list[Verdict]) -> bool:
@@ -112,20 +121,22 @@ def nothing_was_checked(verdicts: list[Verdict]) -> bool:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.option.impl is None or reporter is None or session.config.option.collectonly:
+    option = session.config.option
+    if option.impl is None or reporter is None or option.collectonly:
         return
-    if exitstatus == pytest.ExitCode.OK and nothing_was_checked(verdicts_of(reporter)):
+    verdicts = verdicts_of(reporter, SETS[option.causal].properties)
+    if exitstatus == pytest.ExitCode.OK and nothing_was_checked(verdicts):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    spec = config.option.impl
+    spec, causal = config.option.impl, config.option.causal
     if spec is None or config.option.collectonly:
         return
-    verdicts = verdicts_of(terminalreporter)
+    verdicts = verdicts_of(terminalreporter, SETS[causal].properties)
     console = Console(file=terminalreporter._tw._file, width=max(110, terminalreporter._tw.fullwidth))
     console.print(report.table(spec, verdicts))
     if nothing_was_checked(verdicts):
         terminalreporter.write_line("nothing was checked", red=True)
     if config.option.impl_report is not None:
-        report.write(config.option.impl_report, spec, config.option.device, verdicts)
+        report.write(config.option.impl_report, spec, config.option.device, verdicts, causal)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tests.conformance.examine import Verdict, examine, failure
-from tests.conformance.properties import PROPERTIES
+from tests.conformance.registry import Property
+from tests.conformance.sets import SETS
 from tests.conformance.subject import Subject, describe, factory_of
 from tests.strategies import LayerCase
 
@@ -29,17 +30,17 @@ class Lost(Exception):  # noqa: N818 (what became of the process)
 class Examiner:
     """Examines the layer of `spec` property by property. A process that was lost is replaced for the next.
 
-    timeout: seconds that the import, or one configuration, may take.
+    timeout: seconds that the import, or one configuration, may take. causal: which set of properties.
     """
 
-    def __init__(self, spec: str, device: torch.device | str, timeout: float) -> None:
-        self.spec, self.device, self.timeout = spec, device, timeout
+    def __init__(self, spec: str, device: torch.device | str, timeout: float, causal: bool = False) -> None:
+        self.spec, self.device, self.timeout, self.causal = spec, device, timeout, causal
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Imports the layer. Raises ValueError if there is none to import."""
         self._connection, theirs = Pipe()
-        arguments = (theirs.fileno(), os.getpid(), self.spec, str(self.device))
+        arguments = (theirs.fileno(), os.getpid(), self.spec, str(self.device), self.causal)
         self._process = subprocess.Popen(
             [sys.executable, "-c", START.format(path=sys.path, arguments=arguments)],
             stdin=subprocess.DEVNULL,
@@ -56,7 +57,7 @@ class Examiner:
             raise ValueError(refusal)
 
     def examine(self, name: str, examples: int) -> Verdict:
-        prop, case = PROPERTIES[name], None
+        prop, case = SETS[self.causal].properties[name], None
         try:
             if self._process is None:
                 self.start()
@@ -104,13 +105,14 @@ class Examiner:
         )
 
 
-def serve(handle: int, parent: int, spec: str, device: str) -> None:
+def serve(handle: int, parent: int, spec: str, device: str, causal: bool) -> None:
     """In the process: answers "", or why there is no layer; then to every (name, examples) cases and a `Verdict`."""
     connection = Connection(handle)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
+    properties, kind = SETS[causal]
     try:
-        subject = Subject(factory_of(spec), device)
+        subject = kind(factory_of(spec, kind.FEATURES), device)
     except ValueError as error:
         connection.send(str(error))
         return
@@ -120,10 +122,10 @@ def serve(handle: int, parent: int, spec: str, device: str) -> None:
             name, examples = connection.recv()
         except EOFError:
             return
-        connection.send(_examined(connection, name, subject, spec, examples))
+        connection.send(_examined(connection, properties[name], subject, spec, examples))
 
 
-def _examined(connection: Connection, name: str, subject: Subject, spec: str, examples: int) -> Verdict:
+def _examined(connection: Connection, prop: Property, subject: Subject, spec: str, examples: int) -> Verdict:
     last: LayerCase | None = None
 
     def begin(case: LayerCase) -> None:
@@ -132,9 +134,9 @@ def _examined(connection: Connection, name: str, subject: Subject, spec: str, ex
         connection.send(case)
 
     try:
-        return examine(PROPERTIES[name], subject, spec, examples, begin=begin)
+        return examine(prop, subject, spec, examples, begin=begin)
     except BaseException as error:  # Ctrl-C is not for this process: the layer has raised KeyboardInterrupt
-        return failure(PROPERTIES[name], describe(error), spec, subject.device, last)
+        return failure(prop, describe(error), spec, subject.device, last)
 
 
 def _end_with(parent: int) -> None:

@@ -16,11 +16,12 @@ Check = Callable[[Subject, LayerCase], None]
 
 @dataclass(frozen=True)
 class Property:
-    """needs: features of a layer (`subject.FEATURES`), beside those that a case shows."""
+    """needs: features of a layer (`Subject.FEATURES`), beside those that a case shows. subject: what is checked."""
 
     check: Check
     cases: st.SearchStrategy[LayerCase]
     needs: frozenset[str] = frozenset()
+    subject: type[Subject] = Subject
 
     @property
     def name(self) -> str:
@@ -43,12 +44,12 @@ REGISTERED: list[Property] = []
 
 
 def checked_on(
-    cases: st.SearchStrategy[LayerCase], needs: tuple[str, ...] = ("state_dict",)
+    cases: st.SearchStrategy[LayerCase], needs: tuple[str, ...] = ("state_dict",), subject: type[Subject] = Subject
 ) -> Callable[[Check], Check]:
     """Registers a property under the name of its function. The docstring is what the report says that it checks."""
 
     def register(check: Check) -> Check:
-        REGISTERED.append(Property(check, cases, frozenset(needs)))
+        REGISTERED.append(Property(check, cases, frozenset(needs), subject))
         return check
 
     return register

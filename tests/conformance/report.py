@@ -71,11 +71,15 @@ def block(text: str, language: str = "") -> list[str]:
     return [f"{fence}{language}", *text.splitlines(), fence]
 
 
-def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
+def command(spec: str, causal: bool) -> str:
+    return f"pytest --impl {spec} {'--causal ' * causal}--impl-report FILE"
+
+
+def markdown(spec: str, device: str, verdicts: list[Verdict], causal: bool = False) -> str:
     lines = [
         f"# Conformance of {code(spec)}",
         "",
-        f"{summary(verdicts)}. Written by {code(f'pytest --impl {spec} --impl-report FILE')}, on device {device}, with "
+        f"{summary(verdicts)}. Written by {code(command(spec, causal))}, on device {device}, with "
         + ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
         + ".",
         "",
@@ -100,9 +104,10 @@ def markdown(spec: str, device: str, verdicts: list[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(spec: str, device: str, verdicts: list[Verdict]) -> str:
+def as_json(spec: str, device: str, verdicts: list[Verdict], causal: bool = False) -> str:
     report = {
         "impl": spec,
+        "causal": causal,
         "device": device,
         "versions": versions_of(spec),
         "summary": summary(verdicts),
@@ -111,11 +116,11 @@ def as_json(spec: str, device: str, verdicts: list[Verdict]) -> str:
     return json.dumps(report, indent=1) + "\n"
 
 
-def html(spec: str, device: str, verdicts: list[Verdict]) -> str:
+def html(spec: str, device: str, verdicts: list[Verdict], causal: bool = False) -> str:
     """One file without links to others."""
     console = Console(record=True, width=150, file=io.StringIO())
     versions = ", ".join(f"{name} {version}" for name, version in versions_of(spec).items())
-    console.print(Text(f"device {device}, {versions}"))
+    console.print(Text(f"{command(spec, causal)}, on device {device}, with {versions}"))
     console.print(table(spec, verdicts))
     for v in verdicts:
         if v.verdict == FAILS:
@@ -124,7 +129,7 @@ def html(spec: str, device: str, verdicts: list[Verdict]) -> str:
     return console.export_html(inline_styles=True)
 
 
-def write(path: Path, spec: str, device: str, verdicts: list[Verdict]) -> None:
+def write(path: Path, spec: str, device: str, verdicts: list[Verdict], causal: bool = False) -> None:
     render = {".md": markdown, ".json": as_json, ".html": html}[path.suffix]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(spec, device, verdicts), encoding="utf-8")
+    path.write_text(render(spec, device, verdicts, causal), encoding="utf-8")

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ PART_OF = {
     "local_attn_window_size": "local_attn",
     "query_routing_tokens": "learned_routing_tokens",
     "key_value_routing_tokens": "learned_routing_tokens",
+    "use_cache": "cache",
 }
 
 
@@ -52,8 +53,11 @@ class NotOffered(Exception):  # noqa: N818 (a verdict, not an error)
         self.lacks = PART_OF.get(lacks or "", lacks)
 
 
-def factory_of(spec: str) -> Callable[..., nn.Module]:
-    """The callable that module:callable names. Raises ValueError, whatever the import raises."""
+def factory_of(spec: str, known: Collection[str] = FEATURES) -> Callable[..., nn.Module]:
+    """The callable that module:callable names. known: features that it may say it has.
+
+    Raises ValueError, whatever the import raises.
+    """
     module, name = split(spec)
     try:
         found = getattr(importlib.import_module(module), name)
@@ -67,8 +71,8 @@ def factory_of(spec: str) -> Callable[..., nn.Module]:
     if features is not None and (isinstance(features, str) or not isinstance(features, Collection)):
         raise ValueError(f"features of {spec}: expected a set of names, got {features!r}")
     for name in features or ():
-        if name not in FEATURES:
-            raise ValueError(f"features of {spec}: expected names among {', '.join(FEATURES)}, got {name!r}")
+        if name not in known:
+            raise ValueError(f"features of {spec}: expected names among {', '.join(known)}, got {name!r}")
     return found
 
 
@@ -98,7 +102,15 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class Subject:
-    """A factory that takes the constructor arguments of `reference.MixtureOfAttention`, and where to run its layers."""
+    """A factory that takes the constructor arguments of ORACLE, and where to run its layers.
+
+    SIZES: arguments that every layer is told. DEFAULTS: those that are left out unless they are something else.
+    """
+
+    ORACLE: ClassVar[type[nn.Module]] = reference.MixtureOfAttention
+    FEATURES: ClassVar[tuple[str, ...]] = FEATURES
+    SIZES: ClassVar[tuple[str, ...]] = SIZES
+    DEFAULTS: ClassVar[dict[str, Any]] = DEFAULTS
 
     factory: Callable[..., nn.Module]
     device: torch.device | str = "cpu"
@@ -136,11 +148,20 @@ class Subject:
 
     def construct(self, case: LayerCase, **arguments: Any) -> nn.Module:
         """What the constructor makes. An argument that it does not take: NotOffered."""
-        given = case.arguments() | arguments
-        given = {name: v for name, v in given.items() if name not in DEFAULTS or v != DEFAULTS[name]}
-        if self.features is not None and "dropout" not in self.features:
+        given = self._given(case.arguments() | arguments)
+        if self.features is not None and "dropout" in set(self.FEATURES) - self.features:
             given.pop("dropout", None)  # 0 in every case, and eval mode
         return ask("constructor", self.factory, self.factory, given.pop("dim"), **given)
+
+    def asked_by(self, case: LayerCase) -> set[str]:
+        """Those of FEATURES that a case asks for."""
+        given = self._given(case.arguments()).keys() | case.inputs().keys() - {"x"}
+        if case.arguments()["dropout"] == 0.0:
+            given.discard("dropout")
+        return {PART_OF.get(name, name) for name in given.difference(self.SIZES)}
+
+    def _given(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: v for name, v in arguments.items() if name not in self.DEFAULTS or v != self.DEFAULTS[name]}
 
     def move(self, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """Arguments of forward on the device, in the dtype; angles stay float32, masks bool."""
@@ -150,15 +171,6 @@ class Subject:
         if not isinstance(v, Tensor):
             return v
         return v.to(self.device, dtype if v.is_floating_point() and name != "rotary_emb" else v.dtype, copy=True)
-
-
-def features_of(case: LayerCase) -> set[str]:
-    """Those of FEATURES that a case asks for."""
-    given = {n for n, v in case.arguments().items() if n not in DEFAULTS or v != DEFAULTS[n]}
-    given |= case.inputs().keys() - {"x"}
-    if case.arguments()["dropout"] == 0.0:
-        given.discard("dropout")
-    return {PART_OF.get(name, name) for name in given.difference(SIZES)}
 
 
 def load(layer: nn.Module, state: dict[str, Tensor]) -> None:
@@ -235,7 +247,7 @@ def assert_equals_reference(
     low = torch.float32 if dtype == torch.float64 else dtype
     oracles = []
     for precision in (torch.float64, low):
-        oracle = reference.MixtureOfAttention(**(same_as or case).arguments(), device=subject.device, dtype=precision)
+        oracle = subject.ORACLE(**(same_as or case).arguments(), device=subject.device, dtype=precision)
         oracle.load_state_dict({name: t.to(subject.device, precision) for name, t in state.items()})
         given = {name: v for name, v in inputs.items() if name not in without}
         oracles.append(gradients(oracle.eval(), subject.move(given, precision), case.seed))

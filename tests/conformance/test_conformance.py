@@ -13,21 +13,27 @@ import torch
 
 from tests.conformance.examine import FAILS, NOT_OFFERED, examine
 from tests.conformance.plugin import EXAMINER
-from tests.conformance.properties import PROPERTIES
-from tests.conformance.subject import Subject, factory_of
+from tests.conformance.sets import SETS
+from tests.conformance.subject import factory_of
 
-OURS = ("reference:MixtureOfAttention", "optimized:MixtureOfAttention")
+OURS = {
+    False: ("reference:MixtureOfAttention", "optimized:MixtureOfAttention"),
+    True: ("tests.conformance.causal.ours:Reference",),
+}
 EXAMPLES, EXAMPLES_OF_OURS = 50, 5  # ours have a suite of their own
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    given = metafunc.config.option.impl
-    metafunc.parametrize("spec", OURS if given is None else [given])
-    metafunc.parametrize("name", PROPERTIES)
+    option = metafunc.config.option
+    layers = OURS if option.impl is None else {option.causal: (option.impl,)}
+    pairs = [(spec, causal) for causal, specs in layers.items() for spec in specs]
+    asked = [(spec, causal, name) for spec, causal in pairs for name in SETS[causal].properties]
+    metafunc.parametrize(("spec", "causal", "name"), asked, ids=[f"{spec}-{name}" for spec, _, name in asked])
 
 
 def test_conformance(
     name: str,
+    causal: bool,
     spec: str,
     device: torch.device,
     pytestconfig: pytest.Config,
@@ -36,7 +42,8 @@ def test_conformance(
     ours = pytestconfig.option.impl is None
     examples = pytestconfig.option.max_examples or (EXAMPLES_OF_OURS if ours else EXAMPLES)
     if ours:
-        verdict = examine(PROPERTIES[name], Subject(factory_of(spec), device), spec, examples)
+        properties, subject = SETS[causal]
+        verdict = examine(properties[name], subject(factory_of(spec, subject.FEATURES), device), spec, examples)
     else:
         verdict = pytestconfig.stash[EXAMINER].examine(name, examples)
     record_property("conformance", verdict.as_dict())

@@ -19,9 +19,11 @@ from rich.console import Console
 
 import reference
 from tests.conformance import plugin, report
+from tests.conformance.causal.subject import FEATURES, CausalSubject
 from tests.conformance.examine import FAILS, HOLDS, NOT_OFFERED, Verdict, examine
 from tests.conformance.process import Examiner
 from tests.conformance.properties import PROPERTIES
+from tests.conformance.sets import SETS
 from tests.conformance.subject import NotOffered, Subject, call, factory_of
 from tests.faults.layers import LAYERS
 
@@ -47,6 +49,7 @@ def blocks(page: Path) -> list[str]:
         ),
         ({"impl": "reference:MixtureOfAttention", "report": Path("a.json")}, "--report: expected without --impl"),
         ({"impl_timeout": 3.0}, "--impl-timeout: expected together with --impl, got '3.0' alone"),
+        ({"causal": True}, "--causal: expected together with --impl, got it alone"),
         *(
             ({"impl": "a:B", "impl_timeout": float(bad)}, f"--impl-timeout: expected a finite number > 0, got {bad}")
             for bad in ("0.0", "-1.0", "nan", "inf")
@@ -54,7 +57,8 @@ def blocks(page: Path) -> list[str]:
     ],
 )
 def test_bad_values(options: dict[str, object], message: str) -> None:
-    given = SimpleNamespace(**({"impl": None, "impl_report": None, "impl_timeout": None, "report": None} | options))
+    unset = {"impl": None, "causal": False, "impl_report": None, "impl_timeout": None, "report": None}
+    given = SimpleNamespace(**(unset | options))
     with pytest.raises(pytest.UsageError, match=message):
         plugin.check_options(given)
 
@@ -110,6 +114,29 @@ def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [snippet] = blocks(written)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AssertionError, match="the output of other experts changed by"):
+        exec(snippet, {})
+
+
+@pytest.mark.cpu
+def test_a_run_on_a_causal_layer_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing of itself. Its report names the cut, and its snippet raises."""
+    source = "from tests.noise.layers import SequenceTopK as Layer\n"
+    (tmp_path / "theirs.py").write_text(source)
+    written = tmp_path / "report.md"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = ["--impl", "theirs:Layer", "--causal", "--impl-report", str(written), "-k", "later_one or items_and"]
+    done = run("tests/conformance", *options, "--max-examples", "20")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"its {len(SETS[True].properties)} properties and no other tests are selected" in done.stdout
+    assert "conformance of theirs:Layer: 1 hold, 1 fail, 1 not offered" in done.stdout
+    assert re.search(r"=+ 1 failed, 1 passed, 1 skipped\b", done.stdout)
+    text = written.read_text()
+    assert "pytest --impl theirs:Layer --causal --impl-report FILE" in text
+    cut = int(re.search(r"Smallest example: B=1 N=\d+ .* w=\d W=\d .*cut=(\d+)", text)[1])
+    [snippet] = blocks(written)
+    assert f"    cut={cut},\n" in snippet
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(AssertionError, match=rf"^tokens from {cut} on changed \(.*\): token \d+ changed by "):
         exec(snippet, {})
 
 
@@ -306,7 +333,7 @@ def test_texts_of_errors_are_no_markup(tmp_path: Path) -> None:
 
 
 def test_documentation_runs() -> None:
-    kernel, _, adapter = blocks(ROOT / "docs" / "check-your-own.md")
+    kernel, _, adapter, _ = blocks(ROOT / "docs" / "check-your-own.md")
     exec(kernel, {"__name__": "documentation"})
     made: dict[str, object] = {"__name__": "documentation"}
     exec(adapter, made)
@@ -334,7 +361,7 @@ NEEDS_NO_STATE_DICT = {
 
 def test_any_attention_layer_can_be_checked() -> None:
     """That of the documentation, with its features and without; and it is found out where it is wrong."""
-    _, dense, _ = blocks(ROOT / "docs" / "check-your-own.md")
+    _, dense, *_ = blocks(ROOT / "docs" / "check-your-own.md")
     made: dict[str, Any] = {"__name__": "documentation"}
     exec(dense, made)
     layer = made["Dense"]
@@ -358,6 +385,57 @@ def test_any_attention_layer_can_be_checked() -> None:
 
     for name in NEEDS_NO_STATE_DICT - {"documented_examples_run"}:
         assert examine(PROPERTIES[name], Subject(Silent), "a:b", 5, shrink=False).verdict == HOLDS
+
+
+NEEDS_NO_FEATURE = {name for name, p in SETS[True].properties.items() if not p.needs}
+
+
+def test_any_causal_layer_can_be_checked() -> None:
+    """That of the documentation; and it is found out where it is wrong. Nothing is read off a signature."""
+    *_, window = blocks(ROOT / "docs" / "check-your-own.md")
+    made: dict[str, Any] = {"__name__": "documentation"}
+    exec(window, made)
+    assert f"So are {len(NEEDS_NO_FEATURE) - 1} more" in (ROOT / "docs" / "check-your-own.md").read_text()
+
+    class Silent(made["Window"]):
+        features = None
+
+        def forward(self, x: torch.Tensor, mask: object = None, cache: object = None) -> torch.Tensor:
+            return super().forward(x)
+
+    class Ahead(made["Window"]):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + x.roll(-1, 1)
+
+    def said(factory: Any, verdict: str) -> set[str]:
+        found = (examine(p, CausalSubject(factory), "a:b", 3, shrink=False) for p in SETS[True].properties.values())
+        return {v.name for v in found if v.verdict == verdict}
+
+    assert said(made["Window"], HOLDS) == said(Silent, HOLDS) == NEEDS_NO_FEATURE
+    of_the_law = {"no_token_sees_a_later_one", "gradients_of_the_past_take_no_later_token"}
+    assert of_the_law | {"a_prefix_has_the_output_of_the_whole"} <= said(Ahead, FAILS)
+
+
+def test_features_of_a_causal_layer_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is asked for by some property; and what a layer says that it has, it must have."""
+    asked = frozenset().union(*(p.needs for p in SETS[True].properties.values()))
+    by_cases = {"average_routed", "local_attn_heads", "capacity_factor", "solver", "eps"}
+    assert asked | by_cases == set(FEATURES)
+
+    class Claims(reference.MixtureOfAutoregressiveAttention):
+        features = ("cache",)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    found = examine(SETS[True].properties["a_cache_is_a_value"], CausalSubject(Claims), "a:b", 2, shrink=False)
+    assert found.verdict == FAILS
+    assert found.reason.startswith("features has cache, but forward: got an unexpected keyword argument")
+    (tmp_path / "crosswise.py").write_text("class Layer:\n    features = {'context'}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert factory_of("crosswise:Layer").features == {"context"}
+    with pytest.raises(ValueError, match=r"expected names among state_dict, mask, rotary_emb, .*, got 'context'"):
+        factory_of("crosswise:Layer", FEATURES)
 
 
 def test_features_restrict_what_is_drawn() -> None:
@@ -418,11 +496,14 @@ def test_features_are_names_that_are_known(
         factory_of(f"{module}:Layer")
 
 
-def test_the_published_report_is_of_these_properties() -> None:
-    page = ROOT / "docs" / "generated" / "conformance" / "mixture-of-attention-0.0.25.md"
+@pytest.mark.parametrize("causal", SETS)
+def test_the_published_report_is_of_these_properties(causal: bool) -> None:
+    page = ROOT / "docs" / "generated" / "conformance" / f"mixture-of-attention-0.0.25{'-causal' * causal}.md"
     rows = re.findall(r"^\| (.*?) \| (.*?) \|", page.read_text(), re.MULTILINE)[1:]
-    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [p.title for p in PROPERTIES.values()]
-    assert f"checks {len(PROPERTIES)} properties" in (ROOT / "docs" / "check-your-own.md").read_text()
+    properties = SETS[causal].properties
+    assert [re.sub(r"\[(.*)\]\(.*\)", r"\1", name) for name, _ in rows] == [p.title for p in properties.values()]
+    assert f"checks {len(properties)} properties" in (ROOT / "docs" / "check-your-own.md").read_text()
+    assert not causal or "[no token sees a later one]" in {name.partition("(")[0] for name, _ in rows}
     snippets = blocks(page)
     assert len(snippets) == sum("FAILS" in verdict for _, verdict in rows) > 0
     for snippet in snippets:

@@ -1,6 +1,6 @@
 """Every fault, by its name."""
 
-from tests.faults import computations, layers, operators, results
+from tests.faults import causal, computations, layers, operators, results
 from tests.faults.fault import FAULTS
 
-__all__ = ["FAULTS", "computations", "layers", "operators", "results"]
+__all__ = ["FAULTS", "causal", "computations", "layers", "operators", "results"]
