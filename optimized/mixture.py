@@ -15,10 +15,10 @@ from optimized.local_attention import LocalAttention
 from optimized.plain import obstacle_to_fusion
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import CLASSES as ROUTED
-from optimized.routed_attention import RMSNorm, RoutedAttention
+from optimized.routed_attention import RMSNorm, RoutedAttention, rotation
 from optimized.routing import Router, Routes, cosine_scale, in_order, solver_of
 from reference import contract
-from reference.contract import Call, Config, ContextMask, Forward, Side, TokenMask
+from reference.contract import Call, Config, ContextMask, Forward, RouterOptions, Side, TokenMask
 
 CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
@@ -190,6 +190,8 @@ class MixtureOfAttention(nn.Module):
         if null is not None:
             contract.ordinary("null_routed_token", null)
         if fused:
+            if not call.return_routes and self._obstacle_to_one_operator(plan, x.dtype) is None:
+                return self._at_once(call, plan, null)
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
             q_routes, kv_routes = self._decide(call, plan)
@@ -214,28 +216,52 @@ class MixtureOfAttention(nn.Module):
             )
         return out, (q_routes, kv_routes)
 
-    def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
-        """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
-        q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
-        q_tokens: Tensor | None = router.routing_token
+    def _at_once(self, call: Call, plan: Plan, null: Tensor | None) -> Tensor:
+        """All of it as one operator."""
+        attn, options = self.attn, self.query_router.options
+        *routed, mask = self._routed(call)
+        return ops.mixture.first(
+            *routed,
+            *attn.fused_parameters(plan),
+            null,
+            mask,
+            *rotation(call.rotary_emb, plan),
+            *_decision(call, options),
+            attn.probability(),
+            self.config.average_routed,
+            plan.routed_attention,
+            plan.dispatch,
+            plan.mixture,
+        )
+
+    def _routed(self, call: Call) -> tuple[Tensor | None, ...]:
+        """x, routing tokens, scales of the norms, and mask."""
+        q, kv, attn = call.queries, call.keys_values, self.attn
+        q_tokens: Tensor | None = self.query_router.routing_token
         kv_tokens: Tensor | None = self.key_value_router.routing_token
-        contract.solvable(router.options, q.x.dtype)
-        q_tokens = q.tokens if q_tokens is None else q_tokens
-        kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
-        norm, context_norm, options = attn.norm, attn.context_norm, router.options
-        queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
+        norm, context_norm = attn.norm, attn.context_norm
+        return (
             q.x,
-            q_tokens,
-            kv_tokens,
+            q.tokens if q_tokens is None else q_tokens,
+            kv.tokens if kv_tokens is None else kv_tokens,
             None if norm is None else norm.gamma,
             None if context_norm is None else context_norm.gamma,
             q.mask,
-            q.k,
-            kv.k,
-            options.route_block_size,
-            cosine_scale(options),
-            *solver_of(options),
-            plan.dispatch,
+        )
+
+    def _obstacle_to_one_operator(self, plan: Plan, dtype: torch.dtype) -> str | None:
+        """Why what `_obstacle_to_fusion` finds no fault with takes three operators all the same."""
+        if self.local_attn is not None:
+            return "local attention is added"
+        if plan.dtype != dtype:
+            return "autocast computes in another dtype"
+        return self.attn.obstacle_to_fusion()
+
+    def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
+        """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
+        attn, options = self.attn, self.query_router.options
+        queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
+            *self._routed(call), *_decision(call, options), plan.dispatch
         )
         q_indices, q_slots, inverse, kv_indices, kv_slots, *_ = made
         q_logits, kv_logits = logits.chunk(2, 1)
@@ -315,6 +341,12 @@ class MixtureOfAttention(nn.Module):
             "dim num_routed_queries num_routed_key_values num_experts dim_context heads dim_head dropout average_routed"
         )
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
+
+
+def _decision(call: Call, options: RouterOptions) -> tuple[Any, ...]:
+    """What operators are told of how to choose, checked for logits of x's dtype."""
+    contract.solvable(options, call.queries.x.dtype)
+    return call.queries.k, call.keys_values.k, options.route_block_size, cosine_scale(options), *solver_of(options)
 
 
 def _decide(router: nn.Module, side: Side, injected: Routes | None, plan: Plan) -> Routes:

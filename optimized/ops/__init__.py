@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     expert_attention: Operator
     gather_norm: Operator
     layer_norm: Operator
+    mixture: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -35,6 +36,7 @@ else:
     from optimized.ops.expert_attention import expert_attention
     from optimized.ops.gather_norm import gather_norm
     from optimized.ops.layer_norm import layer_norm
+    from optimized.ops.mixture import mixture
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows
