@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimized import ops
 from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion
+from optimized.plain import obstacle_to_fusion, parameter
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import CLASSES as ROUTED
 from optimized.routed_attention import RMSNorm, RoutedAttention, rotation
@@ -237,15 +237,14 @@ class MixtureOfAttention(nn.Module):
     def _routed(self, call: Call) -> tuple[Tensor | None, ...]:
         """x, routing tokens, scales of the norms, and mask."""
         q, kv, attn = call.queries, call.keys_values, self.attn
-        q_tokens: Tensor | None = self.query_router.routing_token
-        kv_tokens: Tensor | None = self.key_value_router.routing_token
         norm, context_norm = attn.norm, attn.context_norm
+        given = self.query_router.options.learned_routing_tokens
         return (
             q.x,
-            q.tokens if q_tokens is None else q_tokens,
-            kv.tokens if kv_tokens is None else kv_tokens,
-            None if norm is None else norm.gamma,
-            None if context_norm is None else context_norm.gamma,
+            q.tokens if given else parameter(self.query_router, "routing_token"),
+            kv.tokens if given else parameter(self.key_value_router, "routing_token"),
+            None if norm is None else parameter(norm, "gamma"),
+            None if context_norm is None else parameter(context_norm, "gamma"),
             q.mask,
         )
 
@@ -345,7 +344,8 @@ class MixtureOfAttention(nn.Module):
 
 def _decision(call: Call, options: RouterOptions) -> tuple[Any, ...]:
     """What operators are told of how to choose, checked for logits of x's dtype."""
-    contract.solvable(options, call.queries.x.dtype)
+    if options.beyond_float32 is not None:
+        contract.solvable(options, call.queries.x.dtype)
     return call.queries.k, call.keys_values.k, options.route_block_size, cosine_scale(options), *solver_of(options)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optimized import ops
-from optimized.plain import obstacle_to_fusion, plain
+from optimized.plain import obstacle_to_fusion, parameter, plain
 from optimized.plan import Kind, Plan, bind
 from reference import contract
 from reference.contract import Config, Routes
@@ -292,7 +292,8 @@ class RoutedAttention(nn.Module):
     def fused_parameters(self, plan: Plan, null_kv: Tensor | None = None) -> list[Tensor]:
         """Of the projections and of the null slot, where nothing is an `obstacle_to_fusion`, in the plan's dtype."""
         null_kv = self._null_kv() if null_kv is None else null_kv
-        return _in(plan.dtype, self.to_q.weight, self.to_kv.weight, self.to_out.weight, null_kv)
+        weights = (parameter(projection, "weight") for projection in (self.to_q, self.to_kv, self.to_out))
+        return _in(plan.dtype, *weights, null_kv)
 
     def _null_kv(self) -> Tensor:
         null_kv = self.null_kv  # read once: a parametrization computes it

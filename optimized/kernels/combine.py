@@ -17,16 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import (
-    arithmetic,
-    as_bytes,
-    cdiv,
-    channel_constants,
-    contiguous,
-    launch,
-    next_power_of_2,
-    wide,
-)
+from optimized.kernels.launch import arithmetic, cdiv, channel_constants, contiguous, launch, next_power_of_2, wide
 
 CHUNK = 64  # tokens of one program of the backward by tokens
 ROWS = 8  # of them at a time
@@ -158,7 +149,7 @@ def combine(
             _combine_kernel, (batch * n,),
             y.contiguous(), scores.contiguous(), inverse.contiguous(),
             contiguous(local), contiguous(null),
-            as_bytes(mask), out, n, k, dim, batch, experts,
+            contiguous(mask), out, n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
             **channel_constants(dim, y.dtype),
         )  # fmt: skip
@@ -186,7 +177,7 @@ def combine_backward(
     n = inverse.shape[-1]
     g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()
     constants = channel_constants(dim, y.dtype)
-    mask = as_bytes(mask)
+    mask = contiguous(mask)
     dy, dscores = None, None
     if by_slots:
         make = torch.empty_like if y.numel() else torch.zeros_like  # without channels no program writes
@@ -194,7 +185,7 @@ def combine_backward(
     if by_slots and y.numel():
         launch(
             _slots_kernel, (experts * batch * k,),
-            g, y, scores.contiguous(), indices.contiguous(), as_bytes(slots), inverse, mask, dy, dscores,
+            g, y, scores.contiguous(), indices.contiguous(), contiguous(slots), inverse, mask, dy, dscores,
             n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_MASK=mask is not None, AVERAGE=average, **constants,
         )  # fmt: skip

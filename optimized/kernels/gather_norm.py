@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
 
 NORM_TOKENS = 16  # of a program of the norms
 CHUNK = 64  # slots of a program of the backward
@@ -175,7 +175,7 @@ def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tu
 
 
 def _parts(group: Taken, *rows: Tensor) -> tuple[Tensor | None, ...]:
-    return group.indices.contiguous(), as_bytes(group.slots), contiguous(group.gamma), *rows
+    return group.indices.contiguous(), contiguous(group.slots), contiguous(group.gamma), *rows
 
 
 def slot_gradients(

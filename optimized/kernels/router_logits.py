@@ -30,8 +30,8 @@ from torch import Tensor
 from optimized.kernels.launch import (
     INTERPRETED,
     arithmetic,
-    as_bytes,
     cdiv,
+    contiguous,
     double_bits,
     from_bits,
     launch,
@@ -152,7 +152,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
         r = r.contiguous()
         launch(
             _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),
-            x.contiguous(), r, as_bytes(mask), logits, norms, factors,
+            x.contiguous(), r, contiguous(mask), logits, norms, factors,
             n, dim, experts, item_rows(r), double_bits(0.0 if scale is None else scale),
             HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
             BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4,
@@ -177,7 +177,7 @@ def routing_token_gradient(
     partial = torch.empty(batch, chunks, experts, dim, dtype=dtype, device=x.device)
     launch(
         _dr_kernel, (batch * chunks, cdiv(dim, block_d) * expert_blocks),
-        g, x.contiguous(), as_bytes(mask), factors.contiguous(), norms.contiguous(), partial,
+        g, x.contiguous(), contiguous(mask), factors.contiguous(), norms.contiguous(), partial,
         n, dim, experts, chunks,
         HAS_MASK=mask is not None, COSINE=cosine, COARSE=x.dtype == r.dtype == torch.bfloat16,
         DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,

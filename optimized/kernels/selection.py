@@ -174,10 +174,9 @@ def select_groups(
         picked = s.new_empty(batch, group, k if unit or scores is not None else 0)
         groups.append((indices, slots, inverse, picked))
     if s.numel():
-        outputs = [(indices, slots.view(torch.int8), *rest) for indices, slots, *rest in (groups[0], groups[-1])]
         launch(
             _select_kernel, (batch * experts,),
-            s, mask, s if scores is None else scores.contiguous(), *outputs[0], *outputs[1],
+            s, mask, s if scores is None else scores.contiguous(), *groups[0], *groups[-1],
             n, ks[0], ks[-1], experts, group,
             BITS=8 * size, UNIT=unit, HAS_SCORES=scores is not None, ONE_BLOCK=fits(n, size),
             SLOT_BLOCK=min(constants["BLOCK"], CHUNK), **constants,

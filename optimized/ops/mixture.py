@@ -106,9 +106,7 @@ def _attention(a: Any, queries: Tensor, keys_values: Tensor, q_picked: Tensor, k
 
 def _sizes(a: Any, queries: Tensor, keys_values: Tensor) -> Any:
     """All that FLOPs depend on."""
-    return Arguments(
-        queries=queries, keys_values=keys_values, w_q=a.w_q, w_kv=a.w_kv, w_out=a.w_out, null_kv=a.null_kv
-    )
+    return Arguments(queries=queries, keys_values=keys_values, w_q=a.w_q, w_kv=a.w_kv, w_out=a.w_out, null_kv=a.null_kv)
 
 
 def _asked(needs: Any) -> Any:

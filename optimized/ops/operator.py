@@ -18,7 +18,7 @@ An operator is a class of plain functions. They take the arguments as one namesp
 `needs.x` says whether anybody asks for the gradient of x: what nobody asks for is not computed. The result is called as
 `project(x, w, scale)`, by position or name, or as `project.first`, which returns the first result alone; `project.raw`
 is the computation alone, for operators that contain it (`project.body` its functions), and `project.backward` the
-operator of the gradient. Both are in torch.ops.moa, the latter as project_backward. Results of size 0 may be one tensor.
+operator of the gradient. Both are in torch.ops.moa, the latter as project_backward. Empty results may be one tensor.
 
 Operators are not twice differentiable, nor in forward mode, and say so by an error.
 """

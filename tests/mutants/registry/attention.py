@@ -54,9 +54,7 @@ EDITS: Edits = {
         "launch-strides-kept": edit(
             "return None if t is None else t.contiguous()", "return t", "Dao-AILab/flash-attention#355"
         ),
-        "launch-lookup-ignores-alignment": edit(
-            "(argument.dtype, argument.data_ptr() % 16) if", "(argument.dtype,) if", "stride and layout"
-        ),
+        "launch-lookup-ignores-alignment": edit("exact.append(address % 16)", "exact.append(0)", "stride and layout"),
         "launch-partial-sums-in-the-models-dtype": edit(
             "return torch.promote_types(dtype, torch.float32)", "return dtype", "precision"
         ),
