@@ -856,10 +856,17 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
     found = {"scaled": kernel.value_score(v, scores), "in place": in_place, "dv": dv}
     kernel.value_score_(in_place, scores)
     found["dscores"] = kernel.value_score_backward_(dv, v, scores)
+    gk = x.normal(*g.shape, seed=33)
+    dk, elsewhere = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for _ in range(2))
+    apart = g.transpose(1, 2).contiguous().transpose(1, 2)
+    found |= {"apart dscores": kernel.value_score_backward(gk, apart, v, scores, dk, elsewhere)}
+    found |= {"apart dv": elsewhere, "dk": dk}
     yield found
     wide = scores.double().transpose(0, 1).flatten(0, 1)[..., None, None]
     products = g.double() * v.double()
     truths = {"scaled": v.double() * wide, "in place": v.double() * wide, "dv": g.double() * wide}
     truths = {name: x.truth(t, t.abs(), 0) for name, t in truths.items()}
     by_slot = [t.sum((-2, -1)).unflatten(0, (s.experts, s.batch)).transpose(0, 1) for t in (products, products.abs())]
-    yield {**truths, "dscores": x.truth(*by_slot, s.heads * s.dim_head, x.wide)}
+    by_slot = x.truth(*by_slot, s.heads * s.dim_head, x.wide)
+    apart = {"apart dscores": by_slot, "apart dv": truths["dv"], "dk": x.truth(gk.double(), gk.abs().double(), 0)}
+    yield {**truths, "dscores": by_slot, **apart}
