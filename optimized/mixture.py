@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimized import ops
 from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion, parameter
+from optimized.plain import child, obstacle_to_fusion, parameter
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import CLASSES as ROUTED
 from optimized.routed_attention import RMSNorm, RoutedAttention, rotation
@@ -218,7 +218,7 @@ class MixtureOfAttention(nn.Module):
 
     def _at_once(self, call: Call, plan: Plan, null: Tensor | None) -> Tensor:
         """All of it as one operator."""
-        attn, options = self.attn, self.query_router.options
+        attn, options = child(self, "attn"), child(self, "query_router").options
         *routed, mask = self._routed(call)
         return ops.mixture.first(
             *routed,
@@ -236,13 +236,14 @@ class MixtureOfAttention(nn.Module):
 
     def _routed(self, call: Call) -> tuple[Tensor | None, ...]:
         """x, routing tokens, scales of the norms, and mask."""
-        q, kv, attn = call.queries, call.keys_values, self.attn
-        norm, context_norm = attn.norm, attn.context_norm
-        given = self.query_router.options.learned_routing_tokens
+        q, kv, attn = call.queries, call.keys_values, child(self, "attn")
+        ours, theirs = child(self, "query_router"), child(self, "key_value_router")
+        norm, context_norm = child(attn, "norm"), child(attn, "context_norm")
+        given = ours.options.learned_routing_tokens
         return (
             q.x,
-            q.tokens if given else parameter(self.query_router, "routing_token"),
-            kv.tokens if given else parameter(self.key_value_router, "routing_token"),
+            q.tokens if given else parameter(ours, "routing_token"),
+            kv.tokens if given else parameter(theirs, "routing_token"),
             None if norm is None else parameter(norm, "gamma"),
             None if context_norm is None else parameter(context_norm, "gamma"),
             q.mask,
@@ -254,7 +255,7 @@ class MixtureOfAttention(nn.Module):
             return "local attention is added"
         if plan.dtype != dtype:
             return "autocast computes in another dtype"
-        return self.attn.obstacle_to_fusion()
+        return child(self, "attn").obstacle_to_fusion()
 
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
@@ -289,7 +290,7 @@ class MixtureOfAttention(nn.Module):
             return "routes are injected"
         if kv.x is not q.x or kv.mask is not q.mask:
             return "keys and values come from a context"
-        ours, theirs, attn = self.query_router, self.key_value_router, self.attn
+        ours, theirs, attn = child(self, "query_router"), child(self, "key_value_router"), child(self, "attn")
         found = obstacle_to_fusion(
             query_router=(ours, Router), key_value_router=(theirs, Router), attn=(attn, RoutedAttention)
         )
@@ -300,11 +301,12 @@ class MixtureOfAttention(nn.Module):
             return "the routers have different options"
         if ours.options.solver == "sigmoid":
             return "scores by a sigmoid are not part of the operator"
-        norms = {"attn.norm": (attn.norm, RMSNorm), "attn.context_norm": (attn.context_norm, RMSNorm)}
+        norms = {f"attn.{name}": (child(attn, name), RMSNorm) for name in ("norm", "context_norm")}
         return obstacle_to_fusion(**norms)
 
     def _kind(self, call: Call) -> Kind:
         """What decides between backends in a call."""
+        attn = child(self, "attn")
         local = () if self.local_attn is None else ("local_attention",)
         return Kind(
             call.queries.x.device,
@@ -313,7 +315,7 @@ class MixtureOfAttention(nn.Module):
             dim_head=self.config.dim_head,
             masked=call.keys_values.mask is not None or call.routes is not None,
             token_mask=call.queries.mask is not None,
-            dropout=self.dropout if self.attn.training else 0.0,
+            dropout=self.dropout if attn.training else 0.0,
             allow_flash=self.config.flash_attn,
             allow_triton=self.config.use_triton,
         )

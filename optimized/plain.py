@@ -60,7 +60,15 @@ def _first(modules: dict[str, tuple[nn.Module | None, type[nn.Module]]], bias: b
     return None
 
 
+# What nn.Module keeps, read where it lies: its own look-up is a function that Python calls when all else has failed.
+
+
+def child(module: nn.Module, name: str) -> Any:
+    """`module.name`, a module or None."""
+    return module._modules.get(name)
+
+
 def parameter(module: nn.Module, name: str) -> Any:
-    """`module.name`, of a module that is plain: where it lies, which takes the host less than to look it up."""
+    """`module.name` of a module that is plain."""
     found = module._parameters.get(name)
     return getattr(module, name) if found is None else found

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optimized import ops
-from optimized.plain import obstacle_to_fusion, parameter, plain
+from optimized.plain import child, obstacle_to_fusion, parameter, plain
 from optimized.plan import Kind, Plan, bind
 from reference import contract
 from reference.contract import Config, Routes
@@ -287,12 +287,12 @@ class RoutedAttention(nn.Module):
 
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
-        return _obstacle(self.to_q, self.to_kv, self.to_out)
+        return _obstacle(child(self, "to_q"), child(self, "to_kv"), child(self, "to_out"))
 
     def fused_parameters(self, plan: Plan, null_kv: Tensor | None = None) -> list[Tensor]:
         """Of the projections and of the null slot, where nothing is an `obstacle_to_fusion`, in the plan's dtype."""
         null_kv = self._null_kv() if null_kv is None else null_kv
-        weights = (parameter(projection, "weight") for projection in (self.to_q, self.to_kv, self.to_out))
+        weights = [parameter(child(self, name), "weight") for name in ("to_q", "to_kv", "to_out")]
         return _in(plan.dtype, *weights, null_kv)
 
     def _null_kv(self) -> Tensor:

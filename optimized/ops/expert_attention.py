@@ -172,8 +172,8 @@ def scale(v: Tensor, scores: Tensor, unit: bool, triton: bool) -> Tensor:
 
 
 def _scale_backward(made: Pair, into: Pair, v: Tensor, scores: Tensor, triton: bool) -> Tensor:
-    """Gradient of the scores. made: those of the keys and of the scaled values; into: where those of keys and values are
-    to be, which may be the same tensors.
+    """Gradient of the scores. made: those of the keys and of the scaled values; into: where those of keys and values
+    are to be, which may be the same tensors.
     """
     dk, dv = into
     if triton:
