@@ -647,6 +647,25 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
     yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}
 
 
+@case("rows")
+def partial_sums(x: Inputs, s: Sizes) -> Yielded:
+    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time."""
+    from optimized.kernels.partial_sums import Sum, add_up
+
+    groups, width, stride, counts = 2, 5, 7, (s.n, s.n // 3 + 70)
+    partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
+    parts = partial.split([groups * count for count in counts])
+    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    first, second = (Sum(out, groups, count) for out, count in zip(outs, counts))
+    second = second._replace(first=groups * s.n * stride)
+    add_up(partial, width, stride, first, second)
+    add_up(partial, width, stride, second._replace(out=outs[2]))
+    yield dict(zip(("first", "second", "alone"), outs))
+    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
+    truths = [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]
+    yield dict(zip(("first", "second", "alone"), truths))
+
+
 @case("channels")
 def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
     from optimized.kernels import layer_norm as kernel

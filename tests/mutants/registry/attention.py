@@ -33,8 +33,8 @@ EDITS: Edits = {
             " - p0 * tl.sum(dout * out, 1)) / root", " - p0 * tl.sum(dout * out, 1))", "log-sum-exp and scale"
         ),
         "null-kernel-gradient-of-other-experts": edit(
-            "partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2)",
-            "partial.view(2, rows // groups * chunks, groups, heads, dim).sum(1)",
+            "Sum(found, 2 * groups, rows // groups * chunks)",
+            "Sum(found, 2 * groups, chunks)",
             "BobMcDear/attorch#14",
         ),
         "null-kernel-lse-past-the-end": edit(
