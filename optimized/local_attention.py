@@ -64,7 +64,7 @@ EPS = 1e-5
 def normed(x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, plan: Plan) -> Tensor:
     """LayerNorm of x, whose masked tokens are not read and count as zeros."""
     if plan.dispatch and x.shape[-1] <= ops.MOST_NORM_CHANNELS:
-        return ops.layer_norm(x, weight, bias, mask, eps, True)[0]
+        return ops.layer_norm.first(x, weight, bias, mask, eps, True)
     return layer_norm(_hide(x, mask), weight, bias, eps)
 
 
@@ -104,7 +104,7 @@ def _fused(
     plan: Plan,
 ) -> Tensor:
     given = (t.to(plan.dtype) for t in (hidden, *weights))
-    return ops.window_attention(*given, mask, heads, window_size, causal, plan.local_attention, plan.dispatch)[0]
+    return ops.window_attention.first(*given, mask, heads, window_size, causal, plan.local_attention, plan.dispatch)
 
 
 def _by_flex(qkv: Tensor, mask: Tensor | None, window_size: int, causal: bool, plan: Plan) -> Tensor:
@@ -169,7 +169,7 @@ class LocalAttention(nn.Module):
             if plan.local_attention == "flex_attention":
                 out = _by_flex(qkv, mask, self.window_size, False, plan)
             else:
-                out = ops.window(qkv, mask, self.window_size, False, plan.local_attention, plan.dispatch)[0]
+                out = ops.window.first(qkv, mask, self.window_size, False, plan.local_attention, plan.dispatch)
             y = self.to_out(out.flatten(2))
         return _hide(y.to(x.dtype), mask)
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from optimized import ops
 from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LocalAttention
-from optimized.plain import obstacle_to_fusion
+from optimized.plain import child, obstacle_to_fusion, parameter
 from optimized.plan import Kind, Plan, Request, bind, choose
 from optimized.routed_attention import CLASSES as ROUTED
-from optimized.routed_attention import RMSNorm, RoutedAttention
+from optimized.routed_attention import RMSNorm, RoutedAttention, rotation
 from optimized.routing import Router, Routes, cosine_scale, in_order, solver_of
 from reference import contract
-from reference.contract import Call, Config, ContextMask, Forward, Side, TokenMask
+from reference.contract import Call, Config, ContextMask, Forward, RouterOptions, Side, TokenMask
 
 CLASSES = {**ROUTED, **LOCAL, Router: ("routing_token",)}
 
@@ -190,6 +190,8 @@ class MixtureOfAttention(nn.Module):
         if null is not None:
             contract.ordinary("null_routed_token", null)
         if fused:
+            if not call.return_routes and self._obstacle_to_one_operator(plan, x.dtype) is None:
+                return self._at_once(call, plan, null)
             y, q_routes, kv_routes, inverse = self._fused(call, plan)
         else:
             q_routes, kv_routes = self._decide(call, plan)
@@ -214,28 +216,52 @@ class MixtureOfAttention(nn.Module):
             )
         return out, (q_routes, kv_routes)
 
+    def _at_once(self, call: Call, plan: Plan, null: Tensor | None) -> Tensor:
+        """All of it as one operator."""
+        attn, options = child(self, "attn"), child(self, "query_router").options
+        *routed, mask = self._routed(call)
+        return ops.mixture.first(
+            *routed,
+            *attn.fused_parameters(plan),
+            null,
+            mask,
+            *rotation(call.rotary_emb, plan),
+            *_decision(call, options),
+            attn.probability(),
+            self.config.average_routed,
+            plan.routed_attention,
+            plan.dispatch,
+            plan.mixture,
+        )
+
+    def _routed(self, call: Call) -> tuple[Tensor | None, ...]:
+        """x, routing tokens, scales of the norms, and mask."""
+        q, kv, attn = call.queries, call.keys_values, child(self, "attn")
+        ours, theirs = child(self, "query_router"), child(self, "key_value_router")
+        norm, context_norm = child(attn, "norm"), child(attn, "context_norm")
+        given = ours.options.learned_routing_tokens
+        return (
+            q.x,
+            q.tokens if given else parameter(ours, "routing_token"),
+            kv.tokens if given else parameter(theirs, "routing_token"),
+            None if norm is None else parameter(norm, "gamma"),
+            None if context_norm is None else parameter(context_norm, "gamma"),
+            q.mask,
+        )
+
+    def _obstacle_to_one_operator(self, plan: Plan, dtype: torch.dtype) -> str | None:
+        """Why what `_obstacle_to_fusion` finds no fault with takes three operators all the same."""
+        if self.local_attn is not None:
+            return "local attention is added"
+        if plan.dtype != dtype:
+            return "autocast computes in another dtype"
+        return child(self, "attn").obstacle_to_fusion()
+
     def _fused(self, call: Call, plan: Plan) -> tuple[Tensor, Routes, Routes, Tensor]:
         """Both routers, both gathers and both norms as one operator: what the experts have, routes, and inverse map."""
-        q, kv, attn, router = call.queries, call.keys_values, self.attn, self.query_router
-        q_tokens: Tensor | None = router.routing_token
-        kv_tokens: Tensor | None = self.key_value_router.routing_token
-        contract.solvable(router.options, q.x.dtype)
-        q_tokens = q.tokens if q_tokens is None else q_tokens
-        kv_tokens = kv.tokens if kv_tokens is None else kv_tokens
-        norm, context_norm, options = attn.norm, attn.context_norm, router.options
+        attn, options = self.attn, self.query_router.options
         queries, keys_values, q_scores, kv_scores, logits, *made = ops.routed_rows(
-            q.x,
-            q_tokens,
-            kv_tokens,
-            None if norm is None else norm.gamma,
-            None if context_norm is None else context_norm.gamma,
-            q.mask,
-            q.k,
-            kv.k,
-            options.route_block_size,
-            cosine_scale(options),
-            *solver_of(options),
-            plan.dispatch,
+            *self._routed(call), *_decision(call, options), plan.dispatch
         )
         q_indices, q_slots, inverse, kv_indices, kv_slots, *_ = made
         q_logits, kv_logits = logits.chunk(2, 1)
@@ -264,7 +290,7 @@ class MixtureOfAttention(nn.Module):
             return "routes are injected"
         if kv.x is not q.x or kv.mask is not q.mask:
             return "keys and values come from a context"
-        ours, theirs, attn = self.query_router, self.key_value_router, self.attn
+        ours, theirs, attn = child(self, "query_router"), child(self, "key_value_router"), child(self, "attn")
         found = obstacle_to_fusion(
             query_router=(ours, Router), key_value_router=(theirs, Router), attn=(attn, RoutedAttention)
         )
@@ -275,11 +301,12 @@ class MixtureOfAttention(nn.Module):
             return "the routers have different options"
         if ours.options.solver == "sigmoid":
             return "scores by a sigmoid are not part of the operator"
-        norms = {"attn.norm": (attn.norm, RMSNorm), "attn.context_norm": (attn.context_norm, RMSNorm)}
+        norms = {f"attn.{name}": (child(attn, name), RMSNorm) for name in ("norm", "context_norm")}
         return obstacle_to_fusion(**norms)
 
     def _kind(self, call: Call) -> Kind:
         """What decides between backends in a call."""
+        attn = child(self, "attn")
         local = () if self.local_attn is None else ("local_attention",)
         return Kind(
             call.queries.x.device,
@@ -288,7 +315,7 @@ class MixtureOfAttention(nn.Module):
             dim_head=self.config.dim_head,
             masked=call.keys_values.mask is not None or call.routes is not None,
             token_mask=call.queries.mask is not None,
-            dropout=self.dropout if self.attn.training else 0.0,
+            dropout=self.dropout if attn.training else 0.0,
             allow_flash=self.config.flash_attn,
             allow_triton=self.config.use_triton,
         )
@@ -315,6 +342,13 @@ class MixtureOfAttention(nn.Module):
             "dim num_routed_queries num_routed_key_values num_experts dim_context heads dim_head dropout average_routed"
         )
         return ", ".join(f"{name}={getattr(self, name)}" for name in names.split())
+
+
+def _decision(call: Call, options: RouterOptions) -> tuple[Any, ...]:
+    """What operators are told of how to choose, checked for logits of x's dtype."""
+    if options.beyond_float32 is not None:
+        contract.solvable(options, call.queries.x.dtype)
+    return call.queries.k, call.keys_values.k, options.route_block_size, cosine_scale(options), *solver_of(options)
 
 
 def _decide(router: nn.Module, side: Side, injected: Routes | None, plan: Plan) -> Routes:

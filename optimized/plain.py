@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -22,37 +24,51 @@ def plain(module: nn.Module | None, cls: type[nn.Module], bias: bool = False) ->
     Asked of it: the exact class (a parametrization makes another), no hooks, its own or global, its own `forward`, no
     bias unless it may have one, and ordinary tensors as parameters. No module at all is plain.
     """
-    return _obstacle(module, cls, nn_module._has_any_global_hook(), bias)
-
-
-def _obstacle(module: nn.Module | None, cls: type[nn.Module], hooked: bool, bias: bool = False) -> str | None:
-    if module is None:
-        return None
-    if type(module) is not cls:
-        return f"is of class {type(module).__name__}, not {cls.__name__}"
-    if hooked:
-        return "meets a hook of all modules"
-    state = module.__dict__
-    for name, what in _HOOKS.items():
-        if state[name]:
-            return f"has {what}"
-    if "forward" in state:
-        return "has a replaced forward"
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            continue
-        if name == "bias" and not bias:
-            return "has a bias"
-        if type(parameter) not in _ORDINARY:
-            return f"has a {name} of class {type(parameter).__name__}"
-    return None
+    found = _first({"": (module, cls)}, bias)
+    return None if found is None else found[1]
 
 
 def obstacle_to_fusion(**modules: tuple[nn.Module | None, type[nn.Module]]) -> str | None:
     """The first of the modules, by name and with the class it should be, that is not `plain`, and why; else None."""
+    found = _first(modules, False)
+    return None if found is None else " ".join(found)
+
+
+def _first(modules: dict[str, tuple[nn.Module | None, type[nn.Module]]], bias: bool) -> tuple[str, str] | None:
+    """Name and obstacle. In one loop without a call, since every call of the layer asks."""
     hooked = nn_module._has_any_global_hook()
-    for name, (module, cls) in modules.items():
-        found = _obstacle(module, cls, hooked)
-        if found is not None:
-            return f"{name} {found}"
+    for module_name, (module, cls) in modules.items():
+        if module is None:
+            continue
+        if type(module) is not cls:
+            return module_name, f"is of class {type(module).__name__}, not {cls.__name__}"
+        if hooked:
+            return module_name, "meets a hook of all modules"
+        state = module.__dict__
+        for name in _HOOKS:
+            if state[name]:
+                return module_name, f"has {_HOOKS[name]}"
+        if "forward" in state:
+            return module_name, "has a replaced forward"
+        for name, parameter in state["_parameters"].items():
+            if parameter is None:
+                continue
+            if name == "bias" and not bias:
+                return module_name, "has a bias"
+            if type(parameter) not in _ORDINARY:
+                return module_name, f"has a {name} of class {type(parameter).__name__}"
     return None
+
+
+# What nn.Module keeps, read where it lies: its own look-up is a function that Python calls when all else has failed.
+
+
+def child(module: nn.Module, name: str) -> Any:
+    """`module.name`, a module or None."""
+    return module._modules.get(name)
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """`module.name` of a module that is plain."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found

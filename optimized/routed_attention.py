@@ -10,6 +10,7 @@ Kkv slots of an expert, R = E B rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optimized import ops
-from optimized.plain import obstacle_to_fusion, plain
+from optimized.plain import child, obstacle_to_fusion, parameter, plain
 from optimized.plan import Kind, Plan, bind
 from reference import contract
 from reference.contract import Config, Routes
@@ -86,7 +87,7 @@ def gather(
 ) -> Float[Tensor, "E B K D"]:
     """Routed tokens, RMS-normalised if gamma is given; masked slots are 0."""
     inverse = ops.inverse_map(routes.indices, routes.mask, x.shape[1])
-    return ops.gather_norm(x, gamma, routes.indices, routes.mask, inverse, triton)[0]
+    return ops.gather_norm.first(x, gamma, routes.indices, routes.mask, inverse, triton)
 
 
 class Keys(NamedTuple):
@@ -106,29 +107,39 @@ class Keys(NamedTuple):
         lengths = kv_routes.mask.sum(-1, dtype=torch.int32).t().flatten() if plan.masked else None
         if rotary_emb is None:
             return cls(scores, lengths, None, None, None, None)
-        wide = torch.promote_types(plan.dtype, torch.float32)
-        angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, wide))
         q_positions, k_positions = (r.indices.transpose(0, 1).flatten(0, 1) for r in (q_routes, kv_routes))
-        return cls(scores, lengths, angles.cos().to(wide), angles.sin().to(wide), q_positions, k_positions)
+        return cls(scores, lengths, *rotation(rotary_emb, plan), q_positions, k_positions)
+
+
+def rotation(rotary_emb: Tensor | None, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin of the angles; None for no rotation."""
+    if rotary_emb is None:
+        return None, None
+    wide = torch.promote_types(plan.dtype, torch.float32)
+    angles = rotary_emb.to(torch.promote_types(rotary_emb.dtype, wide))
+    return angles.cos().to(wide), angles.sin().to(wide)
 
 
 def _fused(
     queries: Tensor,
     keys_values: Tensor,
-    parameters: tuple[Tensor, ...],
+    parameters: Sequence[Tensor],
     keys: Keys,
     dropout: float,
     unit_scores: bool,
     plan: Plan,
 ) -> Tensor:
     """(E, B, Kq, D) from the gathered rows. parameters: w_q, w_kv, w_out and null_kv in the shapes of the module."""
-    tensors = (queries, keys_values, *parameters)
-    # Asked before: a conversion of nothing costs the host as much as an operation.
-    queries, keys_values, *converted = [t if t.dtype == plan.dtype else t.to(plan.dtype) for t in tensors]
+    queries, keys_values, *converted = _in(plan.dtype, queries, keys_values, *parameters)
     scores, *rest = keys
-    return ops.expert_attention(
+    return ops.expert_attention.first(
         queries, keys_values, scores, *converted, *rest, dropout, unit_scores, plan.routed_attention, plan.dispatch
-    )[0]
+    )
+
+
+def _in(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    # Asked before: a conversion of nothing costs the host as much as an operation.
+    return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 class RMSNorm(nn.Module):
@@ -235,7 +246,7 @@ class RoutedAttention(nn.Module):
         if plan is None:
             stages = ("dispatch", "routed_attention")
             kind = Kind(
-                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self._probability(),
+                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self.probability(),
                 allow_flash=self.flash_attn, allow_triton=self.use_triton,
             )  # fmt: skip
             plan = bind(kind)
@@ -256,13 +267,11 @@ class RoutedAttention(nn.Module):
         unit_scores: bool,
     ) -> Float[Tensor, "E B Kq D"]:
         """The same from gathered and normalised rows. kv_routes: valid slots first where plan.masked."""
-        null_kv = self.null_kv  # read once: a parametrization computes it
-        contract.ordinary("null_kv", null_kv)
-        keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self._probability()
+        null_kv = self._null_kv()
+        keys, dropout = Keys.of(q_routes, kv_routes, rotary_emb, plan), self.probability()
         to_q, to_kv, to_out = self.to_q, self.to_kv, self.to_out
         if _obstacle(to_q, to_kv, to_out) is None:
-            parameters = to_q.weight, to_kv.weight, to_out.weight, null_kv
-            return _fused(queries, keys_values, parameters, keys, dropout, unit_scores, plan)
+            return _fused(queries, keys_values, self.fused_parameters(plan, null_kv), keys, dropout, unit_scores, plan)
         heads = (self.heads, self.dim_head)
         q = project(to_q, queries).to(plan.dtype).flatten(0, 1).unflatten(-1, heads)
         k, v = project(to_kv, keys_values).to(plan.dtype).flatten(0, 1).unflatten(-1, (2, *heads)).unbind(2)
@@ -271,14 +280,25 @@ class RoutedAttention(nn.Module):
             k = ops.rotary(k, keys.cos, keys.sin, keys.k_positions, False, plan.dispatch)
         v = (v * keys.scores.transpose(0, 1).flatten(0, 1)[..., None, None]).to(v.dtype)
         null_k, null_v = null_kv.to(plan.dtype).squeeze(3).unbind(0)
-        out = ops.attention(
+        out = ops.attention.first(
             q, k, v, null_k, null_v, keys.lengths, None, dropout, -1, False, plan.routed_attention, plan.dispatch
-        )[0]
+        )
         return project(to_out, out.flatten(2).unflatten(0, queries.shape[:2]))
 
     def obstacle_to_fusion(self) -> str | None:
         """Why the projections are called as modules; None where one operator does the same."""
-        return _obstacle(self.to_q, self.to_kv, self.to_out)
+        return _obstacle(child(self, "to_q"), child(self, "to_kv"), child(self, "to_out"))
+
+    def fused_parameters(self, plan: Plan, null_kv: Tensor | None = None) -> list[Tensor]:
+        """Of the projections and of the null slot, where nothing is an `obstacle_to_fusion`, in the plan's dtype."""
+        null_kv = self._null_kv() if null_kv is None else null_kv
+        weights = [parameter(child(self, name), "weight") for name in ("to_q", "to_kv", "to_out")]
+        return _in(plan.dtype, *weights, null_kv)
+
+    def _null_kv(self) -> Tensor:
+        null_kv = self.null_kv  # read once: a parametrization computes it
+        contract.ordinary("null_kv", null_kv)
+        return null_kv
 
     def _normed(self, x: Tensor, routes: Routes, norm: nn.Module | None, plan: Plan) -> Tensor:
         """(E, B, K, D): routed tokens, by one operator where the norm is plain."""
@@ -287,7 +307,8 @@ class RoutedAttention(nn.Module):
             return gather(x, routes, gamma, plan.dispatch)
         return norm(gather(x, routes, None, plan.dispatch))
 
-    def _probability(self) -> float:
+    def probability(self) -> float:
+        """Of dropping a weight, now."""
         return self.dropout if self.training else 0.0
 
     def extra_repr(self) -> str:

@@ -237,7 +237,7 @@ def takes_as_given(module: nn.Module, cls: type[nn.Module]) -> bool:
 def _read(module: nn.Module, classes: Classes) -> list[tuple[str, Tensor, bool]]:
     """Name, value, and whether it must have the dtype of what the module is given; computed ones are left out."""
     found: list[tuple[str, Tensor, bool]] = []
-    waiting = [("", module)]
+    waiting, hooked = [("", module)], bool(nn.modules.module._global_forward_pre_hooks)
     while waiting:
         prefix, module = waiting.pop(0)
         names = classes.get(type(module), ())
@@ -245,7 +245,10 @@ def _read(module: nn.Module, classes: Classes) -> list[tuple[str, Tensor, bool]]
             if parameter is not None:
                 found.append((prefix + name, parameter, name in names))
         for name, child in module._modules.items():
-            if child is not None and type(child) in classes and takes_as_given(child, type(child)):
+            if child is None or type(child) not in classes or hooked:
+                continue
+            state = child.__dict__  # as in `takes_as_given`, whose call takes the host longer than what it does
+            if not (state["_forward_pre_hooks"] or "forward" in state):
                 waiting.append((f"{prefix}{name}.", child))
     return found
 
@@ -759,7 +762,9 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
     """
     x, context, decided = given["x"], given["context"], given["routes"]
     tensor("x", x, "B", "N", config.dim)
-    mask = token_mask("mask", given["mask"], x)
+    # What is not there is not checked: a call of a check takes the host longer than what it does.
+    mask = given["mask"]
+    mask = mask if mask is None else token_mask("mask", mask, x)
     if context is None:
         if config.dim_context != config.dim:
             reject("context", f"a tensor (B, M, {config.dim_context}), since dim_context != dim", None)
@@ -777,8 +782,10 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
         context_mask = token_mask("context_mask", given["context_mask"], context)
         if given["rotary_emb"] is not None:
             reject("rotary_emb", "None with a context (self-attention only)", given["rotary_emb"])
-    angles = rotary(given["rotary_emb"], x, config.dim_head)
-    flag("return_routes", given["return_routes"])
+    angles = given["rotary_emb"]
+    angles = angles if angles is None else rotary(angles, x, config.dim_head)
+    if given["return_routes"] is not False:
+        flag("return_routes", given["return_routes"])
     if decided is not None:
         if not (isinstance(decided, (tuple, list)) and len(decided) == 2):
             reject("routes", "a pair (query routes, key/value routes)", decided, TypeError)
@@ -790,8 +797,10 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
         k, tokens = given[name], given[tokens_name]
         if decided is None:
             by_caller = config.options.learned_routing_tokens
-            held_or_given_tokens(tokens_name, tokens, x, config.num_experts, dim, given=by_caller)
-            solvable(config.options, x.dtype)
+            if by_caller or tokens is not None:
+                held_or_given_tokens(tokens_name, tokens, x, config.num_experts, dim, given=by_caller)
+            if config.options.beyond_float32 is not None:
+                solvable(config.options, x.dtype)
         elif tokens is not None:
             reject(tokens_name, "None with injected routes", tokens)
         return Side(t, mask, getattr(config, name) if k is None else positive_int(name, k), tokens)

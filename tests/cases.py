@@ -781,6 +781,25 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
     yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}
 
 
+@case("rows")
+def partial_sums(x: Inputs, s: Sizes) -> Yielded:
+    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time."""
+    from optimized.kernels.partial_sums import Sum, add_up
+
+    groups, width, stride, counts = 2, 5, 7, (s.n, s.n // 3 + 70)
+    partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
+    parts = partial.split([groups * count for count in counts])
+    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    first, second = (Sum(out, groups, count) for out, count in zip(outs, counts))
+    second = second._replace(first=groups * s.n * stride)
+    add_up(partial, width, stride, first, second)
+    add_up(partial, width, stride, second._replace(out=outs[2]))
+    yield dict(zip(("first", "second", "alone"), outs))
+    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
+    truths = [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]
+    yield dict(zip(("first", "second", "alone"), truths))
+
+
 @case("channels")
 def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
     from optimized.kernels import layer_norm as kernel
@@ -990,13 +1009,20 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
     found = {"scaled": kernel.value_score(v, scores), "in place": in_place, "dv": dv}
     kernel.value_score_(in_place, scores)
     found["dscores"] = kernel.value_score_backward_(dv, v, scores)
+    gk = x.normal(*g.shape, seed=33)
+    dk, elsewhere = (torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for _ in range(2))
+    apart = g.transpose(1, 2).contiguous().transpose(1, 2)
+    found |= {"apart dscores": kernel.value_score_backward(gk, apart, v, scores, dk, elsewhere)}
+    found |= {"apart dv": elsewhere, "dk": dk}
     yield found
     wide = scores.double().transpose(0, 1).flatten(0, 1)[..., None, None]
     products = g.double() * v.double()
     truths = {"scaled": v.double() * wide, "in place": v.double() * wide, "dv": g.double() * wide}
     truths = {name: x.truth(t, t.abs(), 0) for name, t in truths.items()}
     by_slot = [t.sum((-2, -1)).unflatten(0, (s.experts, s.batch)).transpose(0, 1) for t in (products, products.abs())]
-    yield {**truths, "dscores": x.truth(*by_slot, s.heads * s.dim_head, x.wide)}
+    by_slot = x.truth(*by_slot, s.heads * s.dim_head, x.wide)
+    apart = {"apart dscores": by_slot, "apart dv": truths["dv"], "dk": x.truth(gk.double(), gk.abs().double(), 0)}
+    yield {**truths, "dscores": by_slot, **apart}
 
 
 @case("heads")

@@ -182,6 +182,22 @@ def expert_attention(s: Sample) -> dict[str, Any]:
     }
 
 
+def mixture(s: Sample) -> dict[str, Any]:
+    """With rotation, and without a null token, if masked."""
+    inner = HEADS * DIM_HEAD
+    weights = {
+        "w_q": s.floats(s.experts * inner, DIM, 1, seed=5),
+        "w_kv": s.floats(s.experts * 2 * inner, DIM, 1, seed=6),
+        "w_out": s.floats(s.experts * DIM, inner, 1, seed=7),
+        "null_kv": s.floats(2, s.experts, HEADS, 1, DIM_HEAD, seed=8),
+        "null": None if s.masked else null_of(s),
+    }
+    angles = tables(s, 6) if s.masked else {"cos": None, "sin": None}
+    how = {"dropout": 0.0, "average": s.masked, "backend": "math"}
+    triton = s.masked if s.triton is None else s.triton
+    return {**routed_rows(s), **weights, **angles, **how, "triton_combines": triton}
+
+
 def window(s: Sample) -> dict[str, Any]:
     """By a library that has windows; by one that takes a mask, if masked."""
     options = {"window": 2, "causal": s.masked, "backend": "banded_math" if s.masked else "math"}
@@ -262,9 +278,9 @@ def gathered(s: Sample) -> dict[str, Any]:
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
-        attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
-        memory_attention,
+        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm,
+        routed_rows, combine, rotary, attention, expert_attention, mixture, window, window_attention, layer_norm,
+        candidates, memory, memory_attention,
     )
 }  # fmt: skip
 
@@ -315,6 +331,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "causal_window": {"kernel": {"backend": "triton"}, "beyond": {"window": 9}},
+    "mixture": {
+        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},
+        "dropout": {"dropout": 0.3},
+        "product": {"scale": None, **NO_NORM},
+        "takes_all": {"k_q": 9, "k_kv": 6},
+    },
     "combine": {
         "alone": {"local": None, "null": None},
         "average_null": {"local": None, "null": null_of, "average": True},

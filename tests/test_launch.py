@@ -71,13 +71,20 @@ def start(kernel: Kernel, **changes: Any) -> None:
 
 
 def test_the_second_launch_compiles_nothing() -> None:
-    kernel = Kernel()
+    kernel, ones = Kernel(), torch.ones(64)
     start(kernel)
-    start(kernel, x=torch.ones(64), n=2**31 - 1)
+    start(kernel, x=ones, n=2**31 - 1)
     assert len(kernel.compiled) == 1
-    ((x, y, n, dim, block),) = kernel.launched
-    assert x[0] == 1
-    assert (y, n, dim, block) == (None, 2**31 - 1, 32, 16)
+    assert kernel.launched == [(ones.data_ptr(), None, 2**31 - 1, 32, 16)]
+
+
+def test_masks_are_bytes_to_triton_and_an_address_later() -> None:
+    kernel, mask = Kernel(), torch.ones(64, dtype=torch.bool)
+    for _ in range(2):
+        start(kernel, y=mask)
+    ((_, first, *_),) = kernel.compiled
+    assert (first.dtype, first.data_ptr()) == (torch.int8, mask.data_ptr())
+    assert [y for _, y, *_ in kernel.launched] == [mask.data_ptr()]
 
 
 @pytest.mark.parametrize(

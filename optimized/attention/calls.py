@@ -29,17 +29,24 @@ def forward(adapter: Adapter, q: Tensor, k: Tensor, v: Tensor, setting: Setting)
         parts = zip(*(t.split(MOST_ROWS) for t in qkv), _settings(setting, rows))
         outs, lses, states = zip(*(adapter.forward(*part) for part in parts))
         out, lse, state = torch.cat(outs), torch.cat(lses), torch.stack(states)
-    return out[..., :dim].contiguous(), lse.contiguous(), state
+    return (out[..., :dim] if out.shape[-1] != dim else out).contiguous(), lse.contiguous(), state
 
 
 def backward(adapter: Adapter, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Tensor:
     """dq, contiguous; dk and dv are written to `into`. done: of `forward`, or with more keys merged in."""
+    dq, *found = backward_apart(adapter, dout, done, setting, into)
+    copy(into, found)
+    return dq
+
+
+def backward_apart(adapter: Adapter, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
+    """The same, but that dk and dv are elsewhere where the library can't write to `into`."""
     q, k, v, out, lse, state = done
     dim = q.shape[-1]
     if q.numel() == 0 or k.shape[1] == 0:
         for gradient in into:
             gradient.zero_()
-        return q.new_zeros(q.shape)
+        return q.new_zeros(q.shape), *into
     dout, *padded = _pad((dout, q, k, v, out), adapter)
     buffers = into
     if dout.shape[-1] != dim:
@@ -53,10 +60,10 @@ def backward(adapter: Adapter, dout: Tensor, done: Attended, setting: Setting, i
         for *given, slope, dk, dv, draw, part in parts:
             dq, *made = adapter.backward(slope, Attended(*given, draw), part, (dk, dv))  # type: ignore[call-arg]
             dqs.append(dq)
-            _copy((dk, dv), made)
+            copy((dk, dv), made)
         dq, found = torch.cat(dqs), list(buffers)
-    _copy(into, (g[..., :dim] if g.shape[-1] != dim else g for g in found))
-    return dq[..., :dim].contiguous()
+    dk, dv = (g[..., :dim] if g.shape[-1] != dim else g for g in found)
+    return (dq[..., :dim] if dq.shape[-1] != dim else dq).contiguous(), dk, dv
 
 
 def state_of(adapter: Adapter, q: Tensor, k: Tensor, dropout: float) -> Tensor:
@@ -90,7 +97,8 @@ def _settings(setting: Setting, rows: int) -> list[Setting]:
     ]
 
 
-def _copy(into: Pair, made: Iterable[Tensor]) -> None:
+def copy(into: Pair, made: Iterable[Tensor]) -> None:
+    """Where they are not there already."""
     for buffer, gradient in zip(into, made):
         if gradient is not buffer:
             buffer.copy_(gradient)

@@ -5,7 +5,7 @@ divided by the number of terms with AVERAGE; the null token where there is none;
 float32, one write in the dtype of the result.
 
 Backward: dy[e, b, slot] = score g / terms and dscore = <g / terms, y> are written by the slots, dlocal = g / terms by
-the tokens, each element by one program; dnull is a sum over tokens that nobody took: partial sums, then PyTorch.
+the tokens, each element by one program; dnull is a sum over tokens that nobody took: by `partial_sums`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import (
-    arithmetic,
-    as_bytes,
-    cdiv,
-    channel_constants,
-    contiguous,
-    launch,
-    next_power_of_2,
-    wide,
-)
+from optimized.kernels.launch import arithmetic, cdiv, channel_constants, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.partial_sums import Sum, add_up
 
 CHUNK = 64  # tokens of one program of the backward by tokens
 ROWS = 8  # of them at a time
@@ -158,7 +150,7 @@ def combine(
             _combine_kernel, (batch * n,),
             y.contiguous(), scores.contiguous(), inverse.contiguous(),
             contiguous(local), contiguous(null),
-            as_bytes(mask), out, n, k, dim, batch, experts,
+            contiguous(mask), out, n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
             **channel_constants(dim, y.dtype),
         )  # fmt: skip
@@ -186,7 +178,7 @@ def combine_backward(
     n = inverse.shape[-1]
     g, y, inverse = g.contiguous(), y.contiguous(), inverse.contiguous()
     constants = channel_constants(dim, y.dtype)
-    mask = as_bytes(mask)
+    mask = contiguous(mask)
     dy, dscores = None, None
     if by_slots:
         make = torch.empty_like if y.numel() else torch.zeros_like  # without channels no program writes
@@ -194,7 +186,7 @@ def combine_backward(
     if by_slots and y.numel():
         launch(
             _slots_kernel, (experts * batch * k,),
-            g, y, scores.contiguous(), indices.contiguous(), as_bytes(slots), inverse, mask, dy, dscores,
+            g, y, scores.contiguous(), indices.contiguous(), contiguous(slots), inverse, mask, dy, dscores,
             n, k, dim, batch, experts,
             HAS_LOCAL=local is not None, HAS_MASK=mask is not None, AVERAGE=average, **constants,
         )  # fmt: skip
@@ -212,9 +204,8 @@ def combine_backward(
             HAS_LOCAL=local is not None, HAS_NULL=null is not None, HAS_MASK=mask is not None, AVERAGE=average,
             DTYPE=arithmetic(y.dtype), CHUNK=CHUNK, ROWS=ROWS, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
-    return (
-        dy,
-        dscores,
-        dlocal,
-        None if null is None or partial is None else partial.sum(0).to(null.dtype).view(null.shape),
-    )
+    if null is None or partial is None:
+        return dy, dscores, dlocal, None
+    dnull = torch.empty_like(null, memory_format=torch.contiguous_format)
+    add_up(partial, dim, dim, Sum(dnull, 1, chunks))
+    return dy, dscores, dlocal, dnull

@@ -6,7 +6,7 @@ one launch. A program per tile of slots of an expert and of channels.
 
 Backward, by the rows' gradients g: dgamma[e] = sum over its slots of g x r sqrt(D), and <gamma g, x> of every row, from
 which `token_gradient` assembles dx. A program per `CHUNK` slots of an expert and block of channels writes its partial
-sums of dgamma, added up by PyTorch, and of the row's dot, (channel blocks, rows), the second group's after the first's.
+sums of dgamma, see `partial_sums`, and of the row's dot, (channel blocks, rows), the second group's after the first's.
 
 Blind spots: the backward gathers x once more.
 """
@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.partial_sums import Sum, add_up
 
 NORM_TOKENS = 16  # of a program of the norms
 CHUNK = 64  # slots of a program of the backward
@@ -175,7 +176,7 @@ def gather_norm(x: Tensor, norms: Tensor | None, taken: tuple[Taken, ...]) -> tu
 
 
 def _parts(group: Taken, *rows: Tensor) -> tuple[Tensor | None, ...]:
-    return group.indices.contiguous(), as_bytes(group.slots), contiguous(group.gamma), *rows
+    return group.indices.contiguous(), contiguous(group.slots), contiguous(group.gamma), *rows
 
 
 def slot_gradients(
@@ -202,8 +203,11 @@ def slot_gradients(
             x.contiguous(), norms.contiguous(), *parts, partial, dots,
             n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, all_rows, CHUNK=CHUNK, **constants,
         )  # fmt: skip
-    dgammas = []
-    for group, sums, count in zip(taken, partial.split([experts * c for c in chunks]), chunks):
+    sums, first = [], 0
+    for group, count in zip(taken, chunks):
         assert group.gamma is not None
-        dgammas.append(sums.view(experts, count, dim).sum(1).to(group.gamma.dtype).view(group.gamma.shape))
-    return tuple(dgammas), dots
+        dgamma = torch.empty_like(group.gamma, memory_format=torch.contiguous_format)
+        sums.append(Sum(dgamma, experts, count, first))
+        first += experts * count * dim
+    add_up(partial, dim, dim, *sums)
+    return tuple([each.out for each in sums]), dots

@@ -43,11 +43,6 @@ def from_bits(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool mask as contiguous int8, which Triton loads on every target."""
-    return None if mask is None else mask.contiguous().view(torch.int8)
-
-
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -81,43 +76,68 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _exactly: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 _specialized: dict[int, tuple[Any, tuple[bool, ...]]] = {}
 MOST_LAUNCHES = 4096  # that `_exactly` holds: the lengths of sequences may never repeat
+_ON_HIP = torch.version.hip is not None  # where a launch is specialised by the size of storages too
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """kernel[grid](*arguments, **constants), on the device of the first argument, which is a tensor."""
-    device = arguments[0].device
-    if device.type != "cuda" or torch.version.hip:  # there a launch is specialised by the size of storages too
-        kernel[grid](*arguments, **constants)
+    """kernel[grid](*arguments, **constants), on the device of the first argument, which is a tensor.
+
+    Tensors are contiguous, or their strides are among the arguments. Those of bool are bytes to the kernel.
+    """
+    first = arguments[0]
+    if not first.is_cuda or _ON_HIP:
+        kernel[grid](*_as_bytes(arguments), **constants)
         return
-    if device.index != torch.cuda.current_device():
+    device = first.get_device()
+    if device != _current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **constants)
         return
-    launch_compiled(kernel, grid, device.index, arguments, constants)
+    launch_compiled(kernel, grid, device, arguments, constants)
 
 
 def launch_compiled(
     kernel: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> None:
     """By what was compiled at an earlier launch that Triton would have specialised alike, else by Triton."""
-    # By identity: Triton hashes a kernel by its source, under a lock.
-    values = constants.values()
-    exact = (id(kernel), device, *constants, *values, *[a if a.__class__ is int else _exact(a) for a in arguments])
-    found = _exactly.get(exact)
+    # By identity: Triton hashes a kernel by its source, under a lock. A tensor is passed as its address: of a tensor
+    # Triton asks the driver whether it lies on the device.
+    exact, given = [id(kernel), device, *constants, *constants.values()], []
+    for a in arguments:
+        if a.__class__ is int or a is None:
+            given.append(a)
+            exact.append(a)
+        elif isinstance(a, Tensor):
+            address = a.data_ptr()
+            given.append(address)
+            exact.append(a.dtype)
+            exact.append(address % 16)
+        else:
+            given.append(a)
+            exact.append(a)
+    found = _exactly.get(key := tuple(exact))
     if found is None:
-        key = _specialization(kernel, device, arguments, constants)
-        compiled = _compiled.get(key)
+        arguments = _as_bytes(arguments)
+        specialization = _specialization(kernel, device, arguments, constants)
+        compiled = _compiled.get(specialization)
         if compiled is None:
-            _compiled[key] = kernel[grid](*arguments, **constants)
+            _compiled[specialization] = kernel[grid](*arguments, **constants)
             return
         if len(_exactly) >= MOST_LAUNCHES:  # threads that both saw one fewer have put one each
             _exactly.clear()
-        found = _exactly[exact] = compiled, kernel.arg_names[len(arguments) :]
+        found = _exactly[key] = compiled, kernel.arg_names[len(arguments) :]
     compiled, names = found
-    _start(compiled, (*grid, 1, 1)[:3], device, (*arguments, *[constants[name] for name in names]))
+    for name in names:
+        given.append(constants[name])
+    _start(compiled, (*grid, 1, 1)[:3], device, given)
 
 
-def _start(compiled: Any, grid: tuple[int, ...], device: int, arguments: tuple[Any, ...]) -> None:
+def _as_bytes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Masks as int8, which Triton loads on every target."""
+    return tuple([a.view(torch.int8) if isinstance(a, Tensor) and a.dtype == torch.bool else a for a in arguments])
+
+
+def _start(compiled: Any, grid: tuple[int, ...], device: int, arguments: list[Any]) -> None:
     """compiled[grid](*arguments); without what Triton prepares for hooks where nobody hooks in."""
     hooks = triton.knobs.runtime
     if not (_idle(hooks.launch_enter_hook) and _idle(hooks.launch_exit_hook)):
@@ -125,6 +145,11 @@ def _start(compiled: Any, grid: tuple[int, ...], device: int, arguments: tuple[A
         return
     run = compiled.run  # loads the kernel at its first launch
     run(*grid, _stream(device), compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _current_device() -> int:
+    """That of PyTorch, which has a context already where there is a tensor of it."""
+    return torch._C._cuda_getDevice()
 
 
 def _stream(device: int) -> int:
@@ -135,10 +160,6 @@ def _stream(device: int) -> int:
 def _idle(hook: Any) -> bool:
     """A chain of hooks without any, or whatever a version of Triton has in its place."""
     return hook is None or not getattr(hook, "calls", True)
-
-
-def _exact(argument: Any) -> Any:
-    return (argument.dtype, argument.data_ptr() % 16) if isinstance(argument, Tensor) else argument
 
 
 def _specialization(

@@ -23,7 +23,6 @@ from torch import Tensor
 from optimized.kernels.launch import (
     MAX_BLOCK_D,
     arithmetic,
-    as_bytes,
     cdiv,
     contiguous,
     double_bits,
@@ -111,7 +110,7 @@ def layer_norm(
         sizes = _sizes(x, dim)
         launch(
             _norm_kernel, (cdiv(rows, sizes["ROWS"]),),
-            x, weight.contiguous(), contiguous(bias), as_bytes(mask), y, mean, rate, rows, dim, double_bits(eps),
+            x, weight.contiguous(), contiguous(bias), contiguous(mask), y, mean, rate, rows, dim, double_bits(eps),
             HAS_MASK=mask is not None, HAS_BIAS=bias is not None, **sizes,
         )  # fmt: skip
     return y, mean, rate
@@ -128,7 +127,7 @@ def layer_norm_backward(
     if dx.numel():
         launch(
             _norm_backward_kernel, (chunks,),
-            g, x, weight.contiguous(), as_bytes(mask), mean.contiguous(), rate.contiguous(), dx, partial,
+            g, x, weight.contiguous(), contiguous(mask), mean.contiguous(), rate.contiguous(), dx, partial,
             rows, dim, chunks,
             HAS_MASK=mask is not None, CHUNK=CHUNK, **_sizes(x, dim),
         )  # fmt: skip

@@ -14,7 +14,7 @@ they give dq, dk and dv of the routed keys exactly. The null slot adds, with p0 
 
 Shapes: q, out (R, L, H, d), contiguous; lse, keep (R, H, L), lse float32 (float64 for float64); null key and value
 (G, H, d), one for every R / G rows; lengths (R): a row of length 0 has no key whatever its lse says, since kernels
-differ there. A program per `ROWS` queries of one head. dk0 and dv0 are partial sums, added up by PyTorch.
+differ there. A program per `ROWS` queries of one head. dk0 and dv0 are partial sums, see `partial_sums`.
 
 Blind spots: queries are read once more than a fused attention kernel would.
 """
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.partial_sums import Sum, add_up
 
 ROWS = 64  # queries of a program, fewer for wide heads
 TILE = 2048  # numbers of a tile: several tiles of them stay in the registers of 128 threads
@@ -163,5 +164,6 @@ def merge_backward(
             *map(contiguous, (q, null_k, null_v, merged, merged_lse, keep, dout)), dq, *partial,
             length, rows // groups, heads, dim, chunks, **_constants(q, keep),
         )  # fmt: skip
-    # Not unflatten(-1): it can't tell the sizes of an empty batch.
-    return partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2).to(null_k.dtype)
+    found = null_k.new_empty(2, groups, heads, dim)
+    add_up(partial, heads * dim, heads * dim, Sum(found, 2 * groups, rows // groups * chunks))
+    return found

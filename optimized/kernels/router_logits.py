@@ -14,7 +14,7 @@ where the second term, E rows, is PyTorch's. dx: see `token_gradient`.
 
 Forward: a program per tile of tokens of an item and block of experts, as a matrix product: half precision as it is,
 whose products float32 holds exactly, float32 in exact float32 whatever TF32 is allowed elsewhere, float64 as sums. dr:
-partial sums (B, chunks, E, D) over `CHUNK_N` tokens each, added up by PyTorch; for bfloat16 g is cut to TF32, whose 10
+partial sums (B, chunks, E, D) over `CHUNK_N` tokens each, see `partial_sums`; for bfloat16 g is cut to TF32, whose 10
 bits are three more than the result has.
 
 Blind spots: a matrix product has at least 16 columns, so few experts waste most of it; reading x dominates.
@@ -30,14 +30,15 @@ from torch import Tensor
 from optimized.kernels.launch import (
     INTERPRETED,
     arithmetic,
-    as_bytes,
     cdiv,
+    contiguous,
     double_bits,
     from_bits,
     launch,
     next_power_of_2,
     wide,
 )
+from optimized.kernels.partial_sums import Sum, add_up
 
 CHUNK_N = 512  # tokens of one program of dr
 
@@ -152,7 +153,7 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
         r = r.contiguous()
         launch(
             _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),
-            x.contiguous(), r, as_bytes(mask), logits, norms, factors,
+            x.contiguous(), r, contiguous(mask), logits, norms, factors,
             n, dim, experts, item_rows(r), double_bits(0.0 if scale is None else scale),
             HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
             BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4,
@@ -164,12 +165,26 @@ def routing_token_gradient(
     g: Tensor, x: Tensor, r: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
 ) -> Tensor:
     """dr in r's dtype, from the gradient g (B, E, N) of the logits, and what `router_logits` returned."""
+    return routing_token_gradients(g, x, (r,), mask, logits, norms, factors)[0]
+
+
+def routing_token_gradients(
+    g: Tensor,
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    mask: Tensor | None,
+    logits: Tensor,
+    norms: Tensor,
+    factors: Tensor,
+) -> tuple[Tensor, ...]:
+    """The same of one or two parts of the experts, alike in shape and dtype, whose logits lie one after the other."""
     batch, n, dim = x.shape
-    experts = r.shape[-2]
+    r = parts[0]
+    experts = r.shape[-2] * len(parts)
     if not logits.numel():
-        return torch.zeros_like(r, memory_format=torch.contiguous_format)
+        return tuple([torch.zeros_like(r, memory_format=torch.contiguous_format) for r in parts])
     dtype, cosine = logits.dtype, factors.numel() > 0
-    g, r, logits = g.contiguous(), r.contiguous(), logits.contiguous()  # PyTorch's sums depend on strides
+    g = g.contiguous()
     double = dtype == torch.float64
     block_n, block_d, block_e = (16, 32, 4) if double else (32, 128, 16)
     block_d = min(block_d, max(next_power_of_2(dim), 16))
@@ -177,16 +192,23 @@ def routing_token_gradient(
     partial = torch.empty(batch, chunks, experts, dim, dtype=dtype, device=x.device)
     launch(
         _dr_kernel, (batch * chunks, cdiv(dim, block_d) * expert_blocks),
-        g, x.contiguous(), as_bytes(mask), factors.contiguous(), norms.contiguous(), partial,
+        g, x.contiguous(), contiguous(mask), factors.contiguous(), norms.contiguous(), partial,
         n, dim, experts, chunks,
         HAS_MASK=mask is not None, COSINE=cosine, COARSE=x.dtype == r.dtype == torch.bfloat16,
         DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, EXPERT_BLOCKS=expert_blocks, num_warps=4,
     )  # fmt: skip
-    dr = partial.sum(1) if r.ndim == 3 else partial.sum((0, 1))
-    if cosine:
-        squares = r.to(dtype).square().sum(-1, keepdim=True)
-        moment = (g if mask is None else g.masked_fill(~mask[:, None], 0)).mul(logits).sum(-1, keepdim=True)
-        moment = moment if r.ndim == 3 else moment.sum(0)
-        dr -= torch.where(squares > 1e-24, moment * r / squares.clamp_min(1e-24), 0)
-    return dr.to(r.dtype)
+    found = tuple([torch.empty(part.shape, dtype=dtype if cosine else r.dtype, device=r.device) for part in parts])
+    groups, rows = (batch, chunks) if r.ndim == 3 else (1, batch * chunks)
+    width = experts // len(parts) * dim
+    add_up(partial, width, experts * dim, *[Sum(dr, groups, rows, i * width) for i, dr in enumerate(found)])
+    if not cosine:
+        return found
+    # PyTorch's sums depend on strides.
+    moment = (g if mask is None else g.masked_fill(~mask[:, None], 0)).mul(logits.contiguous()).sum(-1, keepdim=True)
+    moment = moment if r.ndim == 3 else moment.sum(0)
+    for dr, part, along in zip(found, parts, moment.chunk(len(parts), -2)):
+        part = part.contiguous()
+        squares = part.to(dtype).square().sum(-1, keepdim=True)
+        dr -= torch.where(squares > 1e-24, along * part / squares.clamp_min(1e-24), 0)
+    return tuple([dr.to(r.dtype) for dr in found])

@@ -15,8 +15,8 @@ from optimized.kernels.launch import (
     CHUNK,
     INTERPRETED,
     ROWS_IN_REGISTERS,
-    as_bytes,
     cdiv,
+    contiguous,
     double_bits,
     from_bits,
     next_power_of_2,
@@ -96,7 +96,7 @@ def row_arguments(
     """
     block = min(next_power_of_2(max(logits.shape[-1], 1)), longest)
     constants = {"HAS_MASK": mask is not None, "BLOCK": block, "num_warps": min(max(block // 256, 1), most_warps)}
-    return logits.contiguous(), as_bytes(mask), constants
+    return logits.contiguous(), contiguous(mask), constants
 
 
 def block_of_row(n: int, element_size: int) -> int:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, cdiv, channel_constants, contiguous, launch
+from optimized.kernels.launch import cdiv, channel_constants, contiguous, launch
 from optimized.kernels.router_logits import item_rows
 
 EXPERTS = 32  # whose inverse maps are read at once: one for each thread of a warp
@@ -216,7 +216,7 @@ def token_gradient(
     constants = channel_constants(min(dim, MOST_CHANNELS), norms.dtype)
     launch(
         _tokens_gradient_kernel, (batch * n, cdiv(dim, constants["BLOCK_D"])),
-        x, as_bytes(mask), norms, *map(contiguous, groups), dots, *map(contiguous, parts), dx,
+        x, contiguous(mask), norms, *map(contiguous, groups), dots, *map(contiguous, parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_rows(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,

@@ -31,8 +31,8 @@ from torch import Tensor
 from optimized.kernels.launch import (
     INTERPRETED,
     arithmetic,
-    as_bytes,
     cdiv,
+    contiguous,
     double_bits,
     from_bits,
     launch,
@@ -320,7 +320,7 @@ def window_attention_backward(
 def _read(q: Tensor, k: Tensor, v: Tensor, band: Band) -> tuple[Tensor, ...]:
     assert q.stride() == k.stride()
     assert q.stride(-1) == v.stride(-1) == 1
-    mask = as_bytes(band.mask)
+    mask = contiguous(band.mask)
     if mask is not None and q.dtype == torch.float64:  # Triton to 3.6 lays a float64 product out by the narrowest of
         mask = mask.int()  # all that its factors were made from: https://github.com/triton-lang/triton/pull/11632
     return q, k, v, q if mask is None else mask

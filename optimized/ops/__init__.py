@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     layer_norm: Operator
     memory: Operator
     memory_attention: Operator
+    mixture: Operator
     pick: Operator
     rotary: Operator
     routed_rows: Operator
@@ -48,6 +49,7 @@ else:
     from optimized.ops.layer_norm import layer_norm
     from optimized.ops.memory import memory
     from optimized.ops.memory_attention import memory_attention
+    from optimized.ops.mixture import mixture
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary
     from optimized.ops.routed_rows import routed_rows

@@ -49,18 +49,20 @@ def attend_backward(
     null: tuple[Tensor, Tensor] | None,
     results: tuple[Tensor, Tensor, Tensor, Tensor],
     into: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """dq, contiguous, and the gradient (2, G, H, d) of the null key and value; dk and dv are written to `into`.
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """dq, contiguous; dk and dv, in `into` where the library can write there; and the gradient (2, G, H, d) of the null
+    key and value.
 
     results: those of `attend`.
     """
     out, lse, keep, state = results
     dout = dout.contiguous()
-    dq = calls.backward(call.library, dout, Attended(*qkv, out, lse, state), call.setting, into)
+    dq, dk, dv = calls.backward_apart(call.library, dout, Attended(*qkv, out, lse, state), call.setting, into)
     if null is None:
-        return dq, None
+        return dq, (dk, dv), None
     kept = keep if call.setting.dropout else None
-    return null_slot.merge_backward(qkv[0], null, out, lse, kept, dout, dq, call.triton)
+    dq, dnull = null_slot.merge_backward(qkv[0], null, out, lse, kept, dout, dq, call.triton)
+    return dq, (dk, dv), dnull
 
 
 @operator(
@@ -98,7 +100,8 @@ class attention:
     def backward(a: Any, g: Any, needs: Any) -> Any:
         dk, dv = a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape)
         results = a.out, a.lse, a.keep, a.state
-        dq, dnull = attend_backward(_call(a), g.out, (a.q, a.k, a.v), _null(a), results, (dk, dv))
+        dq, made, dnull = attend_backward(_call(a), g.out, (a.q, a.k, a.v), _null(a), results, (dk, dv))
+        calls.copy((dk, dv), made)
         found = {"q": dq, "k": dk, "v": dv}
         if dnull is not None:
             found |= {"null_k": dnull[0].contiguous(), "null_v": dnull[1].clone()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optimized.attention import Setting, Visible, adapter, calls
+from optimized.attention.interface import Pair
 from optimized.ops.attention import Call, attend, attend_backward, products
 from optimized.ops.operator import operator
 from optimized.ops.rotary import rotate_into
@@ -85,11 +86,16 @@ class expert_attention:
         dk, dv = dkv.unbind(2)
         scaled = v if a.unit_scores else scale(v, a.scores, False, a.triton)
         results = a.out, a.lse, a.keep, a.state
-        dq, dnull_kv = attend_backward(_call(a, a.q), dout, (a.q, k, scaled), _null(a.null_kv), results, (dk, dv))
+        given = dout, (a.q, k, scaled), _null(a.null_kv), results
+        dq, made, dnull_kv = attend_backward(_call(a, a.q), *given, (dk, dv))
+        del given, dout
         assert dnull_kv is not None
         found["null_kv"] = dnull_kv.view(a.null_kv.shape)
         if needs.scores or needs.keys_values or needs.w_kv:
-            found["scores"] = _scale_backward(dv, v, a.scores, a.triton)
+            found["scores"] = _scale_backward(made, (dk, dv), v, a.scores, a.triton)
+        else:
+            calls.copy((dk, dv), made)
+        del made
         _turn(a, dq, dk, True)
         if needs.queries:
             found["queries"] = _rows_gradient(dq, a.queries, a.w_q)
@@ -165,12 +171,19 @@ def scale(v: Tensor, scores: Tensor, unit: bool, triton: bool) -> Tensor:
     return v.mul_(by_row.to(v.dtype)) if unit else (v * by_row).to(v.dtype)
 
 
-def _scale_backward(dv: Tensor, v: Tensor, scores: Tensor, triton: bool) -> Tensor:
-    """Gradient of the scores; dv, of the scaled values, becomes that of v."""
+def _scale_backward(made: Pair, into: Pair, v: Tensor, scores: Tensor, triton: bool) -> Tensor:
+    """Gradient of the scores. made: those of the keys and of the scaled values; into: where those of keys and values
+    are to be, which may be the same tensors.
+    """
+    dk, dv = into
     if triton:
         from optimized.kernels import value_score as kernel
 
-        return kernel.value_score_backward_(dv, v, scores)
+        if made[1] is dv:
+            calls.copy(into, made)
+            return kernel.value_score_backward_(dv, v, scores)
+        return kernel.value_score_backward(*made, v, scores, dk, dv)
+    calls.copy(into, made)
     batch, experts, k = scores.shape
     dscores = (dv.to(scores.dtype) * v.to(scores.dtype)).sum((-1, -2)).view(experts, batch, k).transpose(0, 1)
     dv.copy_(dv * _by_row(scores))

@@ -13,10 +13,12 @@ An operator is a class of plain functions. They take the arguments as one namesp
         def fake(a): ...                # the same of empty tensors; sizes may be SymInt
         def backward(a, g, needs): ...  # {"x": dx, "w": dw}; a: what was saved; g: gradients of results, or None
         def flops(a, out): ...          # of matrix products; optional, as is backward_flops(a, out)
+        def infer(a): ...               # the first result alone, in less memory; optional
 
 `needs.x` says whether anybody asks for the gradient of x: what nobody asks for is not computed. The result is called as
-`project(x, w, scale)`, by position or name; `project.raw` is the body alone, for operators that contain it, and
-`project.backward` the operator of the gradient. Both are in torch.ops.moa, the latter as project_backward.
+`project(x, w, scale)`, by position or name, or as `project.first`, which returns the first result alone; `project.raw`
+is the computation alone, for operators that contain it (`project.body` its functions), and `project.backward` the
+operator of the gradient. Both are in torch.ops.moa, the latter as project_backward. Empty results may be one tensor.
 
 Operators are not twice differentiable, nor in forward mode, and say so by an error.
 """
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from optimized.ops import flops
@@ -45,18 +48,21 @@ class Arguments(SimpleNamespace):
     """Arguments and results of an operator by name."""
 
 
-def is_plain(args: Sequence[Any]) -> bool:
+def is_plain(tensors: Sequence[Any]) -> bool:
     """Whether a call by the dispatcher would come to the same: no mode that looks on, and ordinary tensors with data.
 
-    torch.autograd.grad(is_grads_batched=True) batches without a level of torch.func.
+    Those that a level of torch.func or torch.autograd.grad(is_grads_batched=True) batches have no data of their own.
     """
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    for a in args:
-        if isinstance(a, Tensor) and (
-            type(a) not in _ORDINARY or a.is_meta or torch._C._functorch.is_legacy_batchedtensor(a)
-        ):
-            return False
+    try:
+        for t in tensors:
+            if t is not None:
+                if type(t) not in _ORDINARY or t.is_meta:
+                    return False
+                t.data_ptr()
+    except RuntimeError:
+        return False
     return True
 
 
@@ -85,15 +91,18 @@ class Operator:
         self.name, self.__doc__ = name, body.__doc__
         self.names = tuple(argument.name for argument in parsed.arguments)
         self.results = tuple(result.name for result in parsed.returns)
+        self.body = body  # for operators that contain this one, too
         self._defaults = {a.name: a.default_value for a in parsed.arguments if a.has_default_value()}
-        self._body, self._folds, self._draws = body, folds, draws
+        self._folds, self._draws = folds, draws
         self.wrt, self.gradients_of, self.saves = wrt.split(), gradients_of.split(), saves.split()
         self.alike = {name: name for name in self.wrt} | (alike or {})
+        self._needs: dict[int, Arguments] = {}  # by the bits
         arguments = schema.rpartition("->")[0].strip()
         # As written: a parsed schema tells SymInt from int no more.
         types = {n: part.split()[0] for n, part in zip(self.names, arguments[1:-1].split(","))}
         self.constants = [n for n in self.names if not types[n].startswith("Tensor")]
         there = (*self.names, *self.results)
+        self._tensors = _picker(self.names, [n for n in self.names if types[n].startswith("Tensor")])
         self._wrt_places = [there.index(name) for name in self.wrt]
         self._saved = _picker(there, self.saves)
         self._kept = _picker(there, self.constants)
@@ -104,7 +113,7 @@ class Operator:
         single = len(self.results) == 1 and not schema.rpartition("->")[2].strip().startswith("(")
         self.op = custom_op(
             f"moa::{name}",
-            self.raw,
+            lambda *args: _apart(self._run(args)),
             mutates_args=(),
             schema=f"{arguments} -> {unnamed if single else f'({unnamed})'}",
             tags=(torch.Tag.nondeterministic_seeded,) if draws else (),
@@ -121,35 +130,47 @@ class Operator:
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        args = self._positional(args, named)
-        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        return self._call(self._positional(args, named), False)
+
+    def first(self, *args: Any, **named: Any) -> Tensor:
+        """The first result, the only one that passes a gradient on; the others are not made tensors of autograd's."""
+        return self._call(self._positional(args, named), True)
+
+    def _call(self, args: tuple, first: bool) -> Any:
+        forward_mode = forward_ad._current_level >= 0
         if torch.compiler.is_compiling():
             if forward_mode:
                 self._refuse("forward-mode differentiation")
-            return self.op(*args)
+            return _of(self.op(*args), first)
         transformed = torch._C._functorch.maybe_current_level() is not None
         if transformed and self._draws and args[self.names.index(self._draws)]:
             args = _as_randomness_says(self.name, args)
         if forward_mode or transformed:
-            return self._function.apply(*args)
-        if not is_plain(args):
-            return self.op(*args)
+            return _of(self._function.apply(*args), first)
+        tensors = self._tensors(args)
+        if not is_plain(tensors):
+            return _of(self.op(*args), first)
         if torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
-                    return self._direct.apply(*args)
-        return self._run(args)
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return (self._direct_first if first else self._direct)(*args)
+        return self._run(args, self._infer) if first else self._run(args)
 
     def raw(self, *args: Any, **named: Any) -> Any:
         """The computation alone, for operators that contain it; in the dtypes that it is given, under autocast too."""
         return self._run(self._positional(args, named))
 
-    def _run(self, args: tuple) -> Any:
+    def _run(self, args: tuple, body: Callable[[Arguments], Any] | None = None) -> Any:
         bound = self._bind(args)
+        body = self.body.forward if body is None else body
         if not torch._C._is_any_autocast_enabled():
-            return self._body.forward(bound)
+            return body(bound)
         with torch._C._DisableAutocast():
-            return self._body.forward(bound)
+            return body(bound)
+
+    def _infer(self, a: Arguments) -> Tensor:
+        infer = getattr(self.body, "infer", None)
+        return _of(self.body.forward(a), True) if infer is None else infer(a)
 
     # Each call binds names once in either direction, on the host, which may be what a GPU waits for: no dict is built
     # to be thrown away, and places are looked up once for all calls.
@@ -173,25 +194,16 @@ class Operator:
         arguments += [f"{types.get(name, 'Tensor')} {name}" for name in (*self.saves, *self.constants)]
         returns = ", ".join(f"Tensor d_{name}" for name in self.wrt)
         return Operator(
-            _Backward(self, self._body), f"{self.name}_backward", f"({', '.join(arguments)}, int needs) -> ({returns})"
+            _Backward(self, self.body), f"{self.name}_backward", f"({', '.join(arguments)}, int needs) -> ({returns})"
         )
 
     def _register_gradient(self) -> None:
         setup, backward = (self._setup, self._run_backward) if self.wrt else (_nothing, self._refuse_twice)
         self.op.register_autograd(backward, setup_context=setup)
-        run = self._run
-
-        def compute(ctx: Any, *args: Any) -> Any:
-            # Not by setup_context, for which PyTorch inspects the signature at every call.
-            output = run(args)
-            setup(ctx, args, output)
-            return output
 
         def refuse_tangent(ctx: Any, *tangents: Any) -> Any:
             self._refuse("forward-mode differentiation")
 
-        methods: dict[str, Callable[..., Any]] = {"forward": compute, "backward": backward}
-        self._direct = _function(self.name, methods)
         op = self.op
         self._function = _function(
             self.name,
@@ -203,31 +215,86 @@ class Operator:
                 "vmap": self._rule(self),
             },
         )
+        directly = self._run_backward_directly if self.wrt else self._refuse_twice
+        self._direct, self._direct_first = (
+            _apply_of(_function(self.name, {"forward": self._computing(setup, first), "backward": directly}))
+            for first in (False, True)
+        )
 
-    def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
+    def _computing(self, setup: Callable[..., None], first: bool) -> Callable[..., Any]:
+        def compute(ctx: Any, *args: Any) -> Any:
+            # Not by setup_context, for which PyTorch inspects the signature at every call.
+            output = self._run(args)
+            if first and isinstance(output, tuple):
+                setup(ctx, args, output, output[:1])
+                return output[0]
+            setup(ctx, args, output)
+            return output
+
+        return compute
+
+    def _setup(self, ctx: Any, inputs: tuple, output: Any, returned: tuple | None = None) -> None:
         results = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*self._stopping(results))
+        if returned is None:
+            ctx.mark_non_differentiable(*self._stopping(results))
         there = (*inputs, *results)
         ctx.save_for_backward(*self._saved(there))
         ctx.constants = self._kept(there)
         ctx.set_materialize_grads(False)  # zeros as large as all that is saved
 
     def _run_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        given, wanted = self._passing(grads), self._asked(ctx.needs_input_grad)
-        needs = 0
-        for i, want in enumerate(wanted):
-            needs |= want << i
-        if not needs or not [g for g in given if g is not None]:
+        given, needs = self._asked_of(ctx, grads)
+        if not needs:
             return (None,) * len(self.names)
         assert self.backward is not None
         found = self.backward(*given, *ctx.saved_tensors, *ctx.constants, needs)
         if isinstance(found, Tensor):  # the only one
             found = (found,)
+        return self._by_place(dict(zip(self.wrt, found)), needs)
+
+    def _run_backward_directly(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        """The same by the body, where the operator would come to that, too."""
+        given, needs = self._asked_of(ctx, grads)
+        if not needs:
+            return (None,) * len(self.names)
+        if torch.is_grad_enabled() or not is_plain(given):
+            return self._run_backward(ctx, *grads)
+        a, g = Arguments(), Arguments()
+        a.__dict__.update(zip(self.saves, ctx.saved_tensors))
+        a.__dict__.update(zip(self.constants, ctx.constants))
+        g.__dict__.update(zip(self.gradients_of, given))
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.maybe_clear_saved_tensors()  # a body may let go of what it has read
+        wanted = self._needs_of(needs)
+        if not torch._C._is_any_autocast_enabled():
+            return self._by_place(self.body.backward(a, g, wanted), needs)
+        with torch._C._DisableAutocast():
+            return self._by_place(self.body.backward(a, g, wanted), needs)
+
+    def _asked_of(self, ctx: Any, grads: tuple) -> tuple[tuple, int]:
+        """Gradients of the results that pass one on, and a bit for each gradient wanted: none where none is given."""
+        given = self._passing(grads) if len(grads) > 1 else (*grads, *[None] * (len(self.gradients_of) - 1))
+        needs = 0
+        for i, want in enumerate(self._asked(ctx.needs_input_grad)):
+            needs |= want << i
+        for g in given:
+            if g is not None:
+                return given, needs
+        return given, 0
+
+    def _by_place(self, found: dict[str, Tensor], needs: int) -> tuple:
+        """Those that are wanted, None for all other arguments."""
         gradients: list[Tensor | None] = [None] * len(self.names)
-        for place, d, want in zip(self._wrt_places, found, wanted):
-            if want:
-                gradients[place] = d
+        for i, place in enumerate(self._wrt_places):
+            if needs >> i & 1:
+                gradients[place] = found[self.wrt[i]]
         return tuple(gradients)
+
+    def _needs_of(self, bits: int) -> Arguments:
+        found = self._needs.get(bits)
+        if found is None:
+            found = self._needs[bits] = Arguments(**{name: bool(bits >> i & 1) for i, name in enumerate(self.wrt)})
+        return found
 
     def _refuse(self, what: str) -> None:
         name = self.name.removesuffix("_backward")
@@ -275,7 +342,7 @@ class Operator:
     # --- counting ----------------------------------------------------------------------------------------------------
 
     def _count_flops(self) -> None:
-        count = getattr(self._body, "flops", None)
+        count = getattr(self.body, "flops", None)
 
         def formula(*args: Any, out_val: Any = None, **named: Any) -> int:
             if count is None:
@@ -291,17 +358,13 @@ class _Backward:
     def __init__(self, forward: Operator, body: Any) -> None:
         self._of, self._body = forward, body
         self._gradients = [(name, f"d_{name}") for name in forward.gradients_of]
-        self._needs: dict[int, Arguments] = {}  # by the bits
         self.__doc__ = f"Gradients of moa::{forward.name}; empty where nobody asks for one."
 
     def _split(self, a: Arguments) -> tuple[Arguments, Arguments, Arguments]:
-        g, there, needs = Arguments(), a.__dict__, self._needs.get(a.needs)
+        g, there = Arguments(), a.__dict__
         for name, gradient in self._gradients:
             g.__dict__[name] = there[gradient]
-        if needs is None:
-            wanted = {name: bool(a.needs >> i & 1) for i, name in enumerate(self._of.wrt)}
-            needs = self._needs[a.needs] = Arguments(**wanted)
-        return a, g, needs
+        return a, g, self._of._needs_of(a.needs)
 
     def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         bound = self._split(a)
@@ -330,11 +393,27 @@ class _Backward:
         return first.new_empty(0)
 
 
+def _of(results: Any, first: bool) -> Any:
+    return results[0] if first and isinstance(results, tuple) else results
+
+
+def _apart(results: Any) -> Any:
+    """As the dispatcher wants them: no two results are one tensor."""
+    if isinstance(results, Tensor):
+        return results
+    seen: set[int] = set()
+    apart = []
+    for t in results:
+        apart.append(t.new_empty(t.shape) if id(t) in seen else t)
+        seen.add(id(t))
+    return tuple(apart)
+
+
 def operator(schema: str, **declared: Any) -> Callable[[type], Operator]:
     """Make an `Operator` of a class of functions; see the top of this file."""
 
     def make(body: type) -> Operator:
-        for name in ("forward", "fake", "backward", "flops", "backward_flops"):
+        for name in ("forward", "infer", "fake", "backward", "flops", "backward_flops"):
             if name in vars(body):
                 setattr(body, name, staticmethod(vars(body)[name]))
         return Operator(body, body.__name__, schema, **declared)
@@ -359,7 +438,12 @@ def _function(name: str, methods: dict[str, Callable[..., Any]]) -> Any:
     return type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
 
 
-def _nothing(ctx: Any, inputs: tuple, output: Any) -> None:
+def _apply_of(function: Any) -> Callable[..., Any]:
+    """`apply` without what torch.func needs of it, for calls outside of torch.func."""
+    return super(torch.autograd.Function, function).apply
+
+
+def _nothing(ctx: Any, inputs: tuple, output: Any, returned: tuple | None = None) -> None:
     """Nothing to keep for a backward that only refuses."""
 
 

@@ -73,7 +73,8 @@ def solver_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In the shapes that `pick` returns."""
     if solver.straight_through:
-        return logits.new_empty(0), logits.new_empty(0), logits.new_empty(0)
+        nothing = logits.new_empty(0)
+        return nothing, nothing, nothing
     batch, experts, n = logits.shape
     rows = batch * sizes(n, k, block)[1]
     if solver.exact:

@@ -213,6 +213,12 @@ def _token_gradients(a: Any, dlogits: Tensor, sides: tuple[_Side, ...]) -> dict[
     asked = [side for side in sides if side.needs_tokens]
     if not asked:
         return {}
+    q, kv = (side.tokens for side in sides)
+    if a.triton and len(asked) == 2 and (q.shape, q.dtype) == (kv.shape, kv.dtype):
+        from optimized.kernels.router_logits import routing_token_gradients
+
+        given = dlogits, a.x, (q, kv), a.mask, a.logits, a.norms, a.factors
+        return dict(zip(("q_tokens", "kv_tokens"), routing_token_gradients(*given)))
     tokens, logits, factors, g = _stack(a.q_tokens, a.kv_tokens), a.logits, a.factors, dlogits
     if len(asked) == 1:
         tokens, logits, g = asked[0].of(tokens, -2), asked[0].of(logits, 1), asked[0].of(g, 1)

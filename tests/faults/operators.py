@@ -35,7 +35,7 @@ class OperatorFault(Fault):
         """A context."""
         module, colon, name = self.place.rpartition(":")
         *path, attribute = name.split(".")
-        owner = importlib.import_module(f"optimized.{module}".rstrip(".")) if colon else DECLARED[path.pop(0)]._body
+        owner = importlib.import_module(f"optimized.{module}".rstrip(".")) if colon else DECLARED[path.pop(0)].body
         for step in path:
             owner = getattr(owner, step)
         original = getattr(owner, attribute)

@@ -171,6 +171,11 @@ PLAN = Profile(
     ("test_choice.py", "test_backends.py", "test_validation.py"),
     "test_choice or test_backends or unknown_backends or cannot_serve",
 )
+SUMS = Profile(("test_cases.py",), "is_right and (partial_sums or combine)", interpreted=True)
+AT_ONCE = Profile(
+    ("test_operators.py", "test_mixture.py"),
+    "(mixture and (pytorch_form or only_what)) or (test_mixture and matches and not triton)",
+)
 CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
 
 PROFILES = {
@@ -184,6 +189,7 @@ PROFILES = {
     "optimized/kernels/rows.py": ROWS,
     "optimized/kernels/launch.py": LAUNCH,
     "optimized/kernels/combine.py": COMBINE,
+    "optimized/kernels/partial_sums.py": SUMS,
     "optimized/kernels/null_slot.py": ATTENTION,
     "optimized/kernels/router_logits.py": LOGITS,
     "optimized/kernels/gather_norm.py": GATHER,
@@ -210,6 +216,7 @@ PROFILES = {
     "optimized/ops/expert_attention.py": EXPERTS,
     "optimized/ops/window.py": WINDOW,
     "optimized/ops/layer_norm.py": NORM,
+    "optimized/ops/mixture.py": AT_ONCE,
     "optimized/attention/calls.py": ATTENTION,
     "optimized/attention/bias.py": ATTENTION,
     "optimized/attention/math.py": ATTENTION,

@@ -33,8 +33,8 @@ EDITS: Edits = {
             " - p0 * tl.sum(dout * out, 1)) / root", " - p0 * tl.sum(dout * out, 1))", "log-sum-exp and scale"
         ),
         "null-kernel-gradient-of-other-experts": edit(
-            "partial.view(2, groups, rows // groups * chunks, heads, dim).sum(2)",
-            "partial.view(2, rows // groups * chunks, groups, heads, dim).sum(1)",
+            "Sum(found, 2 * groups, rows // groups * chunks)",
+            "Sum(found, 2 * groups, chunks)",
             "BobMcDear/attorch#14",
         ),
         "null-kernel-lse-past-the-end": edit(
@@ -54,9 +54,7 @@ EDITS: Edits = {
         "launch-strides-kept": edit(
             "return None if t is None else t.contiguous()", "return t", "Dao-AILab/flash-attention#355"
         ),
-        "launch-lookup-ignores-alignment": edit(
-            "(argument.dtype, argument.data_ptr() % 16) if", "(argument.dtype,) if", "stride and layout"
-        ),
+        "launch-lookup-ignores-alignment": edit("exact.append(address % 16)", "exact.append(0)", "stride and layout"),
         "launch-partial-sums-in-the-models-dtype": edit(
             "return torch.promote_types(dtype, torch.float32)", "return dtype", "precision"
         ),

@@ -49,7 +49,36 @@ EDITS: Edits = {
             "y, inverse = y.contiguous(), inverse.contiguous()",
             "ROCm/TransformerEngine#623",
         ),
-        "combine-kernel-gradient-dtype": edit("partial.sum(0).to(null.dtype)", "partial.sum(0)", "precision"),
+        "combine-kernel-gradient-dtype": edit(
+            "dnull = torch.empty_like(null, memory_format=torch.contiguous_format)",
+            "dnull = torch.empty_like(null, dtype=partial.dtype, memory_format=torch.contiguous_format)",
+            "precision",
+        ),
+    },
+    "optimized/kernels/partial_sums.py": {
+        "sums-second-group-with-the-rows-of-the-first": edit(
+            "        rows = rows_1\n", "", "BobMcDear/attorch#14", "stride and layout"
+        ),
+        "sums-of-the-last-tile": edit("total += tl.load(", "total = tl.load(", "lucidrains/CoLT5-attention#8"),
+        "sums-beyond-the-rows": edit("mask=(row < rows)[:, None] &", "mask=(row >= 0)[:, None] &", "tail mask"),
+        "sums-rows-side-by-side": edit(
+            "row[:, None].to(tl.int64) * stride", "row[:, None].to(tl.int64) * width", "stride and layout"
+        ),
+    },
+    "optimized/ops/mixture.py": {
+        "at-once-score-gradient-dropped": edit(
+            'q_picked=found.pop("scores", None), logits', "q_picked=None, logits", "lucidrains/CoLT5-attention#8"
+        ),
+        "at-once-null-gradient-dropped": edit(
+            'wrt="x q_tokens kv_tokens q_gamma kv_gamma w_q w_kv w_out null_kv null",',
+            'wrt="x q_tokens kv_tokens q_gamma kv_gamma w_q w_kv w_out null_kv",',
+            "unslothai/unsloth#4533",
+        ),
+        "at-once-never-averaged": edit('"average": a.average', '"average": False', "combination"),
+        "at-once-lengths-without-a-mask": edit("if a.mask is not None:", "if False:", "masked tokens leak"),
+        "at-once-positions-of-the-queries": edit(
+            "for t in (q_indices, kv_indices))", "for t in (q_indices, q_indices))", "rotary"
+        ),
     },
     "optimized/kernels/launch.py": {
         "launch-arithmetic-in-float32": edit(

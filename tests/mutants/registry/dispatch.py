@@ -46,7 +46,7 @@ EDITS: Edits = {
             "if forward_mode or transformed:", "if transformed:", "Dao-AILab/flash-attention#1817", "transforms"
         ),
         "registration-first-input-decides": edit(
-            "if isinstance(a, Tensor) and a.requires_grad:",
+            "if t is not None and t.requires_grad:",
             "if args[0].requires_grad:",
             "pytorch/pytorch#188302",
         ),

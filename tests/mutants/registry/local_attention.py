@@ -34,8 +34,8 @@ EDITS: Edits = {
     },
     "optimized/local_attention.py": {
         "local-hooked-with-the-mask-of-the-neighbours": edit(
-            "ops.window(qkv, mask, self.window_size",
-            "ops.window(qkv, None if mask is None else mask.roll(1, -1), self.window_size",
+            "ops.window.first(qkv, mask, self.window_size",
+            "ops.window.first(qkv, None if mask is None else mask.roll(1, -1), self.window_size",
             "masked tokens leak",
         ),
         "local-masked-content": edit(

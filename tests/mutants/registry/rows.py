@@ -20,13 +20,13 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "routing-token-gradient-without-cosine-term": edit(
-            "        dr -= torch.where(squares > 1e-24, moment * r / squares.clamp_min(1e-24), 0)\n",
+            "        dr -= torch.where(squares > 1e-24, along * part / squares.clamp_min(1e-24), 0)\n",
             "",
             "lucidrains/CoLT5-attention#8",
         ),
         "routing-token-gradient-of-the-last-item": edit(
-            "partial.sum(1) if r.ndim == 3 else partial.sum((0, 1))",
-            "partial.sum(1) if r.ndim == 3 else partial[-1].sum(0)",
+            "(batch, chunks) if r.ndim == 3 else (1, batch * chunks)",
+            "(batch, chunks) if r.ndim == 3 else (1, chunks)",
             "lucidrains/CoLT5-attention#8",
         ),
         "routing-token-gradient-reads-masked-tokens": edit(
@@ -161,7 +161,7 @@ EDITS: Edits = {
             "BobMcDear/attorch#14",
         ),
         "value-score-gradient-not-scaled": edit(
-            "        tl.store(g_ptr + tile, (g * score).to(g_ptr.dtype.element_ty), mask=scaled)\n",
+            "            tl.store(g_ptr + g_tile, (g * score).to(g_ptr.dtype.element_ty), mask=scaled)\n",
             "",
             "lucidrains/CoLT5-attention#8",
         ),

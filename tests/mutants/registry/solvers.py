@@ -203,12 +203,6 @@ EDITS: Edits = {
             '    return struct.unpack("<q", struct.pack("<d", value))[0]',
             "precision",
         ),
-        "launch-mask-strided": edit(
-            "mask.contiguous().view(torch.int8)",
-            "mask.view(torch.int8)",
-            "unslothai/unsloth#10617",
-            "stride and layout",
-        ),
     },
     "optimized/ops/coordinate_descent.py": {
         "descent-temperature": edit("eps_init * eps_decay**t, eps", "eps_init * eps_decay ** (t + 1), eps", "mass"),
