@@ -101,7 +101,7 @@ def check_close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
 SHAPES = {
     "small": {},
     "nothing stored": {"prior": 0, "k": 1},
-    "tiles": {"blocks": 8, "block": 5, "k": 18, "slots": 17, "dim": 6, "prior": 3, "seed": 1},
+    "tiles": {"blocks": 4, "block": 8, "k": 18, "slots": 17, "dim": 6, "prior": 3, "seed": 1},
     "all remembered": {"k": 30, "batch": 2, "seed": 2},
     "no block": {"blocks": 0},
     "a column a block": {"blocks": 7, "block": 1, "k": 3, "prior": 0, "slots": 1, "dim": 1, "seed": 3},
