@@ -127,9 +127,16 @@ ODD = {
     "a score": lambda p: p.scores[0, 1, 3:5].fill_(math.nan),
     "a null key": lambda p: p.null_kv[0, 1, 0, 0, 1].fill_(math.inf),
     "a null value": lambda p: p.null_kv[1, 0, 1, 0, 0].fill_(math.nan),
-    "a logit": lambda p: (p.q[0, 0, 1].fill_(1e200), p.kv[0, 0, :4, 0].fill_(1e200)),
-    "a logit to the other side": lambda p: (p.q[0, 0, 1].fill_(1e200), p.kv[0, 0, :4, 0].fill_(-1e200)),
+    "a logit": lambda p: overflow(p, 1e200),
+    "a logit to the other side": lambda p: overflow(p, -1e200),
 }
+
+
+def overflow(p: Problem, size: float) -> None:
+    """Of the logits of one block; later ones, which see the same keys, have logits of 0."""
+    p.kv[0, 0, :4, 0] = size
+    p.q[0, 0, 1] = 1e200
+    p.q[0, 0, 2:] = 0
 
 
 @EVERY_KERNEL
