@@ -1,14 +1,21 @@
-"""Attention written out in PyTorch: any device and dtype, with dropout, windows and masks; memory R H L S."""
+"""Attention written out in PyTorch: any device and dtype, with dropout, windows and masks.
+
+On the CPU a tile of weights is written out at a time; elsewhere, where launches are what costs, all R H L S at once.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from optimized.attention import draws
 from optimized.attention.interface import Adapter, Attended, Pair, Setting, Triple, Visible
 from optimized.attention.request import Request
+
+TILE = 2**18  # weights: few enough for a cache, and enough to be worth a call of each operation
 
 
 class Math(Adapter):
@@ -21,63 +28,100 @@ class Math(Adapter):
         return None
 
     def state(self, q: Tensor, k: Tensor, dropout: float) -> Tensor:
-        """Which weights are kept, (R, H, L, S)."""
+        """What weights are kept follows from."""
         rows, length, heads, _ = q.shape
-        shape = (rows, heads, length, k.shape[1]) if dropout else (0,)
-        return torch.empty(shape, dtype=torch.bool, device=q.device)
+        if not dropout:
+            return torch.empty(0, dtype=torch.int32, device=q.device)
+        return draws.empty(rows, heads, length, k.shape[1], q.device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, setting: Setting) -> Triple:
-        s = _logits(q, k, setting)
-        lse = s.logsumexp(-1)
-        # Not exp(s - lse): the weights must sum to 1 far better than |lse| eps, and to 0 where there is no key.
-        p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)
-        keep = self.state(q, k, setting.dropout)
+        length, keys = q.shape[1], k.shape[1]
+        state = self.state(q, k, setting.dropout)
         if setting.dropout:
-            keep = torch.rand(p.shape, dtype=p.dtype, device=p.device) >= setting.dropout
-            p = p * keep / (1 - setting.dropout)
-        out = (p @ v.to(p.dtype).transpose(1, 2)).transpose(1, 2)
-        return out.to(q.dtype), lse, keep
+            draws.draw_(state)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        q, k, v = _wide(q, setting.scale), _wide(k), _wide(v)
+        lse = q.new_empty(q.shape[:-1])
+        for tile in _tiles(q.shape, keys, q.device):
+            s = _logits(q, k, tile, setting.visible)
+            top = s.amax(-1)
+            # Not exp(s - lse): the weights must sum to 1 far better than |lse| eps.
+            p = torch.softmax(s, -1, out=s)
+            hopeless = top == -math.inf  # without any key
+            lse[tile] = (top - p.amax(-1).log()).masked_fill_(hopeless, -math.inf)
+            if setting.dropout:
+                p *= draws.kept(state, tile, length, keys, setting.dropout, p.dtype)
+            attended = (p @ v[tile[:2]]).masked_fill_(hopeless[..., None], 0)
+            attended /= 1 - setting.dropout
+            out.transpose(1, 2)[tile] = attended
+        return out, lse, state
 
     def backward(self, dout: Tensor, done: Attended, setting: Setting, into: Pair) -> Triple:
         q, k, v, out, lse, state = done
+        length, keys, dtype = q.shape[1], k.shape[1], q.dtype
+        q, k, v, dout, out = _wide(q, setting.scale), _wide(k), _wide(v), _wide(dout), _wide(out)
+        delta = (dout * out).sum(-1, keepdim=True)
+        dout = dout / (1 - setting.dropout)
         # A row without keys and without a null slot has lse -inf, and -inf - -inf is no number.
-        p = (_logits(q, k, setting) - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-        wide = p.dtype
-        dout, out, v = (t.to(wide).transpose(1, 2) for t in (dout, out, v))
-        dp = dout @ v.mT
-        dropped = p
-        if setting.dropout:
-            dp = dp * state / (1 - setting.dropout)
-            dropped = p * state / (1 - setting.dropout)
-        ds = p * (dp - (dout * out).sum(-1, keepdim=True)) * setting.scale
-        dq = ds @ k.to(wide).transpose(1, 2)
-        dk = ds.mT @ q.to(wide).transpose(1, 2)
-        dv = dropped.mT @ dout
-        dq, dk, dv = (t.transpose(1, 2).to(q.dtype) for t in (dq, dk, dv))
+        lse = lse.masked_fill(lse == -math.inf, 0)[..., None]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for tile in _tiles(q.shape, keys, q.device):
+            heads = tile[:2]
+            p = _logits(q, k, tile, setting.visible).sub_(lse[tile]).exp_()
+            dp = dout[tile] @ v[heads].mT
+            dropped = p
+            if setting.dropout:
+                dropped = draws.kept(state, tile, length, keys, setting.dropout, p.dtype).mul_(p)
+                ds = (p * -delta[tile]).addcmul_(dropped, dp)
+            else:
+                ds = dp.sub_(delta[tile]).mul_(p)
+            # Transposed, since the product of the larger transpose takes half as long again.
+            dv[heads] += (dout[tile].mT @ dropped).mT
+            dk[heads] += (q[tile].mT @ ds).mT
+            dq[tile] = ds @ k[heads]
+        dq *= setting.scale
+        dq, dk, dv = (t.transpose(1, 2).to(dtype) for t in (dq, dk, dv))
         return dq, dk, dv
 
 
-def _logits(q: Tensor, k: Tensor, setting: Setting) -> Tensor:
-    """(R, H, L, S) in at least float32, -inf for hidden keys."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(wide).transpose(1, 2), k.to(wide).permute(0, 2, 3, 1)
-    s = (q @ k) * setting.scale
-    length, keys = s.shape[-2:]
-    hidden = _hidden(setting.visible, length, keys, s.device)
-    return s if hidden is None else s.masked_fill(hidden, -math.inf)
+def _wide(t: Tensor, scale: float = 1.0) -> Tensor:
+    """(R, H, L, d) of (R, L, H, d) in at least float32, times a scale."""
+    t = t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2)
+    return t if scale == 1 else t * scale
 
 
-def _hidden(visible: Visible, length: int, keys: int, device: torch.device) -> Tensor | None:
-    """What of (R, H, L, S) is not seen; None for nothing."""
-    hidden = None if visible.mask is None else ~visible.mask[:, None]
+def _tiles(shape: torch.Size, keys: int, device: torch.device) -> Iterator[draws.Tile]:
+    """Of queries (R, H, L, d): several rows only with all heads, several heads only with all queries."""
+    rows, heads, length, _ = shape
+    some = max(TILE // keys, 1) if device.type == "cpu" else rows * heads * length
+    queries = min(length, some)
+    some_heads = min(heads, max(some // length, 1))
+    some_rows = max(some // (length * heads), 1)
+    for r in range(0, rows, some_rows):
+        for h in range(0, heads, some_heads):
+            for i in range(0, length, queries):
+                yield slice(r, r + some_rows), slice(h, h + some_heads), slice(i, i + queries)
+
+
+def _logits(q: Tensor, k: Tensor, tile: draws.Tile, visible: Visible) -> Tensor:
+    """(r, h, l, S) of a tile, -inf for hidden keys."""
+    s = q[tile] @ k[tile[:2]].mT
+    hidden = _hidden(visible, tile, q.shape[2], k.shape[2], s.device)
+    return s if hidden is None else s.masked_fill_(hidden, -math.inf)
+
+
+def _hidden(visible: Visible, tile: draws.Tile, length: int, keys: int, device: torch.device) -> Tensor | None:
+    """What of a tile is not seen, to be expanded to (r, h, l, S); None for nothing."""
+    rows, _, queries = tile
+    hidden = None if visible.mask is None else ~visible.mask[rows, None, queries]
     key = torch.arange(keys, device=device)
     if visible.window >= 0:
         left, right = visible.sides
-        ahead = key - torch.arange(length, device=device)[:, None]
+        ahead = key - torch.arange(length, device=device)[queries, None]
         outside = (ahead < -left) | (ahead > right)
         hidden = outside if hidden is None else hidden | outside
     if visible.lengths is not None:
-        beyond = (key >= visible.lengths[:, None])[:, None, None]
+        beyond = (key >= visible.lengths[rows, None])[:, None, None]
         hidden = beyond if hidden is None else hidden | beyond
     return hidden
 

@@ -57,8 +57,8 @@ COMBINE = Profile(
     interpreted=True,
 )
 ATTENTION = Profile(
-    ("test_mixture.py", "test_attention.py", "test_operators.py", "test_routed_attention.py"),
-    "without_tokens or test_attention.py or (attention and (opcheck or other_results)) "
+    ("test_draws.py", "test_mixture.py", "test_attention.py", "test_operators.py", "test_routed_attention.py"),
+    "test_draws or without_tokens or test_attention.py or (attention and (opcheck or other_results)) "
     "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
@@ -256,6 +256,7 @@ PROFILES = {
     "optimized/ops/mixture.py": AT_ONCE,
     "optimized/attention/calls.py": ATTENTION,
     "optimized/attention/bias.py": ATTENTION,
+    "optimized/attention/draws.py": ATTENTION,
     "optimized/attention/math.py": ATTENTION,
     "optimized/attention/torch_flash_cpu.py": ATTENTION,
     "optimized/attention/banded.py": LOCAL,

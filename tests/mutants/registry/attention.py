@@ -149,43 +149,49 @@ EDITS: Edits = {
     },
     "optimized/attention/math.py": {
         "math-one-hidden-key-seen": edit(
-            "(key >= visible.lengths[:, None])", "(key > visible.lengths[:, None])", "thu-ml/SpargeAttn#124"
+            "(key >= visible.lengths[rows, None])", "(key > visible.lengths[rows, None])", "thu-ml/SpargeAttn#124"
         ),
-        "math-row-without-keys": edit(
-            "p = s.softmax(-1).masked_fill((lse == -math.inf)[..., None], 0)",
-            "p = s.softmax(-1)",
-            "Dao-AILab/flash-attention#442",
-        ),
+        "math-row-without-keys": edit(".masked_fill_(hopeless[..., None], 0)", "", "Dao-AILab/flash-attention#442"),
         "math-gradient-of-rows-without-keys": edit(
             "lse.masked_fill(lse == -math.inf, 0)[..., None]", "lse[..., None]", "pytorch/pytorch#103963"
         ),
         "math-weights-by-the-lse": edit(
-            "p = s.softmax(-1).masked_fill(",
-            "p = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().masked_fill(",
+            "p = torch.softmax(s, -1, out=s)", "p = s.sub_(s.logsumexp(-1, keepdim=True)).exp_()", "precision"
+        ),
+        "math-dropout-forward-only": edit("@ dropped).mT", "@ p).mT", "Dao-AILab/flash-attention#1251"),
+        "math-dropout-not-rescaled": edit("attended /= 1 - setting.dropout", "attended /= 1", "dropout"),
+        "math-products-in-half": edit(
+            "s = q[tile] @ k[tile[:2]].mT",
+            "s = (q[tile].bfloat16() @ k[tile[:2]].mT.bfloat16()).to(q.dtype)",
             "precision",
         ),
-        "math-dropout-forward-only": edit(
-            "        dropped = p * state / (1 - setting.dropout)\n", "", "Dao-AILab/flash-attention#1251"
+        "math-mask-of-the-first-tile": edit(
+            "torch.arange(length, device=device)[queries, None]",
+            "torch.arange(queries.stop - queries.start, device=device)[:length, None]",
+            "tail mask",
         ),
-        "math-dropout-same-for-all-heads": edit(
-            "torch.rand(p.shape, dtype=p.dtype, device=p.device) >=",
-            "torch.rand(p[:, :1].shape, dtype=p.dtype, device=p.device).expand_as(p) >=",
+        "math-gradient-of-the-last-tile": edit("dk[heads] +=", "dk[heads] =", "tail mask"),
+    },
+    "optimized/attention/draws.py": {
+        "draws-same-for-all-heads": edit(
+            "numbers.random_(-(2**31), None)",
+            "numbers.copy_(numbers[:, :1].clone().random_(-(2**31), None))",
             "Dao-AILab/flash-attention#314",
         ),
-        "math-dropout-of-a-fixed-seed": edit(
-            "            keep = torch.rand(p.shape, dtype=p.dtype, device=p.device) >=",
-            (
-                "            generator = torch.Generator(p.device).manual_seed(0)\n"
-                "            keep = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator) >="
-            ),
+        "draws-of-a-fixed-seed": edit(
+            "numbers.random_(-(2**31), None)",
+            "numbers.random_(-(2**31), None, generator=torch.Generator(numbers.device).manual_seed(0))",
             "Dao-AILab/flash-attention#314",
         ),
-        "math-dropout-not-rescaled": edit("p = p * keep / (1 - setting.dropout)", "p = p * keep", "dropout"),
-        "math-logits-in-the-models-dtype": edit(
-            "    wide = torch.promote_types(q.dtype, torch.float32)\n    q, k =",
-            "    wide = q.dtype\n    q, k =",
-            "precision",
+        "draws-same-for-all-tiles": edit(
+            "(t[..., tile[2], None] for t in (m, a, c))",
+            "(t[..., : t[..., tile[2]].shape[-1], None] for t in (m, a, c))",
+            "Dao-AILab/flash-attention#314",
         ),
+        "draws-without-a-multiplier": edit("((m | 1) * b).add_(a)", "a + b", "dropout"),
+        "draws-one-round": edit("    x = torch.add(x >> 15, x, alpha=FACTOR)\n", "", "dropout"),
+        "draws-threshold-rounded-down": edit("(a & 0xFFFF) + rest", "(a & 0) + rest", "dropout"),
+        "draws-threshold-of-other-sign": edit("(whole - 2**15)", "whole", "dropout"),
     },
     "optimized/attention/bias.py": {
         "bias-one-hidden-key-seen": edit(
