@@ -47,7 +47,7 @@ def explain(
     Autocast, training mode (dropout), masks, what is attached to modules, and `use_backends` are taken into account.
     Raises TypeError or ValueError as the call would, for arguments and for a chosen backend that can't serve it.
     """
-    if not isinstance(module, Layer):
+    if not isinstance(module, (MixtureOfAttention, MixtureOfAutoregressiveAttention)):
         raise TypeError(f"module: expected a layer of optimized, got {type(module).__name__}")
     kind, path = module.kind_of_call(x, **forward_arguments)
     stages = {}

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from optimized.kernels.launch import (
     arithmetic,
-    as_bytes,
     cdiv,
     channel_constants,
     contiguous,
@@ -170,7 +169,7 @@ def blend_slots_backward(
     if y.numel() and g.numel():
         launch(
             _blend_slots_kernel, (experts * batch * k,),
-            g.contiguous(), y.contiguous(), scores.contiguous(), indices.contiguous(), as_bytes(slots), dy, dscores,
+            g.contiguous(), y.contiguous(), scores.contiguous(), indices.contiguous(), contiguous(slots), dy, dscores,
             g.shape[1], k, dim, batch, experts, AVERAGE=average, **channel_constants(dim, y.dtype),
         )  # fmt: skip
     return dy, dscores

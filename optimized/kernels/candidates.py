@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, as_bytes, launch, next_power_of_2
+from optimized.kernels.launch import CHUNK, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
 
@@ -101,7 +101,7 @@ def candidates(
         chunk = min(next_power_of_2(block), CHUNK)
         launch(
             _candidates_kernel, (thresholds.numel(),),
-            logits.contiguous(), as_bytes(valid), first.contiguous(),
+            logits.contiguous(), contiguous(valid), first.contiguous(),
             indices, slots.view(torch.int8), inverse, thresholds, counts,
             n, kq, capacity, block, shape[2], experts,
             BITS=8 * logits.element_size(), HAS_MASK=valid is not None, BLOCK=chunk, ONE_BLOCK=block <= chunk,

@@ -1,8 +1,8 @@
 """Queries, keys and values rotated and rid of what is not finite, in one pass; and results that become NaN.
 
-A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes zeros
-for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes nothing
-but the rows that become NaN.
+A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes
+zeros for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes
+nothing but the rows that become NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, as_bytes, cdiv, launch, next_power_of_2
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2
 
 NUMBERS = 1024  # of a tile, of one half of the channels
 
@@ -103,6 +103,6 @@ def spoil(out: Tensor, odd: Tensor) -> None:
         block = next_power_of_2(out.shape[-1])
         rows = max(2 * NUMBERS // block, 1)
         launch(
-            _spoil_kernel, (cdiv(odd.numel(), rows),), out, as_bytes(odd), odd.numel(), out.shape[-1],
+            _spoil_kernel, (cdiv(odd.numel(), rows),), out, contiguous(odd), odd.numel(), out.shape[-1],
             ROWS=rows, BLOCK_D=block, num_warps=4,
         )  # fmt: skip

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import as_bytes, cdiv, launch, next_power_of_2
+from optimized.kernels.launch import cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
 KEYS = 2048  # in registers at a time
@@ -118,7 +118,7 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
     counts = torch.empty(batch, experts, blocks, dtype=torch.int32, device=logits.device)
     if not counts.numel():
         return indices, counts
-    s, mask = logits.contiguous(), as_bytes(valid)
+    s, mask = logits.contiguous(), contiguous(valid)
 
     def search(
         stage: int, targets: int, longest: int, lists: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor]

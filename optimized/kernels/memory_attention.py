@@ -55,6 +55,12 @@ def _place(blocks, batch, experts, heads, tiles):
 
 
 @triton.jit
+def _finite(x):
+    """Not by x - x == 0: of an x that is a product the compiler makes a fused multiply-add, which leaves its rounding."""
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
 def _tile(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
     """Rows of ptr; 0 where they are not shown."""
     channels = tl.arange(0, BLOCK_D)
@@ -113,7 +119,7 @@ def _memory_attention_kernel(
     null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
     top = tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2
-    total = tl.where(top - top == 0, 1.0, float("nan")).to(DTYPE)
+    total = tl.where(_finite(top), 1.0, float("nan")).to(DTYPE)
     weight = tl.full((BLOCK_M,), 1.0, DTYPE)
     seed = tl.full((), 0, tl.int64)
     if DROPOUT:
@@ -139,7 +145,7 @@ def _memory_attention_kernel(
             p = p * _kept(seed, queries[:, None], columns[None, :].to(tl.int64), n, drop, keep_bits, DTYPE)
         out = _product(_rounded(p, kv_ptr), values, out * fade[:, None], HALF, DTYPE)
         top = higher
-    odd = (total != total) | (tl.max((out - out != 0).to(tl.int32), 1) > 0)
+    odd = (total != total) | (tl.min(_finite(out).to(tl.int32), 1) == 0)
     total = tl.where(here, total, 1.0)
     out = tl.where(odd[:, None], float("nan"), out / total[:, None])
     inside = i < slots
@@ -222,9 +228,9 @@ def _write(
 ):
     """The gradients of columns that are `done`. What is not finite passes nothing on."""
     score = tl.load(scores_ptr + held, mask=done, other=0.0).to(DTYPE)
-    score = tl.where(score - score == 0, score, 0.0)
+    score = tl.where(_finite(score), score, 0.0)
     values = _tile(kv_ptr + stride, held, 2 * stride, done, dim, BLOCK_D).to(DTYPE)
-    values = tl.where(values - values == 0, values, 0.0)
+    values = tl.where(_finite(values), values, 0.0)
     tl.store(dscores_ptr + held, tl.sum(u * values, 1), mask=done)
     _store(dkv_ptr, held, 2 * stride, done, dk, dim, BLOCK_D)
     _store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)

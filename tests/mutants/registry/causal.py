@@ -111,8 +111,8 @@ EDITS: Edits = {
             "out = weight[:, None] * null_v[None, :]", "out = 0.5 * weight[:, None] * null_v[None, :]", "precision"
         ),
         "memory-attention-null-key-not-counted": edit(
-            'total = tl.where(top - top == 0, 1.0, float("nan"))',
-            'total = tl.where(top - top == 0, 0.0, float("nan"))',
+            'total = tl.where(_finite(top), 1.0, float("nan"))',
+            'total = tl.where(_finite(top), 0.0, float("nan"))',
             "masked rows and sentinels",
         ),
         "memory-attention-score-in-the-sum": edit(
@@ -124,7 +124,7 @@ EDITS: Edits = {
             's = tl.where(seen[None, :], s * to_base_2, -float("inf"))', "s = s * to_base_2", "pytorch/pytorch#158212"
         ),
         "memory-attention-nan-in-its-channel-alone": edit(
-            "odd = (total != total) | (tl.max((out - out != 0).to(tl.int32), 1) > 0)",
+            "odd = (total != total) | (tl.min(_finite(out).to(tl.int32), 1) == 0)",
             "odd = total != total",
             "NaN order",
         ),
@@ -169,7 +169,7 @@ EDITS: Edits = {
             "missing gradient",
         ),
         "memory-attention-nan-score-in-the-gradient": edit(
-            "    score = tl.where(score - score == 0, score, 0.0)\n", "", "fla-org/flash-linear-attention#77"
+            "    score = tl.where(_finite(score), score, 0.0)\n", "", "fla-org/flash-linear-attention#77"
         ),
         "memory-attention-dropout-by-place": edit(
             "_kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop",
