@@ -56,7 +56,7 @@ def _place(blocks, batch, experts, heads, tiles):
 
 @triton.jit
 def _finite(x):
-    """Not by x - x == 0: of an x that is a product the compiler makes a fused multiply-add, which leaves its rounding."""
+    """Not by x - x == 0: an x that is a product is fused into the subtraction, and what is left is its rounding."""
     return tl.abs(x) < float("inf")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optimized.kernels.selection import _count, _keys
+from optimized.kernels.selection import _count
+from optimized.kernels.slots import load_keys
 
 
 @triton.jit
@@ -27,7 +28,7 @@ def elements(
         filled = tl.load(counts_ptr + offsets // width, mask=in_lists, other=0)
         columns = tl.where(in_lists, tl.load(list_ptr + offsets, mask=in_lists, other=0), columns)
         there = there & ((offsets >= listed) | (offsets % width < filled))
-    key, _, _ = _keys(s_ptr, mask_ptr, tl.where(there, columns, n), n, HAS_MASK)
+    key, _, _ = load_keys(s_ptr, mask_ptr, tl.where(there, columns, n), n, HAS_MASK)
     return key, columns
 
 
