@@ -1,8 +1,8 @@
 """Queries, keys and values rotated and rid of what is not finite, in one pass; and results that become NaN.
 
-A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes zeros
-for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes nothing
-but the rows that become NaN.
+A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes
+zeros for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes
+nothing but the rows that become NaN.
 """
 
 from __future__ import annotations
