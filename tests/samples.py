@@ -204,13 +204,13 @@ def triples(s: Sample) -> Tensor | None:
 
 
 def candidates(s: Sample) -> dict[str, Any]:
-    first = draw((s.batch, s.experts), "normal", 100 * s.seed + 6).to(s.dtype)
-    given = {"logits": s.floats(s.batch, s.experts, 3 * s.n), "valid": triples(s), "first": first}
+    first = draw((s.batch, s.experts), "normal", 100 * s.seed + 6).to(s.wide)
+    given = {"logits": s.floats(s.batch, s.experts, 3 * s.n, dtype=s.wide), "valid": triples(s), "first": first}
     return {**given, "kq": 2, "capacity": 2, "block": 3}
 
 
 def memory(s: Sample) -> dict[str, Any]:
-    logits = s.floats(s.batch, s.experts, 3 * s.n + 2)
+    logits = s.floats(s.batch, s.experts, 3 * s.n + 2, dtype=s.wide)
     valid = None if not s.masked else torch.nn.functional.pad(triples(s), (2, 0), value=True)
     return {"logits": logits, "valid": valid, "k": 3, "block": 3, "prior": 2}
 

@@ -60,13 +60,11 @@ def _memory_kernel(
         start = prior + (target + 1) * group * width
         end = start
         place = row * blocks + (target + 1) * group
-        wanted = tl.where((target + 1) * group < blocks, 1, 0)
     else:
         origin = target // group * group
         wanted = tl.where((target == 0) | (origin < target), 1, 0)
-        if origin > 0:
-            start = prior + origin * width
-            listed = k + 0
+        start = tl.where(origin > 0, prior + origin * width, 0)
+        listed = tl.where(origin > 0, k, 0)
         list_ptr += (row * blocks + origin) * k
         list_counts_ptr += row * blocks + origin
     size = listed + end - start

@@ -48,7 +48,7 @@ class memory_attention:
     def forward(a: Any) -> Any:
         seed = a.q.new_empty(0, dtype=torch.int64)
         if a.dropout:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=a.q.device)
+            seed = torch.randint(2**62, (1,), device=a.q.device)
         a.seed = seed
         if a.triton:
             from optimized.kernels import memory_attention as kernel

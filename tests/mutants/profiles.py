@@ -170,7 +170,44 @@ PLAN = Profile(
 )
 CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
 
+REMEMBERED = Profile(
+    ("test_causal_selection.py",),
+    "triton and (long_blocks or best_of_what or reach_the)",
+    interpreted=True,
+    examples=20,
+)
+BY_THRESHOLD = Profile(
+    ("test_causal_selection.py", "test_operators.py"),
+    "(triton and (long_blocks or reach_the)) or (torch and reach_the) or (candidates and opcheck and masked)",
+    interpreted=True,
+    examples=40,
+)
+MEMORY = Profile(
+    ("test_causal_selection.py", "test_operators.py"),
+    "best_of_what or (opcheck and memory-float32)",
+    interpreted=True,
+    examples=40,
+)
+PLACES = Profile(("test_memory_attention.py",), "test_values and triton and (tiles or remembered)", interpreted=True)
+MEMORY_ATTENTION = Profile(
+    ("test_memory_attention.py", "test_operators.py"),
+    "(test_memory_attention and triton) or (pytorch_form and memory_attention)",
+    interpreted=True,
+)
+MEMORY_ATTENTION_TORCH = Profile(
+    ("test_memory_attention.py", "test_operators.py"),
+    "(test_memory_attention and not triton) or (memory_attention and (opcheck or whole_stages) and not triton)",
+)
+
 PROFILES = {
+    "optimized/kernels/ranks.py": REMEMBERED,
+    "optimized/kernels/candidates.py": BY_THRESHOLD,
+    "optimized/kernels/memory.py": REMEMBERED,
+    "optimized/kernels/memory_places.py": PLACES,
+    "optimized/kernels/memory_attention.py": MEMORY_ATTENTION,
+    "optimized/ops/candidates.py": BY_THRESHOLD,
+    "optimized/ops/memory.py": MEMORY,
+    "optimized/ops/memory_attention.py": MEMORY_ATTENTION_TORCH,
     "optimized/kernels/selection.py": SELECTION,
     "optimized/kernels/coordinate_descent.py": DESCENT,
     "optimized/kernels/capped_simplex.py": CAPPED,

@@ -1,0 +1,233 @@
+"""Faults of the operators of the causal layer: memory, candidates, and attention over the memory."""
+
+from ..mutant import Edits, edit
+
+EDITS: Edits = {
+    "optimized/kernels/ranks.py": {
+        "ranks-lists-are-full": edit(
+            "there = there & ((offsets >= listed) | (offsets % width < filled))",
+            "there = there & (offsets < size)",
+            "uninitialised output",
+        ),
+        "ranks-columns-counted-from-the-lists": edit(
+            "columns = start + offsets - listed", "columns = start + offsets", "32-bit index"
+        ),
+        "ranks-last-bits-undecided": edit(
+            "while (shift >= 0) & (found != k):", "while (shift >= 2) & (found != k):", "ties and signed zeros"
+        ),
+        "ranks-first-block-counts-for-all": edit(
+            "more_1, more_2, more_3 = _count(more, first, second, third)",
+            "more_1, more_2, more_3 = _count(key, first, second, third)",
+            "pytorch/pytorch#153799",
+        ),
+    },
+    "optimized/kernels/candidates.py": {
+        "candidates-threshold-of-the-own-block": edit(
+            "before = (j - 1) * width", "before = j * width", "mixture-of-attention 0.0.25 (3)", "causality"
+        ),
+        "candidates-above-the-threshold-alone": edit(
+            "candidate = valid & (s >= threshold)", "candidate = valid & (s > threshold)", "ties and signed zeros"
+        ),
+        "candidates-threshold-of-the-number-that-separates": edit(
+            "bits = tl.where(reached < 0, reached ^ top, reached).to(key_type)",
+            "bits = tl.where(least < 0, least ^ top, least).to(key_type)",
+            "ties and signed zeros",
+        ),
+        "candidates-nan-counts-for-a-threshold": edit("number = lowest + 3", "number = lowest + 2", "NaN order"),
+        "candidates-beyond-capacity-have-a-slot": edit(
+            "taken = candidate & (slot < capacity)", "taken = candidate & (slot <= capacity)", "tail mask"
+        ),
+        "candidates-slots-counted-from-the-row": edit(
+            "tl.where(taken, j * capacity + slot, -1)", "tl.where(taken, slot, -1)", "expert mix-up"
+        ),
+        "candidates-mask-of-item-0": edit(
+            "mask_ptr += row // experts * n", "mask_ptr += row // experts * 0", "fla-org/flash-linear-attention#1115"
+        ),
+        "candidates-running-count-of-a-chunk": edit(
+            "        seen += tl.sum(candidate.to(tl.int32))",
+            "        seen = tl.sum(candidate.to(tl.int32))",
+            "tail mask",
+        ),
+        "candidates-empty-slots-unwritten": edit(
+            "mask=(slot < capacity) & (slot >= seen))",
+            "mask=(slot < capacity) & (slot > seen))",
+            "uninitialised output",
+        ),
+    },
+    "optimized/kernels/memory.py": {
+        "memory-knows-its-own-block": edit(
+            "end = prior + target * width\n", "end = prior + (target + 1) * width\n", "causality"
+        ),
+        "memory-earlier-of-equals": edit(
+            "(seen_equal + tl.cumsum(equal) > too_many)",
+            "(seen_equal + tl.cumsum(equal) <= tl.sum(equal) - too_many)",
+            "pytorch/pytorch#150012",
+        ),
+        "memory-nan-is-no-token": edit("token = lowest + 2", "token = lowest + 3", "NaN order"),
+        "memory-masked-are-tokens": edit("token = lowest + 2", "token = lowest + 1", "masked tokens leak"),
+        "memory-group-starts-a-block-late": edit(
+            "start = tl.where(origin > 0, prior + origin * width, 0)",
+            "start = tl.where(origin > 0, prior + (origin + 1) * width, 0)",
+            "tail mask",
+        ),
+        "memory-prior-forgotten-by-the-first-group": edit(
+            "start = tl.where(target > 0, prior + target * group * width, 0)",
+            "start = prior + target * group * width",
+            "tail mask",
+        ),
+        "memory-starts-from-one-group-less": edit("listed = (target + 1) * k", "listed = target * k", "tail mask"),
+        "memory-mask-of-item-0": edit(
+            "mask_ptr += row // experts * n", "mask_ptr += row // experts * 0", "fla-org/flash-linear-attention#1115"
+        ),
+        "memory-tail-unwritten": edit(
+            "mask=(begin + lanes >= count) & (begin + lanes < k)",
+            "mask=(begin + lanes > count) & (begin + lanes < k)",
+            "uninitialised output",
+        ),
+        "memory-equals-of-the-first-chunk-forgotten": edit(
+            "seen_equal += tl.sum(equal)", "seen_equal = tl.sum(equal)", "pytorch/pytorch#153799"
+        ),
+    },
+    "optimized/kernels/memory_places.py": {
+        "places-last-block-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
+        "places-evicted-a-block-late": edit("free = inside & (last < j)", "free = inside & (last < j - 1)", "window"),
+        "places-old-columns-taken-for-new": edit(
+            "at = kept + tl.cumsum(free.to(tl.int32)) - 1",
+            "at = tl.cumsum(free.to(tl.int32)) - 1",
+            "stale saved tensor",
+        ),
+        "places-columns-of-row-0": edit(
+            "last_ptr + place // blocks * n + columns, j", "last_ptr + columns, j", "batch mix-up"
+        ),
+        "places-dropped-ones-stay": edit(
+            "held = tl.where(free, columns, held)", "held = tl.where(taken, columns, held)", "stale saved tensor"
+        ),
+    },
+    "optimized/kernels/memory_attention.py": {
+        "memory-attention-logit-of-minus-infinity-unseen": edit(
+            '        s = tl.where(s == -float("inf"), float("nan"), s)\n', "", "masked rows and sentinels"
+        ),
+        "memory-attention-null-value-scored": edit(
+            "out = weight[:, None] * null_v[None, :]", "out = 0.5 * weight[:, None] * null_v[None, :]", "precision"
+        ),
+        "memory-attention-null-key-not-counted": edit(
+            'total = tl.where(top - top == 0, 1.0, float("nan"))',
+            'total = tl.where(top - top == 0, 0.0, float("nan"))',
+            "masked rows and sentinels",
+        ),
+        "memory-attention-score-in-the-sum": edit(
+            "        total = total * fade + tl.sum(p, 1)\n        p = p * score[None, :]\n",
+            "        p = p * score[None, :]\n        total = total * fade + tl.sum(p, 1)\n",
+            "combination",
+        ),
+        "memory-attention-tail-of-the-list-seen": edit(
+            's = tl.where(seen[None, :], s * to_base_2, -float("inf"))', "s = s * to_base_2", "pytorch/pytorch#158212"
+        ),
+        "memory-attention-nan-in-its-channel-alone": edit(
+            "odd = (total != total) | (tl.max((out - out != 0).to(tl.int32), 1) > 0)",
+            "odd = total != total",
+            "NaN order",
+        ),
+        "memory-attention-lse-base-2": edit(
+            "(top + tl.log2(total)) * LN_2", "top + tl.log2(total)", "log-sum-exp and scale"
+        ),
+        "memory-attention-empty-slots-have-a-sum": edit(
+            "tl.where(here & (odd == 0), (top + tl.log2(total)) * LN_2",
+            "tl.where(odd == 0, (top + tl.log2(total)) * LN_2",
+            "masked tokens leak",
+        ),
+        "memory-attention-dq-beside-nan": edit(
+            "tl.where(live[:, None], dq, 0.0), dim, BLOCK_D)", "dq, dim, BLOCK_D)", "pytorch/pytorch#196678"
+        ),
+        "memory-attention-null-gradient-unscaled": edit(
+            "null_v[None, :], 1) - delta) * scale", "null_v[None, :], 1) - delta)", "log-sum-exp and scale"
+        ),
+        "memory-attention-null-gradient-without-delta": edit(
+            "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta)",
+            "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1))",
+            "missing gradient",
+        ),
+        "memory-attention-keys-unscored": edit(
+            "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]",
+            "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)",
+            "missing gradient",
+        ),
+        "memory-attention-sums-go-on-after-eviction": edit(
+            "u = tl.where(changed[:, None], 0.0, u)", "u = u", "stale saved tensor"
+        ),
+        "memory-attention-written-at-the-end-alone": edit(
+            "done = changed & (held >= 0)", "done = changed & (held < 0)", "missing gradient"
+        ),
+        "memory-attention-last-places-unwritten": edit(
+            "dscores_ptr, held, held >= 0, dk, u, stride",
+            "dscores_ptr, held, held > held, dk, u, stride",
+            "missing gradient",
+        ),
+        "memory-attention-scores-of-unscored-values": edit(
+            "_store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)",
+            "_store(dkv_ptr + stride, held, 2 * stride, done, u, dim, BLOCK_D)",
+            "missing gradient",
+        ),
+        "memory-attention-nan-score-in-the-gradient": edit(
+            "    score = tl.where(score - score == 0, score, 0.0)\n", "", "fla-org/flash-linear-attention#77"
+        ),
+        "memory-attention-dropout-by-place": edit(
+            "_kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop",
+            "_kept(seed, queries[None, :], at[:, None].to(tl.int64), n, drop",
+            "Dao-AILab/flash-attention#1251",
+        ),
+        "memory-attention-one-draw-for-all-heads": edit(
+            "queries = ((row * heads + h) * blocks + j) * slots + i\n                kept",
+            "queries = (row * heads * blocks + j) * slots + i\n                kept",
+            "Dao-AILab/flash-attention#314",
+        ),
+        "memory-attention-experts-exchanged-with-items": edit(
+            "row % batch * experts + row // batch", "row", "expert mix-up"
+        ),
+        "memory-attention-empty-queries-of-the-tile": edit(
+            'lse = tl.load(lse_ptr + place + i, mask=i < filled, other=float("inf"))',
+            "lse = tl.load(lse_ptr + place + i, mask=i < filled, other=0.0)",
+            "tail mask",
+        ),
+    },
+    "optimized/ops/candidates.py": {
+        "candidates-torch-own-block": edit("rows[:, :, :-1] + 0.0", "rows[:, :, 1:] + 0.0", "causality"),
+        "candidates-torch-nan-is-a-number": edit(
+            "number = (valid & ~rows.isnan())[:, :, :-1]", "number = valid[:, :, :-1]", "NaN order"
+        ),
+        "candidates-fake-with-long-indices": edit(
+            "indices = a.logits.new_empty(*shape, a.capacity, dtype=torch.int32)",
+            "indices = a.logits.new_empty(*shape, a.capacity, dtype=torch.int64)",
+            "fake tensors",
+        ),
+    },
+    "optimized/ops/memory.py": {
+        "memory-torch-earlier-of-equals": edit(
+            "torch.iinfo(torch.int64).min).flip(-1)", "torch.iinfo(torch.int64).min)", "ties and signed zeros"
+        ),
+        "memory-torch-a-block-early": edit(
+            "columns[..., end:start]), -1)", "columns[..., end : start + 1]), -1)", "causality"
+        ),
+    },
+    "optimized/ops/memory_attention.py": {
+        "memory-attention-torch-tail-is-seen": edit(
+            "shown = F.pad(there, (1, 0), value=True)",
+            "shown = F.pad(there | True, (1, 0), value=True)",
+            "masked tokens leak",
+        ),
+        "memory-attention-torch-null-unseen": edit(
+            "shown = F.pad(there, (1, 0), value=True)",
+            "shown = F.pad(there, (1, 0), value=False)",
+            "masked rows and sentinels",
+        ),
+        "memory-attention-torch-gradients-of-the-last-block": edit(
+            "dkv[at] += both", "dkv[at] = both", "missing gradient"
+        ),
+        "memory-attention-torch-dropout-undone": edit(
+            "_wide((v.p * v.kept).to(g.dtype).mT @ g)", "_wide(v.p.to(g.dtype).mT @ g)", "dropout"
+        ),
+        "memory-attention-torch-draws-by-part": edit(
+            "queries = queries[:, :, :, where]", "queries = queries[:, :, :, : where.stop - where.start]", "dropout"
+        ),
+    },
+}
