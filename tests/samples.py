@@ -262,9 +262,9 @@ def gathered(s: Sample) -> dict[str, Any]:
 SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     function.__name__: function
     for function in (
-        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm, routed_rows, combine, rotary,
-        attention, expert_attention, window, window_attention, layer_norm, candidates, memory,
-        memory_attention,
+        blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm,
+        routed_rows, combine, rotary, attention, expert_attention, window, window_attention, layer_norm, candidates,
+        memory, memory_attention,
     )
 }  # fmt: skip
 
