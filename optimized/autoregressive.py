@@ -229,7 +229,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         routed, q_scores = routed_now(cache, place, c)
         held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
         nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
-        inverse = torch.where(routed, 0, -1).int()[..., None]
+        inverse = routed.int()[..., None] - 1
         asked = Asked(nowhere, routed[..., None, None], inverse, None, held, torch.ones_like(held), cache.length)
         stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
@@ -274,7 +274,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         )
         if places.filled is not None:  # what has a slot already is not asked again
             new = torch.arange(m, device=inverse.device) >= places.filled[:, None]
-            asked = asked._replace(inverse=torch.where(new[:, None], inverse, -1))
+            asked = asked._replace(inverse=inverse.masked_fill(~new[:, None], -1))
         stored = None if cache is None else (cache.keys, cache.values)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
         return self.attn(places.x, asked, scores, stored, rotary_emb, **given)

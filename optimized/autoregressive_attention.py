@@ -235,7 +235,7 @@ def attend_rows(
     odd_scores = held.scores.isnan()
     shown = torch.arange(k.shape[1], device=q.device) < held.counts[..., None]
     odd = ((held.odd | odd_scores[..., None]) & shown[..., None]).any(3)[:, :, :, None] | odd_rows(q.detach())
-    v = (v * torch.where(odd_scores, 0, held.scores).flatten(0, 2)[..., None, None]).to(v.dtype)
+    v = (v * held.scores.masked_fill(odd_scores, 0).flatten(0, 2)[..., None, None]).to(v.dtype)
     null_k, null_v = null_kv.squeeze(3).unbind(0)
     out = ops.attention(
         q.masked_fill(odd[..., None], 0).flatten(0, 2), k, v, null_k, null_v, held.counts.flatten().int(), None,

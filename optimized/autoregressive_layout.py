@@ -41,16 +41,16 @@ class Order(NamedTuple):
         place = (mask.cumsum(1) - 1).clamp_min(0)
         token = torch.arange(n, device=mask.device)
         indices = token.new_zeros(mask.shape[0], n + 1)
-        indices = indices.scatter(1, torch.where(mask, place, n), token.expand_as(place))[:, :n]
+        indices = indices.scatter(1, place.masked_fill(~mask, n), token.expand_as(place))[:, :n]
         return cls(indices, token < mask.sum(1)[:, None], place, mask)
 
     def forth(self, x: Float[Tensor, "B N D"], triton: bool) -> Float[Tensor, "B N D"]:
         """Valid tokens first; zeros behind, whatever masked tokens hold."""
-        return rows_at(x, self.indices, self.here, torch.where(self.mask, self.place, -1), triton)
+        return rows_at(x, self.indices, self.here, self.place.masked_fill(~self.mask, -1), triton)
 
     def back(self, x: Float[Tensor, "B N D"], triton: bool) -> Float[Tensor, "B N D"]:
         """The opposite; masked tokens become 0."""
-        return rows_at(x, self.place, self.mask, torch.where(self.here, self.indices, -1), triton)
+        return rows_at(x, self.place, self.mask, self.indices.masked_fill(~self.here, -1), triton)
 
 
 def rows_at(x: Tensor, indices: Tensor, there: Tensor, inverse: Tensor, triton: bool) -> Tensor:
@@ -68,8 +68,8 @@ def first_call(x: Tensor, logits: tuple[Tensor, Tensor], order: Order | None, bl
     q_logits, kv_logits = logits
     there = None
     if order is not None:
-        q_logits = torch.where(order.here[:, None], q_logits, torch.nan)
-        kv_logits = torch.where(order.here[:, None], kv_logits, 0)
+        q_logits = q_logits.masked_fill(~order.here[:, None], torch.nan)
+        kv_logits = kv_logits.masked_fill(~order.here[:, None], 0)
         there = F.pad(order.here, (0, more))
     return Places(x, F.pad(q_logits, (0, more), value=torch.nan), F.pad(kv_logits, (0, more)), there, None, None)
 
@@ -89,8 +89,8 @@ def continued(
     came = torch.arange(n, device=x.device)
     inverse = torch.cat(
         (
-            torch.where(kept < filled[:, None], kept, -1),
-            torch.where(came < count[:, None], filled[:, None] + came, -1),
+            kept.expand(batch, -1).masked_fill(kept >= filled[:, None], -1),
+            (filled[:, None] + came).masked_fill(came >= count[:, None], -1),
         ),
         1,
     )
@@ -102,5 +102,5 @@ def continued(
         (past.tail_kv_logits, logits[1], 0),
     ):
         found = torch.cat((stored, new), -1).gather(-1, by_expert)
-        rows.append(torch.where(there[:, None], found, nothing))
+        rows.append(found.masked_fill(~there[:, None], nothing))
     return Places(tokens, rows[0], rows[1], there, past.start, filled)

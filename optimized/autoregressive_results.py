@@ -36,7 +36,7 @@ def routes_of(
     if order is not None and n:
         by_expert = [t[:, None].expand(-1, c.num_experts, -1) for t in (order.indices, order.place, order.mask)]
         at = by_expert[0].gather(-1, at.flatten(2)).view(at.shape)
-        first, second = (torch.where(by_expert[2], t.gather(-1, by_expert[1]), 0) for t in logits)
+        first, second = (t.gather(-1, by_expert[1]).masked_fill(~by_expert[2], 0) for t in logits)
         logits = first, second
     rows = places.q_logits.unflatten(-1, (-1, c.routed_window_size))
     candidate = queries.inverse.view(rows.shape) >= 0 if c.everybody else rows >= limits.thresholds[..., None]
@@ -74,7 +74,7 @@ def after(
         local = tuple(F.pad(t, (0, 0, 0, 0, past.local_keys.shape[1], 0)) for t in local)
     held = _held(places)
     position = past.start[:, None] + torch.arange(length, device=x.device)
-    laid = Laid(x, torch.where(held[:, None], places.q_logits, 0), places.kv_logits, held, held, position)
+    laid = Laid(x, places.q_logits.masked_fill(~held[:, None], 0), places.kv_logits, held, held, position)
     positions = memory.positions(places, past if continued else None)
     chosen = Memory(columns, memory.there, positions, memory.poisoned)
     limits = decided.limits.thresholds, decided.limits.duals

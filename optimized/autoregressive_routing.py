@@ -131,8 +131,8 @@ def queries_of(
             first = torch.zeros_like(thresholds[..., :1]) if past is None else past.dual[..., None]
             rows = logits[..., : (blocks - 1) * width] if blocks else logits
             duals = torch.cat((first, _duals(rows.unflatten(-1, (-1, width)), places, c)), -1)[..., :blocks]
-            above = torch.where(mask, picked, 0) + duals[..., None]  # of an empty slot, which may hold NaN, nothing
-            soft = torch.where(above >= 0, 0, above / last_temperature(o)).exp()
+            above = picked.masked_fill(~mask, 0) + duals[..., None]  # of an empty slot, which may hold NaN, nothing
+            soft = (above / last_temperature(o)).masked_fill(above >= 0, 0).exp()
         else:
             soft = torch.ones_like(picked)
         scores = handed_on(soft, mask, o)
@@ -149,8 +149,8 @@ def _all_of(places: Places, c: AutoregressiveConfig) -> tuple[Tensor, Tensor, Te
     position = place[None] if places.start is None else places.start[:, None] + place
     there = (place < places.x.shape[1])[None] if places.there is None else places.there
     taken = (there & (position >= width)).expand(batch, -1)[:, None].expand(-1, experts, -1)
-    inverse = torch.where(taken, place, -1).int()
-    indices = torch.where(taken, place, 0).unflatten(-1, (-1, width))
+    inverse = place.expand_as(taken).masked_fill(~taken, -1).int()
+    indices = place.expand_as(taken).masked_fill(~taken, 0).unflatten(-1, (-1, width))
     return indices, taken.unflatten(-1, (-1, width)), inverse
 
 
@@ -158,7 +158,7 @@ def handed_on(soft: Tensor, slots: Tensor, options: RouterOptions) -> Tensor:
     """Scores of the slots: the soft ones, or 1 with their gradient. A NaN stays one."""
     if options.straight_through:
         soft = 1 + (soft - soft.detach())
-    return torch.where(slots, soft, 0)
+    return soft.masked_fill(~slots, 0)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Memory(NamedTuple):
             laid = past.start[:, None] + torch.arange(places.q_logits.shape[-1], device=columns.device)
             every = torch.cat((past.positions, laid[:, None].expand(-1, columns.shape[1], -1)), -1)
             columns = every.gather(-1, columns.flatten(2)).view(columns.shape)
-        return torch.where(self.there, columns, -1)
+        return columns.masked_fill(~self.there, -1)
 
 
 def remember(places: Places, past: Cache | None, c: AutoregressiveConfig, plan: Plan, watched: bool) -> Memory:
@@ -208,7 +208,8 @@ def own_scores(places: Places, past: Cache | None, o: RouterOptions) -> Float[Te
     logits = places.kv_logits
     if past is not None:
         logits = torch.cat((past.logits, logits), -1)
-    return handed_on(logits.sigmoid(), torch.ones_like(logits, dtype=torch.bool), o)
+    soft = logits.sigmoid()
+    return 1 + (soft - soft.detach()) if o.straight_through else soft
 
 
 def solved_scores(
@@ -228,7 +229,7 @@ def solved_scores(
         scores = torch.stack(parts, 2)
     start = width * torch.arange(blocks, device=columns.device)
     start = start[None] if past is None else past.start[:, None] + start
-    scores = torch.where(odd & (start > slots)[:, None, :, None], torch.nan, scores)
+    scores = scores.masked_fill(odd & (start > slots)[:, None, :, None], torch.nan)
     scores = handed_on(scores, memory.there, o)
     return scores if token is None else with_zero_gradient(scores, token)
 
@@ -257,8 +258,8 @@ def routed_now(cache: StaticCache, place: Tensor, c: AutoregressiveConfig) -> tu
         candidate = (logits >= cache.threshold[..., None]) & so_far[:, None]
         reached = own >= cache.threshold
         routed = later & reached & (candidate.sum(-1) <= c.capacity)
-        above = torch.where(routed, own, 0) + cache.dual
-        soft = torch.where(above >= 0, 0, above / last_temperature(c.options)).exp()
+        above = own.masked_fill(~routed, 0) + cache.dual
+        soft = (above / last_temperature(c.options)).masked_fill(above >= 0, 0).exp()
     if c.options.solver == "sigmoid":
         soft = own.sigmoid()
     return routed, handed_on(soft, routed, c.options)
@@ -270,7 +271,7 @@ def stored_scores(cache: StaticCache, c: AutoregressiveConfig) -> Float[Tensor, 
     if c.options.solver == "sigmoid":
         return handed_on(cache.logits.sigmoid(), there, c.options)
     odd = cache.poisoned & (cache.start > c.num_routed_key_values)[:, None]
-    return torch.where(there, torch.where(odd[..., None], torch.nan, torch.ones_like(cache.logits)), 0)
+    return torch.ones_like(cache.logits).masked_fill(odd[..., None], torch.nan).masked_fill(~there, 0)
 
 
 # --- solvers ----------------------------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ class Explanation:
         return f"{table}\n{'path':<{first}}  {self.path}"
 
 
+Layer = (MixtureOfAttention, MixtureOfAutoregressiveAttention)
+
+
 def explain(
     module: MixtureOfAttention | MixtureOfAutoregressiveAttention, x: Any, **forward_arguments: Any
 ) -> Explanation:

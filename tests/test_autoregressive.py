@@ -16,12 +16,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from harness import BOTH, counted
+from harness import BOTH, EVERY_KERNEL, counted, stages_by
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import generator
 from torch import Tensor
 
+import optimized
+import reference
 from reference import autoregressive
 from reference.autoregressive_oracle import mixture_of_autoregressive_attention
 
@@ -466,6 +468,67 @@ def test_memory_only_forgets(implementation: ModuleType, device: torch.device) -
         for j, (now, after) in enumerate(itertools.pairwise(sets)):
             assert after <= now | set(range(3 * j, 3 * j + 3))
             assert len(after) == min(5, 3 * (j + 1))
+
+
+@EVERY_KERNEL
+@given(case=cases(), tokens=st.integers(1, 7))
+# Items in different blocks, so that only one of them begins a block.
+@example(case=Case({**SMALL, "capacity_factor": 2.0, "solver": "sigmoid"}, 2, 9, 5, masked=True), tokens=6)
+@example(case=Case({**SMALL, "capacity_factor": 2.0, "solver": "sigmoid", "num_routed_queries": 4}, 1, 7, 5), tokens=3)
+@counted
+def test_steps_in_place(kernels: str, case: Case, tokens: int, device: torch.device) -> None:
+    """Of a static cache: its buffers stay where they are, and hold what a cache holds that is a value."""
+    case = replace(case, options={**case.options, "straight_through": case.options["solver"] != "sigmoid"})
+    layer, (x, given) = case.layer(optimized, device), case.call(device)
+    rotary = torch.cat([given["rotary_emb"]] * 4) if case.rotary else None
+    if case.rotary and rotary.shape[0] < case.n + tokens:
+        rotary = torch.cat([rotary] * 4)
+    more = case.normal(case.batch, tokens, x.shape[-1], seed=7, device=device)
+    if case.seed % 3 == 0:
+        more[0, case.seed % tokens] = math.nan
+    with torch.no_grad():
+        _, value = layer(x, given.get("mask"), rotary, use_cache=True)
+        static = value.static()
+        places = {name: t.data_ptr() for name, t in vars(static).items() if isinstance(t, Tensor)}
+        for t in range(tokens):
+            token = more[:, t : t + 1]
+            expected, value = layer(token, None, rotary, value, use_cache=True)
+            same(layer.step(token, static, rotary, border=bool(static.due().any())), expected)
+            for name, e in vars(value).items():
+                if isinstance(e, Tensor):
+                    held = getattr(static, name)
+                    assert held.data_ptr() == places[name]
+                    if not name.startswith(("tail", "local")):  # beyond the unfinished block these hold anything
+                        same(held.to(torch.float64), e.to(torch.float64))
+        out, again = layer(x[:, :1], None, rotary, static.value()), layer(x[:, :1], None, rotary, value)
+        same(out, again)
+
+
+def test_a_step_is_told_what_it_needs(device: torch.device) -> None:
+    case = Case(SMALL, 2, 6, 1)
+    layer, (x, _) = case.layer(optimized, device), case.call(device)
+    _, cache = layer(x, use_cache=True)
+    with pytest.raises(TypeError, match=r"^cache: expected a StaticCache"):
+        layer.step(x[:, :1], cache)
+    with pytest.raises(ValueError, match=r"^x: expected one token of every item"):
+        layer.step(x[:, :2], cache.static())
+
+
+@pytest.mark.parametrize("attention", ["math", None])
+@given(case=cases(("sigmoid",)))
+@counted
+def test_keys_are_gathered_or_looked_up(attention: str | None, case: Case, device: torch.device) -> None:
+    """By a library that was chosen, or by a kernel of ours: values and gradients."""
+    stages = stages_by("triton") | ({} if attention is None else {"routed_attention": attention})
+    layers, (x, given) = [case.layer(package, device) for package in (reference, optimized)], case.call(device)
+    g, found = case.normal(*x.shape, seed=4, device=device), []
+    with optimized.use_backends(**stages):
+        for layer in layers:
+            leaf = x.clone().requires_grad_()
+            out = layer(leaf, **given)
+            found.append((out, *torch.autograd.grad(out, [leaf, *layer.parameters()], g)))
+    for actual, expected in zip(*found):
+        same(actual, expected, 1e-9)
 
 
 # --- gradients

@@ -78,15 +78,15 @@ def _blend_slots_kernel(
     b = row // k % batch
     e = row // k // batch
     place = (b * experts + e) * k + row % k
-    taken = tl.load(slots_ptr + place) != 0
+    taken = tl.load(slots_ptr + place).to(tl.int32)
     position = tl.load(indices_ptr + place).to(tl.int64)
     score = tl.load(score_ptr + place).to(DTYPE)
-    taken = taken & (score == score)
+    taken = tl.where(score == score, taken, 0)
     channels = tl.arange(0, BLOCK_D)
     dot = tl.full((), 0.0, DTYPE)
     for start in range(0, dim, BLOCK_D):
         inside = start + channels < dim
-        readable = inside & taken
+        readable = tl.where(inside, taken, 0) > 0
         g = tl.load(g_ptr + (b * n + position) * dim + start + channels, mask=readable, other=0.0).to(DTYPE)
         y = tl.load(y_ptr + row * dim + start + channels, mask=readable, other=0.0).to(DTYPE)
         if AVERAGE:  # what has a slot stands behind the first block

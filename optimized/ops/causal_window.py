@@ -58,13 +58,13 @@ class causal_window:
         return a.qkv.new_empty(batch, n, heads, dim), safe, lse, a.qkv.new_empty(batch, n, heads, dtype=torch.bool)
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        causal, hidden = _causal(a), a.odd[..., None]
-        causal.out = torch.where(hidden, 0, a.out)
+        causal, hidden, zero = _causal(a), a.odd[..., None], a.out.new_zeros(())
+        causal.out = torch.where(hidden, zero, a.out)
         qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
         angles = tables(v, a.triton)
         if a.turned:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
-        return {"qkv": attend_backward(causal, torch.where(hidden, 0, g.out), qk, v, angles)}
+        return {"qkv": attend_backward(causal, torch.where(hidden, zero, g.out), qk, v, angles)}
 
     def flops(a: Any, out: Any) -> int:
         batch, n, _, heads, dim = a.qkv.shape

@@ -142,8 +142,8 @@ EDITS: Edits = {
     },
     "optimized/ops/operator.py": {
         "operator-fake-of-the-gradients-strided": edit(
-            "torch.empty_like(getattr(a, name), memory_format=torch.contiguous_format)",
-            "torch.empty_like(getattr(a, name))",
+            "torch.empty_like(getattr(a, self._of.alike[name]), memory_format=torch.contiguous_format)",
+            "torch.empty_like(getattr(a, self._of.alike[name]))",
             "AMD-AGI/Primus-Turbo#362",
         ),
     },
