@@ -384,7 +384,8 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     elif not half:
         rows, warps = (32, 32) if block_d <= 64 else (16, 16), 8
     else:
-        rows, warps = (64, 64) if block_d <= 128 else (32, 32), 4 if block_d <= 64 else 8
+        wide_keys = role == "keys" and block_d > 64  # two sums of so many channels: as many queries more would spill
+        rows, warps = (32, 32) if block_d > 128 else (32, 64) if wide_keys else (64, 64), 4 if block_d <= 64 else 8
     return {
         "HALF": half,
         "DTYPE": arithmetic(dtype),
@@ -392,5 +393,5 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
         "BLOCK_N": rows[1],
         "BLOCK_D": block_d,
         "num_warps": warps,
-        "num_stages": 1 if role == "keys" else 3 if half else 2,
+        "num_stages": 1 if role == "keys" else 3 if half and block_d <= 64 else 2,
     }
