@@ -67,7 +67,7 @@ EDITS: Edits = {
             "Dao-AILab/flash-attention#1817",
             "transforms",
         ),
-        "operator-needs-shifted": edit("a.needs >> i & 1", "a.needs >> (i + 1) & 1", "pytorch/pytorch#188302"),
+        "operator-needs-shifted": edit("bool(bits >> i & 1)", "bool(bits >> (i + 1) & 1)", "pytorch/pytorch#188302"),
         "operator-same-randomness-draws-anew": edit(
             "enabled=bool(same) and i + 1 < info.batch_size", "enabled=False", "transforms"
         ),

@@ -14,14 +14,16 @@ EDITS: Edits = {
         ),
     },
     "optimized/mixture.py": {
-        "slots-of-the-other-side": edit("            kv.k,\n", "            q.k,\n", "configuration"),
+        "slots-of-the-other-side": edit(
+            "return call.queries.k, call.keys_values.k,", "return call.queries.k, call.queries.k,", "configuration"
+        ),
         "dropout-where-the-whole-layer-trains": edit(
-            "dropout=self.dropout if self.attn.training else 0.0",
-            "dropout=self.dropout if self.attn.training and self.training else 0.0",
+            "dropout=self.dropout if attn.training else 0.0",
+            "dropout=self.dropout if attn.training and self.training else 0.0",
             "dropout",
         ),
         "explained-with-dropout-in-eval": edit(
-            "dropout=self.dropout if self.attn.training else 0.0",
+            "dropout=self.dropout if attn.training else 0.0",
             "dropout=self.dropout",
             "choice of backend",
         ),
@@ -61,8 +63,8 @@ EDITS: Edits = {
         "rotary-last-rows": edit("return rotary_emb[:n]", "return rotary_emb[rotary_emb.shape[0] - n :]", "validation"),
         "parameters-of-submodules-unseen": edit('waiting.append((f"{prefix}{name}.", child))', "pass", "validation"),
         "parameters-of-those-that-cast": edit(
-            "child is not None and type(child) in classes and takes_as_given(child, type(child))",
-            "child is not None and type(child) in classes",
+            'if not (state["_forward_pre_hooks"] or "forward" in state):',
+            'if not ("forward" in state):',
             "validation",
         ),
         "rotary-gradient-ignored": edit(
@@ -120,13 +122,15 @@ EDITS: Edits = {
             '    "_backward_pre_hooks": "a backward pre-hook",\n', "", "choice of backend"
         ),
         "plain-replaced-forward-overlooked": edit(
-            '    if "forward" in state:\n        return "has a replaced forward"\n', "", "choice of backend"
+            '        if "forward" in state:\n            return module_name, "has a replaced forward"\n',
+            "",
+            "choice of backend",
         ),
         "plain-parametrization-overlooked": edit(
             "if type(module) is not cls:", "if not isinstance(module, cls):", "choice of backend"
         ),
         "plain-global-hooks-overlooked": edit(
-            '    if hooked:\n        return "meets a hook of all modules"\n',
+            '        if hooked:\n            return module_name, "meets a hook of all modules"\n',
             "",
             "choice of backend",
         ),
@@ -134,7 +138,9 @@ EDITS: Edits = {
             "type(parameter) not in _ORDINARY", "not isinstance(parameter, _ORDINARY)", "choice of backend"
         ),
         "plain-bias-overlooked": edit(
-            '        if name == "bias" and not bias:\n            return "has a bias"\n', "", "choice of backend"
+            '            if name == "bias" and not bias:\n                return module_name, "has a bias"\n',
+            "",
+            "choice of backend",
         ),
     },
 }
