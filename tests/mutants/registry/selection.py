@@ -69,17 +69,9 @@ EDITS: Edits = {
             "return least, tl.where(",
             "ties and signed zeros",
         ),
-        "long-select-one-equal-too-few": edit(
-            "tl.where(all_in, 0, room - larger)",
-            "tl.where(all_in, 0, room - larger - 1)",
-            "vllm-project/vllm-xpu-kernels#453",
-        ),
         "long-select-chunk-before-forgotten": edit("each < chunk, table", "each < chunk - 1, table", "tail mask"),
         "long-select-keys-that-begin-otherwise": edit(
             ">> (shift + DIGIT).to(key_type)) == 0", ">> shift.to(key_type)) == 0", "ties and signed zeros"
-        ),
-        "long-select-k-of-the-last-group": edit(
-            "room = tl.where(row % experts < group, k_0, k_1)", "room = k_1", "BobMcDear/attorch#14"
         ),
         "long-select-masked-are-all-in": edit(
             "(least != 0) & (least != 1)", "(least != 0)", "masked rows and sentinels"
@@ -88,9 +80,6 @@ EDITS: Edits = {
             "            before += more\n    tl.store(before_ptr",
             "            before = more\n    tl.store(before_ptr",
             "stale saved tensor",
-        ),
-        "long-select-counts-of-the-last-block": edit(
-            "counts += tl.histogram(", "counts = tl.histogram(", "lucidrains/CoLT5-attention#8", "tail mask"
         ),
         "long-select-poison-of-the-last-block": edit(
             "poisoned = tl.maximum(poisoned, tl.max((key == lowest + 2).to(tl.int32)))",
