@@ -118,7 +118,7 @@ class Operator:
             schema=f"{arguments} -> {unnamed if single else f'({unnamed})'}",
             tags=(torch.Tag.nondeterministic_seeded,) if draws else (),
         )
-        self.op.register_fake(lambda *args: body.fake(self._bind(args)))
+        self.op.register_fake(lambda *args: _apart(body.fake(self._bind(args))))
         self.backward: Operator | None = None
         if self.wrt:
             self.backward = self._make_backward(types)
