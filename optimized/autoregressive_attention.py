@@ -67,7 +67,7 @@ class MemoryAttention(RoutedAttention):
                 allow_flash=self.flash_attn, allow_triton=self.use_triton,
             )  # fmt: skip
             plan = bind(kind)
-        null_kv = self.null_kv  # read once: a parametrization computes it
+        null_kv: Tensor = self.null_kv  # read once: a parametrization computes it
         contract.ordinary("null_kv", null_kv)
         angles = None if rotary_emb is None else _angles(rotary_emb, plan)
         q = self._queries(x, asked, plan)
@@ -199,6 +199,7 @@ def attend_gathered(
 ) -> Float[Tensor, "E B Q H d"]:
     """By a library, of rows that are gathered block by block: a block is a row of its own to it."""
     columns, counts = asked.columns, asked.counts
+    assert columns is not None
     experts, batch, _, _, heads, dim = kv.shape
     blocks, slots = columns.shape[2:]
     odd = odd_rows(kv.detach()).any(3)  # (E, B, S, H)

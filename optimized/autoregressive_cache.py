@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ class Cache(values.Cache):
 
     def static(self) -> StaticCache:
         """Its tensors in buffers of their own, without gradient."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StaticCache(**{name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in own.items()})
+        return StaticCache(**_copies(self))
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,7 @@ class StaticCache(Cache):
 
     def value(self) -> Cache:
         """What it holds now, of which later steps change nothing."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Cache(**{name: t.clone() if isinstance(t, Tensor) else t for name, t in own.items()})
+        return Cache(**_copies(self))
 
     def put(self, other: values.Cache) -> None:
         """Another cache of the same shape, into these buffers."""
@@ -67,6 +66,12 @@ class StaticCache(Cache):
 
     def advance(self) -> None:
         self.length.add_(1)
+
+
+def _copies(cache: values.Cache) -> dict[str, Any]:
+    """Its fields, tensors without gradient and in memory of their own."""
+    own = {f.name: getattr(cache, f.name) for f in fields(cache)}
+    return {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in own.items()}
 
 
 def take(t: Tensor, rows: Tensor) -> Tensor:

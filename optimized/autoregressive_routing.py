@@ -192,7 +192,8 @@ def remember(places: Places, past: Cache | None, c: AutoregressiveConfig, plan: 
     if past is not None:
         prior = c.num_routed_key_values
         logits = torch.cat((past.logits.detach(), logits), -1)
-        there = torch.cat((past.positions[:, 0] >= 0, there), -1)  # type: ignore[list-item]
+        assert there is not None
+        there = torch.cat((past.positions[:, 0] >= 0, there), -1)
     given = c.num_routed_key_values, c.routed_window_size, prior
     columns, counts = ops.memory(logits.contiguous(), there, *given, plan.routing)
     poisoned = None

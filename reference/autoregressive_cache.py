@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
@@ -103,7 +103,8 @@ class Cache:
         return replace(self, length=self.length - n)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, **{name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)})
+        changed: dict[str, Any] = {name: change(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
 
     def sizes(self) -> tuple[int, ...]:
         """(D, W, w, E, K, H, d, h)."""
