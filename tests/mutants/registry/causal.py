@@ -12,13 +12,13 @@ EDITS: Edits = {
         "ranks-columns-counted-from-the-lists": edit(
             "columns = start + offsets - listed", "columns = start + offsets", "32-bit index"
         ),
-        "ranks-last-bits-undecided": edit(
-            "while (shift >= 0) & (found != k):", "while (shift >= 2) & (found != k):", "ties and signed zeros"
+        "ranks-search-begins-above-zero": edit(
+            "least = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)",
+            "least = (tl.full((), 1, key_type) << (BITS - 2)).to(key_type)",
+            "ties and signed zeros",
         ),
-        "ranks-first-block-counts-for-all": edit(
-            "more_1, more_2, more_3 = _count(more, first, second, third)",
-            "more_1, more_2, more_3 = _count(key, first, second, third)",
-            "pytorch/pytorch#153799",
+        "ranks-first-block-counted-twice": edit(
+            "for begin in range(BLOCK, size, BLOCK):", "for begin in range(0, size, BLOCK):", "pytorch/pytorch#153799"
         ),
     },
     "optimized/kernels/candidates.py": {
@@ -35,7 +35,7 @@ EDITS: Edits = {
         ),
         "candidates-nan-counts-for-a-threshold": edit("number = lowest + 3", "number = lowest + 2", "NaN order"),
         "candidates-beyond-capacity-have-a-slot": edit(
-            "taken = candidate & (slot < capacity)", "taken = candidate & (slot <= capacity)", "tail mask"
+            "tl.where(taken, j * capacity + slot, -1)", "tl.where(candidate, j * capacity + slot, -1)", "tail mask"
         ),
         "candidates-slots-counted-from-the-row": edit(
             "tl.where(taken, j * capacity + slot, -1)", "tl.where(taken, slot, -1)", "expert mix-up"
@@ -58,10 +58,8 @@ EDITS: Edits = {
         "memory-knows-its-own-block": edit(
             "end = prior + target * width\n", "end = prior + (target + 1) * width\n", "causality"
         ),
-        "memory-earlier-of-equals": edit(
-            "(seen_equal + tl.cumsum(equal) > too_many)",
-            "(seen_equal + tl.cumsum(equal) <= tl.sum(equal) - too_many)",
-            "pytorch/pytorch#150012",
+        "memory-no-equal-is-in": edit(
+            "too_many = found - count", "too_many = found - 0 * count", "pytorch/pytorch#150012"
         ),
         "memory-nan-is-no-token": edit("token = lowest + 2", "token = lowest + 3", "NaN order"),
         "memory-masked-are-tokens": edit("token = lowest + 2", "token = lowest + 1", "masked tokens leak"),
@@ -183,11 +181,6 @@ EDITS: Edits = {
         ),
         "memory-attention-experts-exchanged-with-items": edit(
             "row % batch * experts + row // batch", "row", "expert mix-up"
-        ),
-        "memory-attention-empty-queries-of-the-tile": edit(
-            'lse = tl.load(lse_ptr + place + i, mask=i < filled, other=float("inf"))',
-            "lse = tl.load(lse_ptr + place + i, mask=i < filled, other=0.0)",
-            "tail mask",
         ),
     },
     "optimized/ops/candidates.py": {
