@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import sys
 import time
@@ -81,6 +82,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.only is not None and not config.option.mutants:
         raise pytest.UsageError(f"--only: expected with --mutants, got {config.option.only!r} without it")
     harness.DEVICE = torch.device(config.option.device)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from optimized.prove import lookups
+
+        lookups.look_up_once()
     if (os.environ.get("TRITON_INTERPRET") == "1") != (config.option.device == "cpu"):
         raise pytest.UsageError("--device: expected on the command line, where it decides whether Triton interprets")
     if not _asks_for("speed", config):

@@ -182,3 +182,26 @@ def test_sizes_of_blocks(n: int) -> None:
 
     assert next_power_of_2(n) == triton.next_power_of_2(n)
     assert cdiv(n, 16) == triton.cdiv(n, 16)
+
+
+@pytest.mark.cpu
+def test_the_interpreter_replaces_what_it_would() -> None:
+    """Within a launch no builtin is left in the namespaces, and afterwards all are as they were."""
+    import inspect
+
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from optimized.kernels.capped_simplex import _exact_kernel
+
+    def builtins() -> list[tuple[str, object]]:
+        members = [found for namespace in (tl, tl.tensor, tl.math) for found in inspect.getmembers(namespace)]
+        return [(name, member) for name, member in members if tl.core.is_builtin(member)]
+
+    before = builtins()
+    scope = interpreter._patch_lang(_exact_kernel.fn)
+    left = builtins()
+    scope.restore()
+    assert len(before) > 100
+    assert left == []
+    assert builtins() == before

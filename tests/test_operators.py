@@ -916,7 +916,7 @@ def test_compiled_functions_equal_eager(name: str, device: torch.device) -> None
         check_identical(actual[1][leaf], gradient, leaf)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # by day the machine code of both directions, for any length: programs/test_dynamic_lengths.py
 @pytest.mark.usefixtures("fresh_compiler")
 def test_inductor(device: torch.device) -> None:
     """One graph, compiled to machine code: it sums in another order, so it gets the comparator's budget."""

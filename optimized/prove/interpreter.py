@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -57,6 +58,10 @@ def _run_in_child(setup: Setup) -> tuple[list[Compared] | str, str | None]:
 
 def interpret() -> None:
     """The child's side: a setup from standard input, the rows to standard output."""
+    if importlib.util.find_spec("triton"):
+        from optimized.prove import lookups
+
+        lookups.look_up_once()
     setup = Setup(**torch.load(io.BytesIO(sys.stdin.buffer.read())), device=torch.device("cpu"))
     why_not = obstacle("routing", "triton_interpreted", Request(setup.device, torch.float64))
     print(json.dumps(why_not or compare_kernels(setup)))
