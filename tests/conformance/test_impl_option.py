@@ -395,7 +395,7 @@ def test_any_causal_layer_can_be_checked() -> None:
     *_, window = blocks(ROOT / "docs" / "check-your-own.md")
     made: dict[str, Any] = {"__name__": "documentation"}
     exec(window, made)
-    assert f"So are {len(NEEDS_NO_FEATURE) - 1} more" in (ROOT / "docs" / "check-your-own.md").read_text()
+    assert f"{len(NEEDS_NO_FEATURE) - 1} others ask no more" in (ROOT / "docs" / "check-your-own.md").read_text()
 
     class Silent(made["Window"]):
         features = None

@@ -167,6 +167,8 @@ def the_threshold_is_of_the_sequence(*given: Any) -> tuple[Tensor, Tensor]:
         WHOLE,
         "experts_remember_tokens_of_their_own",
         "the_exact_solver_scores_what_is_picked",
+        "the_later_of_two_equal_logits_is_remembered",
+        "a_cache_is_a_value",
     ),
 ).instead_of("remember")
 def the_best_of_the_sequence_are_remembered(*given: Any) -> Memory:
@@ -267,7 +269,8 @@ def empty_sequences_raise(given: Given, layer: Any) -> None:
     also=("every_parameter_has_a_gradient", "a_prefix_has_the_output_of_the_whole"),
 ).arguments
 def less_than_a_block_raises(given: Given, layer: Any) -> None:
-    if 0 < given["x"].shape[1] < layer.config.routed_window_size and not given.get("use_cache"):
+    short = given["x"].shape[1] in range(1, layer.config.routed_window_size)
+    if short and not given.get("use_cache"):
         raise RuntimeError("expected at least a block of tokens")
 
 
@@ -292,7 +295,8 @@ def less_than_a_block_raises(given: Given, layer: Any) -> None:
 ).arguments
 def whole_blocks_of_queries_raise(given: Given, layer: Any) -> None:
     """As in mixture-of-attention 0.0.25, where there are several blocks."""
-    if layer.config.everybody and given["x"].shape[1] > 2 * layer.config.routed_window_size:
+    several = given["x"].shape[1] > 2 * layer.config.routed_window_size
+    if layer.config.everybody and several:
         raise RuntimeError("sizes of tensors must match except in dimension 1")
 
 
@@ -323,7 +327,7 @@ def nothing_routed_is_no_gradient(layer: Layer, arguments: Arguments) -> None:
         WHOLE,
         "an_item_without_valid_tokens_is_zero",
         "decoding_in_any_pieces_is_the_whole",
-        "a_cache_can_be_reordered",
+        *GOING_ON,
     ),
 ).instead_of("remember")
 def items_remember_for_one_another(*given: Any) -> Memory:
@@ -476,7 +480,13 @@ def ranks_of(laid: Laid, past: Cache, memory: Memory) -> Tensor:
 @breaks(
     "an_expert_remembers_the_k_best_tokens",
     why="window",
-    also=(WHOLE, "experts_remember_tokens_of_their_own", "the_exact_solver_scores_what_is_picked"),
+    also=(
+        *IN_PIECES,
+        *GOING_ON,
+        WHOLE,
+        "experts_remember_tokens_of_their_own",
+        "the_exact_solver_scores_what_is_picked",
+    ),
 ).instead_of("remember")
 def the_worst_is_forgotten_a_token_early(laid: Laid, past: Cache, c: AutoregressiveConfig) -> Memory:
     """K - 1 are left."""
@@ -494,7 +504,9 @@ def the_earlier_of_two_is_remembered(laid: Laid, past: Cache, c: AutoregressiveC
 
 
 @breaks(
-    "experts_remember_tokens_of_their_own", why="mixture-of-attention 0.0.25 (3)", also=(*GOING_ON, *IN_PIECES, WHOLE)
+    "experts_remember_tokens_of_their_own",
+    why="mixture-of-attention 0.0.25 (3)",
+    also=("a_cache_can_be_cropped", *IN_PIECES, WHOLE),
 ).instead_of("remember")
 def experts_remember_for_one_another(*given: Any) -> Memory:
     return Memory(*(t.roll(1, 1) for t in remember(*given)))
