@@ -63,7 +63,7 @@ class MemoryAttention(RoutedAttention):
         if plan is None:
             stages = ("dispatch", "routed_attention")
             kind = Kind(
-                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self._probability(),
+                x.device, x.dtype, stages, self.dim_head, masked=True, dropout=self.probability(),
                 allow_flash=self.flash_attn, allow_triton=self.use_triton,
             )  # fmt: skip
             plan = bind(kind)
@@ -73,7 +73,7 @@ class MemoryAttention(RoutedAttention):
         q = self._queries(x, asked, plan)
         if angles is not None:
             q = _rotated(q, angles, asked.positions(asked.places).flatten(2).transpose(0, 1), plan)
-        dropout, kv = self._probability(), None
+        dropout, kv = self.probability(), None
         null_kv = null_kv.to(plan.dtype)
         old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
         if asked.columns is None:

@@ -781,19 +781,53 @@ def combine(x: Inputs, s: Sizes, *, local: bool, null: bool, masked: bool, avera
     yield {name: x.truth(*t, counts.get(name, s.experts), stored.get(name)) for name, t in found.items()}
 
 
+@case("channels")
+def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
+    """Without `begins` the first tokens stand in the first block, where nobody has a slot."""
+    from optimized.kernels import blend as kernel
+
+    p, width = _tokens(x, s), 2
+    (indices, slots, inverse), y = p.routing[0], p.gradients[0]
+    later = (torch.arange(s.n, device=x.device) >= (0 if begins else width)).expand(s.batch, -1)
+    if not begins:
+        slots, inverse = slots & (indices >= width), torch.where(later[:, None], inverse, -1)
+    begin = torch.full((s.batch,), width, device=x.device) if begins else None
+    scores = x.normal(s.batch, s.experts, indices.shape[-1], seed=11, wide=True)
+    beside, nobody = x.normal(s.batch, s.n, s.dim, seed=12), x.weight(s.experts, s.dim, seed=13)
+    out = kernel.blend(y, scores, inverse, beside, nobody, begin, width, average, x.weights)
+    g = x.lay(x.weight(s.batch, s.n, s.dim, seed=14))
+    grads = (
+        *kernel.blend_slots_backward(g, y, scores, indices, slots, average),
+        *kernel.blend_tokens_backward(g, inverse, beside, nobody, begin, width, average),
+    )
+    names = ("out", "dy", "dscores", "dlocal", "dnull")
+    yield dict(zip(names, (out, *grads)))
+
+    def form(y: Tensor, scores: Tensor, beside: Tensor, nobody: Tensor) -> Tensor:
+        terms = collected(y * scores.transpose(0, 1)[..., None], inverse)
+        terms = terms + torch.where((inverse < 0)[..., None], nobody[None, :, None], 0).sum(1)
+        total = beside + torch.where(later[..., None], terms, 0)
+        return torch.where(later[..., None], total / (s.experts + 1), total) if average else total
+
+    counts = {"dscores": s.dim, "dnull": s.batch * s.n}
+    stored = {"out": x.weights, "dscores": x.wide, "dnull": x.weights}
+    found = zip(names, sums(form, [y, scores, beside, nobody], g))
+    yield {name: x.truth(*t, counts.get(name, s.experts + 1), stored.get(name)) for name, t in found}
+
+
 @case("rows")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
     """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time."""
-    from optimized.kernels.partial_sums import Sum, add_up
+    from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, 5, 7, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
     outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
-    first, second = (Sum(out, groups, count) for out, count in zip(outs, counts))
+    first, second = (kernel.Sum(out, groups, count) for out, count in zip(outs, counts))
     second = second._replace(first=groups * s.n * stride)
-    add_up(partial, width, stride, first, second)
-    add_up(partial, width, stride, second._replace(out=outs[2]))
+    kernel.add_up(partial, width, stride, first, second)
+    kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
     yield dict(zip(("first", "second", "alone"), outs))
     terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
     truths = [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]
@@ -899,6 +933,42 @@ def _turned(t: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> Tensor:
         first, second = other.chunk(2, -1)
         return t * cos + torch.cat((second, -first), -1)
     return t * cos + torch.cat((-second, first), -1) * sin
+
+
+@case("heads")
+def finite(x: Inputs, s: Sizes, *, turned: bool) -> Yielded:
+    """Some heads of some tokens with a number that is none, or infinite, or too large."""
+    from optimized.kernels import finite as kernel
+
+    if s.dim_head % 2:  # has no halves
+        yield {}
+        yield {}
+        return
+    qkv = x.packed(s.batch, s.length, 3 * s.heads, s.dim_head, seed=20).unflatten(2, (3, s.heads)).clone()
+    largest = size_of(qkv)
+    for i, bad in enumerate((float("inf"), 200.0, float("nan"))):  # of a query, a key, a value
+        qkv[i % s.batch, i * (s.length - 1) // 2, i, i % s.heads, i % s.dim_head] = bad
+    angles = 10 * draw((s.length, s.dim_head), "normal", 28)
+    cos, sin = (x.here(table, wide=True) for table in (angles.cos(), angles.sin()))
+    safe, *odd = kernel.finite_heads(x.lay(qkv), (cos, sin) if turned else None, 100.0)
+    spoilt = x.normal(s.batch, s.length, s.heads, s.dim_head, seed=21).contiguous()
+    expected = spoilt.double().masked_fill(odd[0][..., None], 7.0)
+    kernel.spoil(spoilt, odd[0])
+    yield {
+        "safe": safe,
+        "odd": torch.stack(odd).to(x.dtype),
+        "spoilt": torch.where(spoilt.isnan(), 7.0, spoilt),
+    }
+    q, k, v = qkv.double().unbind(2)
+    if turned:
+        tables = [table.double()[:, None] for table in (cos, sin)]
+        q, k = (_turned(t, *tables, False) for t in (q, k))
+    odd_q, odd_kv = (q.abs() > 100) | q.isnan(), (k.abs() > 100) | k.isnan() | (v.abs() > 100) | v.isnan()
+    odd_q, odd_kv = odd_q.any(-1), odd_kv.any(-1)
+    made = torch.stack((q, k, v), 2)
+    hidden = torch.stack((odd_q, odd_kv, odd_kv), 2)[..., None]
+    truths = {"safe": x.truth(made.masked_fill(hidden, 0), 2 * largest * (~hidden).double().expand_as(made), 0)}
+    yield {**truths, "odd": Truth(torch.stack((odd_q, odd_kv)).double()), "spoilt": Truth(expected)}
 
 
 @case("heads")

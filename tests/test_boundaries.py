@@ -71,9 +71,9 @@ class Axis(NamedTuple):
 # Of long rows, in small blocks: test_rows.py.
 ROWS = ("selection", "coordinate_descent", "capped_simplex", "memory", "candidates", "memory_places")
 SLOTS = ("gather_norm", "combine")
-CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm")
-TOKENS = (*SLOTS, "layer_norm")
-HEADS = ("null_slot", "rotary", "value_score", "window", "memory_attention")
+CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend")
+TOKENS = (*SLOTS, "layer_norm", "blend")
+HEADS = ("null_slot", "rotary", "value_score", "window", "memory_attention", "finite")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
     "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 66000),
@@ -89,6 +89,10 @@ AXES = {
     "experts": Axis("channels", CHANNELS, lambda count: FEW._replace(experts=count, n=30, ks=(1, 1)), 70, 70),
 }
 CROSSED = {  # constant: the axis along which something of ours changes there
+    "blend.CHUNK": "tokens",
+    "blend.EXPERTS": "experts",
+    "blend.ROWS": "tokens",
+    "finite.NUMBERS": "head_channels",
     "combine.CHUNK": "tokens",
     "combine.ROWS": "tokens",
     "coordinate_descent.ALONE": "rows",

@@ -219,7 +219,7 @@ def test_a_compiled_call_is_that_of_its_choice(default: Callable[..., None]) -> 
     compiled = torch.compile(layer, fullgraph=True, backend=made)
 
     def backend_of_newest() -> str:
-        (node,) = (n for n in made.graphs[-1].graph.nodes if "expert_attention" in str(n.target))
+        (node,) = (n for n in made.graphs[-1].graph.nodes if "moa.mixture" in str(n.target))
         return next(a for a in node.args if isinstance(a, str))
 
     for name in RIVALS:

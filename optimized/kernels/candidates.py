@@ -39,16 +39,16 @@ def _candidates_kernel(
     if j > 0:
         threshold = tl.full((), float("nan"), threshold.dtype)
         before = (j - 1) * width
-        key, _ = elements(s_ptr, mask_ptr, indices_ptr, counts_ptr, lanes, n, 1, 0, before, width, HAS_MASK, False)
+        key, _places = elements(s_ptr, mask_ptr, indices_ptr, counts_ptr, lanes, n, 1, 0, before, width, HAS_MASK, False)
         key_type: tl.constexpr = key.dtype
         lowest = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)
         number = lowest + 3  # no key between NaN's and that of -inf
-        numbers, _, _ = counts_of(
+        numbers, _second, _third = counts_of(
             key, number, number, number, s_ptr, mask_ptr, indices_ptr, counts_ptr, n, 1, 0, before, width,
             HAS_MASK, False, BLOCK, ONE_BLOCK,
         )  # fmt: skip
         if numbers >= kq:
-            least, _ = kth_largest(
+            least, _found = kth_largest(
                 key, kq, s_ptr, mask_ptr, indices_ptr, counts_ptr, n, 1, 0, before, width,
                 BITS, HAS_MASK, False, BLOCK, ONE_BLOCK,
             )  # fmt: skip
@@ -56,7 +56,7 @@ def _candidates_kernel(
             reached = tl.min(tl.where(key >= least, key, top))
             if not ONE_BLOCK:
                 for begin in range(BLOCK, width, BLOCK):
-                    more, _ = elements(
+                    more, _columns = elements(
                         s_ptr, mask_ptr, indices_ptr, counts_ptr, begin + lanes, n, 1, 0, before, width,
                         HAS_MASK, False,
                     )  # fmt: skip

@@ -86,7 +86,7 @@ def finite_heads(qkv: Tensor, tables: tuple[Tensor, Tensor] | None, largest: flo
     if odd_q.numel():
         block = next_power_of_2(dim // 2)
         rows = max(NUMBERS // block, 1)
-        cos, sin = (None, None) if tables is None else tables
+        cos, sin = (None, None) if tables is None else (table.contiguous() for table in tables)
         launch(
             _finite_heads_kernel, (cdiv(odd_q.numel(), rows),),
             qkv.contiguous(), cos, sin, safe, odd_q.view(torch.int8), odd_kv.view(torch.int8),
