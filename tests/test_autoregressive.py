@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from harness import BOTH, EVERY_KERNEL, counted, stages_by
+from harness import BOTH, EVERY_KERNEL, counted
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import generator
@@ -514,15 +514,14 @@ def test_a_step_is_told_what_it_needs(device: torch.device) -> None:
         layer.step(x[:, :2], cache.static())
 
 
-@pytest.mark.parametrize("attention", ["math", None])
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 @given(case=cases(("sigmoid",)))
 @counted
-def test_keys_are_gathered_or_looked_up(attention: str | None, case: Case, device: torch.device) -> None:
-    """By a library that was chosen, or by a kernel of ours: values and gradients."""
-    stages = stages_by("triton") | ({} if attention is None else {"routed_attention": attention})
+def test_a_library_attends_where_it_was_chosen(kernels: str, case: Case, device: torch.device) -> None:
+    """Over gathered rows, though our kernels move the tokens: values and gradients."""
     layers, (x, given) = [case.layer(package, device) for package in (reference, optimized)], case.call(device)
     g, found = case.normal(*x.shape, seed=4, device=device), []
-    with optimized.use_backends(**stages):
+    with optimized.use_backends(routed_attention="math"):
         for layer in layers:
             leaf = x.clone().requires_grad_()
             out = layer(leaf, **given)
