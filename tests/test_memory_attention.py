@@ -122,7 +122,7 @@ ODD = {
     "a query": lambda p: p.q[0, 0, 2, 0, 1, 0].fill_(math.nan),
     "an infinite query": lambda p: p.q[1, 0, 3, 0, 0, 1].fill_(-math.inf),
     "a key": lambda p: p.kv[0, 0, 1, 0, 1, 2].fill_(math.nan),
-    "a key of logits -inf": lambda p: p.kv[:, :, 3, 0].fill_(-math.inf),
+    "a key of logits -inf": lambda p: (p.q[..., 0].abs_(), p.kv[:, :, 3, 0, :, 0].fill_(-math.inf)),
     "a value": lambda p: p.kv[0, 0, 2, 1, 0, 3].fill_(math.inf),
     "a score": lambda p: p.scores[0, 1, 3:5].fill_(math.nan),
     "a null key": lambda p: p.null_kv[0, 1, 0, 0, 1].fill_(math.inf),

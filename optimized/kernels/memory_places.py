@@ -27,10 +27,14 @@ LANES = 1024  # columns looked up at a time
 
 @triton.jit(do_not_specialize=["n", "k", "blocks"])
 def _last_kernel(indices_ptr, counts_ptr, last_ptr, n, k, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program: row, block, chunk of its list. last (rows, n): of columns that are ever listed."""
-    place = tl.program_id(0).to(tl.int64)
+    """Program: row, block, chunk of its list. last (rows, n): of columns that are ever listed.
+
+    From the last block on: the interpreter runs programs in order, and later ones would mend what is missed.
+    """
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    j = blocks - 1 - tl.program_id(0) % blocks
+    place = row * blocks + j
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = (place % blocks).to(tl.int32)
     there = at < tl.load(counts_ptr + place)
     columns = tl.load(indices_ptr + place * k + at, mask=there, other=0)
     more = tl.full((BLOCK,), 0, tl.int32)
@@ -45,7 +49,7 @@ def _last_kernel(indices_ptr, counts_ptr, last_ptr, n, k, blocks, STEPS: tl.cons
         low = tl.where(lesser & (low < high), middle + 1, low)
         high = tl.where(lesser, high, middle)
     found = tl.load(next_ptr + low, mask=there & (low < more), other=-1) == columns
-    tl.store(last_ptr + place // blocks * n + columns, j, mask=there & (found == 0))
+    tl.store(last_ptr + row * n + columns, j, mask=there & (found == 0))
 
 
 @triton.jit(do_not_specialize=["n", "k", "blocks"])

@@ -12,10 +12,8 @@ EDITS: Edits = {
         "ranks-columns-counted-from-the-lists": edit(
             "columns = start + offsets - listed", "columns = start + offsets", "32-bit index"
         ),
-        "ranks-search-begins-above-zero": edit(
-            "least = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)",
-            "least = (tl.full((), 1, key_type) << (BITS - 2)).to(key_type)",
-            "ties and signed zeros",
+        "ranks-digit-decided-by-one": edit(
+            "least = tl.where(count_3 >= k, third", "least = tl.where(count_3 > 0, third", "ties and signed zeros"
         ),
         "ranks-first-block-counted-twice": edit(
             "for begin in range(BLOCK, size, BLOCK):", "for begin in range(0, size, BLOCK):", "pytorch/pytorch#153799"
@@ -94,12 +92,7 @@ EDITS: Edits = {
             "at = tl.cumsum(free.to(tl.int32)) - 1",
             "stale saved tensor",
         ),
-        "places-columns-of-row-0": edit(
-            "last_ptr + place // blocks * n + columns, j", "last_ptr + columns, j", "batch mix-up"
-        ),
-        "places-dropped-ones-stay": edit(
-            "held = tl.where(free, columns, held)", "held = tl.where(taken, columns, held)", "stale saved tensor"
-        ),
+        "places-columns-of-row-0": edit("last_ptr + row * n + columns, j", "last_ptr + columns, j", "batch mix-up"),
     },
     "optimized/kernels/memory_attention.py": {
         "memory-attention-logit-of-minus-infinity-unseen": edit(
