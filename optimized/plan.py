@@ -140,8 +140,14 @@ def choose(stage: str, request: Request, chosen: Choices | None = None) -> Backe
     """
     name = (choices() if chosen is None else chosen).of(stage)
     if name is None:
-        capable = [b for b in REGISTRY[stage] if b.obstacle(request) is None]
-        return next((b for b in capable if b.reservation(request) is None), capable[0])
+        first = None
+        for backend in REGISTRY[stage]:  # no further than need be: to probe some imports them
+            if backend.obstacle(request) is None:
+                if backend.reservation(request) is None:
+                    return backend
+                first = first or backend
+        assert first is not None  # the last resort of each stage has no reservation
+        return first
     backend = _by_name(stage, name)
     reason = backend.obstacle(request)
     if reason is not None:

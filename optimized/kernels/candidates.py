@@ -39,7 +39,9 @@ def _candidates_kernel(
     if j > 0:
         threshold = tl.full((), float("nan"), threshold.dtype)
         before = (j - 1) * width
-        key, _places = elements(s_ptr, mask_ptr, indices_ptr, counts_ptr, lanes, n, 1, 0, before, width, HAS_MASK, False)
+        key, _places = elements(
+            s_ptr, mask_ptr, indices_ptr, counts_ptr, lanes, n, 1, 0, before, width, HAS_MASK, False
+        )
         key_type: tl.constexpr = key.dtype
         lowest = (tl.full((), 1, key_type) << (BITS - 1)).to(key_type)
         number = lowest + 3  # no key between NaN's and that of -inf
