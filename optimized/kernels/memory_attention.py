@@ -262,8 +262,9 @@ def _memory_keys_kernel(
     held = tl.full((BLOCK_N,), -1, tl.int32)
     dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
     u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    for j in range(blocks):
-        columns = tl.load(places_ptr + at, mask=at < k, other=-1)
+    # Once more than there are blocks: what is held to the end is written by the same instructions as what is not.
+    for j in range(blocks + 1):
+        columns = tl.load(places_ptr + at, mask=(at < k) & (j < blocks), other=-1)
         places_ptr += k
         changed = columns != held
         if tl.max(changed.to(tl.int32)) > 0:
@@ -272,7 +273,7 @@ def _memory_keys_kernel(
             dk = tl.where(changed[:, None], 0.0, dk)
             u = tl.where(changed[:, None], 0.0, u)
             held = columns
-        filled = tl.minimum(tl.load(q_counts_ptr + j), slots)
+        filled = tl.minimum(tl.load(q_counts_ptr + j, mask=j < blocks, other=0), slots)
         there = held >= 0
         keys = _tile(kv_ptr, held, 2 * stride, there, dim, BLOCK_D)
         values = _tile(kv_ptr + stride, held, 2 * stride, there, dim, BLOCK_D)
@@ -299,7 +300,6 @@ def _memory_keys_kernel(
             ds = tl.where(pairs, p * (dp - delta[None, :]) * scale, 0.0)
             u = _product(_rounded(weighted, dout_ptr), dout, u, HALF, DTYPE)
             dk = _product(_rounded(ds, q_ptr), q, dk, HALF, DTYPE)
-    _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, held >= 0, dk, u, stride, dim, DTYPE, BLOCK_D)
 
 
 class Memories(NamedTuple):

@@ -121,17 +121,17 @@ def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_run_on_a_causal_layer_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing of itself. Its report names the cut, and its snippet raises."""
     source = "from tests.noise.layers import SequenceTopK as Layer\n"
-    (tmp_path / "theirs.py").write_text(source)
+    (tmp_path / "leaking.py").write_text(source)
     written = tmp_path / "report.md"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    options = ["--impl", "theirs:Layer", "--causal", "--impl-report", str(written), "-k", "later_one or items_and"]
+    options = ["--impl", "leaking:Layer", "--causal", "--impl-report", str(written), "-k", "later_one or items_and"]
     done = run("tests/conformance", *options, "--max-examples", "20")
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"its {len(SETS[True].properties)} properties and no other tests are selected" in done.stdout
-    assert "conformance of theirs:Layer: 1 hold, 1 fail, 1 not offered" in done.stdout
+    assert "conformance of leaking:Layer: 1 hold, 1 fail, 1 not offered" in done.stdout
     assert re.search(r"=+ 1 failed, 1 passed, 1 skipped\b", done.stdout)
     text = written.read_text()
-    assert "pytest --impl theirs:Layer --causal --impl-report FILE" in text
+    assert "pytest --impl leaking:Layer --causal --impl-report FILE" in text
     cut = int(re.search(r"Smallest example: B=1 N=\d+ .* w=\d W=\d .*cut=(\d+)", text)[1])
     [snippet] = blocks(written)
     assert f"    cut={cut},\n" in snippet

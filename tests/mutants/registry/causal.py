@@ -150,8 +150,8 @@ EDITS: Edits = {
             "done = changed & (held >= 0)", "done = changed & (held < 0)", "missing gradient"
         ),
         "memory-attention-last-places-unwritten": edit(
-            "dscores_ptr, held, held >= 0, dk, u, stride",
-            "dscores_ptr, held, held > held, dk, u, stride",
+            "for j in range(blocks + 1):",
+            "for j in range(blocks):",
             "missing gradient",
         ),
         "memory-attention-scores-of-unscored-values": edit(
