@@ -264,7 +264,11 @@ def _memory_keys_kernel(
     u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
     # Once more than there are blocks: what is held to the end is written by the same instructions as what is not.
     for j in range(blocks + 1):
-        columns = tl.load(places_ptr + at, mask=(at < k) & (j < blocks), other=-1)
+        columns = tl.full((BLOCK_N,), -1, tl.int32)
+        filled = tl.full((), 0, tl.int32)
+        if j < blocks:
+            columns = tl.load(places_ptr + at, mask=at < k, other=-1)
+            filled = tl.minimum(tl.load(q_counts_ptr + j), slots)
         places_ptr += k
         changed = columns != held
         if tl.max(changed.to(tl.int32)) > 0:
@@ -273,7 +277,6 @@ def _memory_keys_kernel(
             dk = tl.where(changed[:, None], 0.0, dk)
             u = tl.where(changed[:, None], 0.0, u)
             held = columns
-        filled = tl.minimum(tl.load(q_counts_ptr + j, mask=j < blocks, other=0), slots)
         there = held >= 0
         keys = _tile(kv_ptr, held, 2 * stride, there, dim, BLOCK_D)
         values = _tile(kv_ptr + stride, held, 2 * stride, there, dim, BLOCK_D)
