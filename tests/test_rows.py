@@ -166,7 +166,7 @@ def test_long_rows_select_as_any(kernels: str, blocks: int, more: int, unit: int
         mask = None if mask is None else mask.to(device)
         shown = torch.ones(1, n, dtype=torch.bool, device=device) if mask is None else mask
         poisoned = (s.isnan() & shown[:, None]).any(-1, keepdim=True)
-        scores = draw(tuple(s.shape), "normal", 2).to(s)
+        scores = draw(tuple(s.shape), "normal", 2).to(s).mT.contiguous().mT
         for i, (group, k) in enumerate(zip(select_groups(s, mask, ks, scores), ks)):
             row, weight, bad = (t[:, i : i + 1] for t in (s, scores, poisoned))
             made = best(row, shown, k)
