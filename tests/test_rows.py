@@ -220,7 +220,7 @@ def test_long_rows_descend_as_any(
 @pytest.mark.parametrize("at", [0, -1])
 def test_a_nan_of_any_chunk_poisons_a_long_row(kernels: str, at: int, unit: int, device: torch.device) -> None:
     """Its scores, through every step; a row without tokens has zeros and finite iterates."""
-    n = 4 * unit
+    n = 4 * unit + 1  # two blocks to a chunk
     logits, mask = draw((2, 2, n), "normal", 3).float().to(device), torch.ones(2, n, dtype=torch.bool, device=device)
     logits[0, 1, at], mask[1] = math.nan, False
     scores, a, counts = solve("iterative", logits, mask, 5.5, 4)
