@@ -166,7 +166,7 @@ def test_long_rows_select_as_any(kernels: str, blocks: int, more: int, unit: int
         mask = None if mask is None else mask.to(device)
         shown = torch.ones(1, n, dtype=torch.bool, device=device) if mask is None else mask
         poisoned = (s.isnan() & shown[:, None]).any(-1, keepdim=True)
-        scores = draw(tuple(s.shape), "normal", 2).to(s)
+        scores = draw(tuple(s.shape), "normal", 2).to(s).mT.contiguous().mT
         for i, (group, k) in enumerate(zip(select_groups(s, mask, ks, scores), ks)):
             row, weight, bad = (t[:, i : i + 1] for t in (s, scores, poisoned))
             made = best(row, shown, k)
@@ -220,7 +220,7 @@ def test_long_rows_descend_as_any(
 @pytest.mark.parametrize("at", [0, -1])
 def test_a_nan_of_any_chunk_poisons_a_long_row(kernels: str, at: int, unit: int, device: torch.device) -> None:
     """Its scores, through every step; a row without tokens has zeros and finite iterates."""
-    n = 4 * unit
+    n = 4 * unit + 1  # two blocks to a chunk
     logits, mask = draw((2, 2, n), "normal", 3).float().to(device), torch.ones(2, n, dtype=torch.bool, device=device)
     logits[0, 1, at], mask[1] = math.nan, False
     scores, a, counts = solve("iterative", logits, mask, 5.5, 4)
