@@ -31,7 +31,6 @@ EDITS: Edits = {
             "bits = tl.where(least < 0, least ^ top, least).to(key_type)",
             "ties and signed zeros",
         ),
-        "candidates-nan-counts-for-a-threshold": edit("number = lowest + 3", "number = lowest + 2", "NaN order"),
         "candidates-beyond-capacity-have-a-slot": edit(
             "tl.where(taken, j * capacity + slot, -1)", "tl.where(candidate, j * capacity + slot, -1)", "tail mask"
         ),
@@ -147,7 +146,7 @@ EDITS: Edits = {
             "u = tl.where(changed[:, None], 0.0, u)", "u = u", "stale saved tensor"
         ),
         "memory-attention-written-at-the-end-alone": edit(
-            "done = changed & (held >= 0)", "done = changed & (held < 0)", "missing gradient"
+            "done = changed & (held >= 0)", "done = changed & (held > held)", "missing gradient"
         ),
         "memory-attention-last-places-unwritten": edit(
             "for j in range(blocks + 1):",
