@@ -74,10 +74,7 @@ class Math(Adapter):
             # Transposed, since the product of the larger transpose takes half as long again.
             dv[heads] += (dout[tile].mT @ dropped).mT
             dp = dout[tile] @ v[heads].mT
-            if setting.dropout:
-                ds = p.mul_(-delta[tile]).addcmul_(dropped, dp)
-            else:
-                ds = dp.sub_(delta[tile]).mul_(p)
+            ds = p.mul_(-delta[tile]).addcmul_(dropped, dp) if setting.dropout else dp.sub_(delta[tile]).mul_(p)
             dk[heads] += (q[tile].mT @ ds).mT
             dq[tile] = ds @ k[heads]
         dq *= setting.scale
