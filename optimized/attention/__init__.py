@@ -1,8 +1,8 @@
 """Attention libraries behind one interface, `interface.Adapter`: a statement of what each can serve, and raw calls.
 
 One file per library; what it serves is a row of `ADAPTERS`. `calls` runs any of them with padding and in parts,
-`banded` makes a sliding window of those that take a mask. `flex_window` has no raw form: PyTorch compiles it, gradient
-included.
+`banded` makes a sliding window of those that take a mask, `draws` the dropout of what `math` writes out. `flex_window`
+has no raw form: PyTorch compiles it, gradient included.
 """
 
 from __future__ import annotations

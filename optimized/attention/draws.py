@@ -41,8 +41,10 @@ def kept(numbers: Tensor, tile: Tile, queries: int, keys: int, dropout: float, d
     m, a, c = (t[..., tile[2], None] for t in (m, a, c))
     b, n = (t[..., None, :] for t in (b, n))
     x = ((m | 1) * b).add_(a)  # one addcmul, of two that are expanded, would not be vectorized
-    x = torch.addcmul(x >> 16, x, n | 1)
-    x = torch.add(x >> 15, x, alpha=FACTOR)
+    shifted = x >> 16
+    torch.addcmul(shifted, x, n | 1, out=x)
+    torch.bitwise_right_shift(x, 15, out=shifted)
+    torch.add(shifted, x, alpha=FACTOR, out=x)
     x ^= c
     whole, rest = divmod(round((1 - dropout) * 2**32), 2**16)
     # So many of 2^16 are kept. All are not for a dropout below 2^-16, which is taken for it.

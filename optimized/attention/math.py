@@ -68,15 +68,13 @@ class Math(Adapter):
         for tile in _tiles(q.shape, keys, q.device):
             heads = tile[:2]
             p = _logits(q, k, tile, setting.visible).sub_(lse[tile]).exp_()
-            dp = dout[tile] @ v[heads].mT
             dropped = p
             if setting.dropout:
                 dropped = draws.kept(state, tile, length, keys, setting.dropout, p.dtype).mul_(p)
-                ds = (p * -delta[tile]).addcmul_(dropped, dp)
-            else:
-                ds = dp.sub_(delta[tile]).mul_(p)
             # Transposed, since the product of the larger transpose takes half as long again.
             dv[heads] += (dout[tile].mT @ dropped).mT
+            dp = dout[tile] @ v[heads].mT
+            ds = p.mul_(-delta[tile]).addcmul_(dropped, dp) if setting.dropout else dp.sub_(delta[tile]).mul_(p)
             dk[heads] += (q[tile].mT @ ds).mT
             dq[tile] = ds @ k[heads]
         dq *= setting.scale
@@ -86,7 +84,7 @@ class Math(Adapter):
 
 def _wide(t: Tensor, scale: float = 1.0) -> Tensor:
     """(R, H, L, d) of (R, L, H, d) in at least float32, times a scale."""
-    t = t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2)
+    t = t.to(torch.promote_types(t.dtype, torch.float32)).transpose(1, 2).contiguous()
     return t if scale == 1 else t * scale
 
 

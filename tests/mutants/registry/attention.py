@@ -189,7 +189,7 @@ EDITS: Edits = {
             "Dao-AILab/flash-attention#314",
         ),
         "draws-without-a-multiplier": edit("((m | 1) * b).add_(a)", "a + b", "dropout"),
-        "draws-one-round": edit("    x = torch.add(x >> 15, x, alpha=FACTOR)\n", "", "dropout"),
+        "draws-one-round": edit("    torch.add(shifted, x, alpha=FACTOR, out=x)\n", "", "dropout"),
         "draws-threshold-rounded-down": edit("(a & 0xFFFF) + rest", "(a & 0) + rest", "dropout"),
         "draws-threshold-of-other-sign": edit("(whole - 2**15)", "whole", "dropout"),
     },
