@@ -687,6 +687,8 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     handed = (SCALE / lengths).expand(s.batch, -1) if cosine else exact.new_empty(s.batch, 0)
     saved = x.here(made.detach(), wide=True), p.norms, x.here(handed, wide=True)
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
+    halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
+    found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))
     yield found
     rates = p.rates(cosine) * shown[:, None]
     (_, terms), (_, around) = sums(lambda r: torch.einsum("bnd,ed->ben", exact.abs(), r) * rates, [p.r], p.g)
@@ -700,7 +702,8 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     truth = x.truth(dr, around, s.batch * s.n, x.weights)
     # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
     coarse = 2**-11 * around if x.dtype == x.weights == torch.bfloat16 else 0.0
-    yield {**truths, "dr": Truth(dr, truth.slack + coarse)}
+    truth = Truth(dr, truth.slack + coarse)
+    yield {**truths, "dr": truth, "dr of halves": truth}
 
 
 @case("channels")
@@ -815,12 +818,12 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
     yield {name: x.truth(*t, counts.get(name, s.experts + 1), stored.get(name)) for name, t in found}
 
 
-@case("rows")
+@case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
     """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time."""
     from optimized.kernels import partial_sums as kernel
 
-    groups, width, stride, counts = 2, 5, 7, (s.n, s.n // 3 + 70)
+    groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
     outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]

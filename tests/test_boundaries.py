@@ -71,8 +71,8 @@ class Axis(NamedTuple):
 # Of long rows, in small blocks: test_rows.py.
 ROWS = ("selection", "coordinate_descent", "capped_simplex", "memory", "candidates", "memory_places")
 SLOTS = ("gather_norm", "combine")
-CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend")
-TOKENS = (*SLOTS, "layer_norm", "blend")
+CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums")
+TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums")
 HEADS = ("null_slot", "rotary", "value_score", "window", "memory_attention", "finite")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
@@ -116,6 +116,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "long_selection.BLOCK": "rows",
     "null_slot.ROWS": "queries",
     "null_slot.TILE": "head_channels",
+    "partial_sums.COLUMNS": "channels",
+    "partial_sums.ROWS": "tokens",
     "router_logits.CHUNK_N": "router",
     "selection.ALONE": "rows",
     "token_gradient.EXPERTS": "experts",
