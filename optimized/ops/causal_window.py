@@ -99,6 +99,7 @@ def seen_in_window(odd: Tensor, mask: Tensor | None, window: int) -> Tensor:
     """Which tokens see an odd one, (B, N, H)."""
     if mask is not None:
         odd = odd & mask[..., None]
-    count = odd.cumsum(1, dtype=torch.int32)
+    # Along memory: on a GPU a sum across it goes token by token.
+    count = odd.mT.contiguous().cumsum(-1, dtype=torch.int32)
     reach = min(window + 1, odd.shape[1])
-    return count > F.pad(count, (0, 0, reach, 0))[:, : odd.shape[1]]
+    return (count > F.pad(count, (reach, 0))[..., : odd.shape[1]]).mT.contiguous()
