@@ -118,7 +118,7 @@ MEMORY = st.fixed_dictionaries(
         "seed": SEEDS,
     }
 )
-COMMON = {"shape": (1, 2), "seed": 3}
+COMMON = {"shape": (2, 1), "seed": 3}
 
 
 @EVERY_KERNEL
@@ -155,7 +155,7 @@ CANDIDATES = st.fixed_dictionaries(
         "seed": SEEDS,
     }
 )
-SOME = {"shape": (1, 2), "blocks": 3, "seed": 5}
+SOME = {"shape": (2, 1), "blocks": 3, "seed": 5}
 
 
 @EVERY_KERNEL

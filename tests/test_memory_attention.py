@@ -137,7 +137,7 @@ def overflow(p: Problem, size: float) -> None:
     may differ from column to column, would be large.
     """
     p.kv[0, 0, :4, 0] = size
-    p.q[0, 0] = 0
+    p.q[0] = 0
     p.q[0, 0, 1] = 1e200
 
 

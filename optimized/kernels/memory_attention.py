@@ -385,10 +385,10 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
     elif not half:
-        rows, warps = (32, 32) if block_d <= 64 else (16, 16), 8
+        rows, warps = ((16, 32) if role == "keys" else (32, 32)) if block_d <= 64 else (16, 16), 8
     else:
-        wide_keys = role == "keys" and block_d > 64  # two sums of so many channels: as many queries more would spill
-        rows, warps = (32, 32) if block_d > 128 else (32, 64) if wide_keys else (64, 64), 4 if block_d <= 64 else 8
+        # Of wide heads larger tiles spill, some on one GPU and some on another.
+        rows, warps = ((64, 64), 4) if block_d <= 64 else ((32, 32), 8)
     return {
         "HALF": half,
         "DTYPE": arithmetic(dtype),
