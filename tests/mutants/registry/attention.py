@@ -190,8 +190,12 @@ EDITS: Edits = {
             "(t[..., : t[..., tile[2]].shape[-1], None] for t in (m, a, c))",
             "Dao-AILab/flash-attention#314",
         ),
-        "draws-without-a-multiplier": edit("((m | 1) * b).add_(a)", "a + b", "dropout"),
-        "draws-one-round": edit("    torch.add(shifted, x, alpha=FACTOR, out=x)\n", "", "dropout"),
+        "draws-hash-of-sums": edit(
+            "    x = ((m | 1) * b).add_(a)  # one addcmul, of two that are expanded, would not be vectorized\n"
+            "    shifted = x >> 16\n    torch.addcmul(shifted, x, n | 1, out=x)\n",
+            "    x = a + b\n    shifted = x >> 16\n    torch.add(shifted, x, alpha=FACTOR, out=x)\n",
+            "dropout",
+        ),
         "draws-threshold-rounded-down": edit("(a & 0xFFFF) + rest", "(a & 0) + rest", "dropout"),
         "draws-threshold-of-other-sign": edit("(whole - 2**15)", "whole", "dropout"),
     },
