@@ -56,6 +56,17 @@ def test_no_two_queries_and_no_two_keys_are_related(dropout: float, device: torc
             assert abs(corners.mean()) * math.sqrt(corners.numel()) < 6
 
 
+def test_numbers_are_of_the_devices_generator(device: torch.device) -> None:
+    """Other ones at each call, the same after a seed, and of all 32 bits."""
+    torch.manual_seed(3)
+    first, second = (draws.draw_(draws.empty(2, 3, 40, 40, device)) for _ in range(2))
+    assert (first == second).double().mean() < 0.01
+    torch.manual_seed(3)
+    check_identical(draws.draw_(draws.empty(2, 3, 40, 40, device)), first)
+    for bit in range(32):
+        assert 0.4 < ((first >> bit) & 1).double().mean() < 0.6
+
+
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Of so many weights, on any device."""
