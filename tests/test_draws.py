@@ -27,7 +27,7 @@ TILES = (10 * 23, 37 * 23, 2 * 37 * 23, 3 * 37 * 23)
 def drawn(heads: int, queries: int, keys: int, dropout: float, device: torch.device) -> Tensor:
     torch.manual_seed(3)
     numbers = draws.draw_(draws.empty(1, heads, queries, keys, device))
-    return draws.kept(numbers, EVERYTHING, queries, keys, dropout, torch.float32)[0]
+    return draws.kept(numbers, EVERYTHING, queries, keys, dropout, torch.float32, draws.Room(device))[0]
 
 
 @pytest.mark.parametrize("dropout", [1.25 * 2**-16, 0.1, 1 - 1.25 * 2**-16])
@@ -84,7 +84,9 @@ def by_tiles(case: Case, dropout: float, dtype: torch.dtype) -> tuple[list[Tenso
     into = torch.empty_like(t["k"]), torch.empty_like(t["v"])
     done = Attended(*qkv, out, lse, state)
     gradients = written_out.ADAPTER.backward(cotangent(case).to(dtype), done, setting, into)
-    return [out, lse, *gradients], draws.kept(state, EVERYTHING, case.queries, case.keys, dropout, torch.float64)
+    return [out, lse, *gradients], draws.kept(
+        state, EVERYTHING, case.queries, case.keys, dropout, torch.float64, draws.Room(out.device)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=["lengths", "window"])

@@ -163,8 +163,8 @@ EDITS: Edits = {
         "math-dropout-forward-only": edit("@ dropped).mT", "@ p).mT", "Dao-AILab/flash-attention#1251"),
         "math-dropout-not-rescaled": edit("attended /= 1 - setting.dropout", "attended /= 1", "dropout"),
         "math-products-in-half": edit(
-            "s = q[tile] @ k[tile[:2]].mT",
-            "s = (q[tile].bfloat16() @ k[tile[:2]].mT.bfloat16()).to(q.dtype)",
+            "torch.matmul(mine, k[tile[:2]].mT, out=s)",
+            "s = (mine.bfloat16() @ k[tile[:2]].mT.bfloat16()).to(q.dtype)",
             "precision",
         ),
         "math-mask-of-the-first-tile": edit(
@@ -191,9 +191,10 @@ EDITS: Edits = {
             "Dao-AILab/flash-attention#314",
         ),
         "draws-hash-of-sums": edit(
-            "    x = ((m | 1) * b).add_(a)  # one addcmul, of two that are expanded, would not be vectorized\n"
-            "    shifted = x >> 16\n    torch.addcmul(shifted, x, n | 1, out=x)\n",
-            "    x = a + b\n    shifted = x >> 16\n    torch.add(shifted, x, alpha=FACTOR, out=x)\n",
+            "torch.mul(m | 1, b, out=x).add_(a)  # one addcmul, of two that are expanded, would not be vectorized\n"
+            "    torch.bitwise_right_shift(x, 16, out=shifted)\n    torch.addcmul(shifted, x, n | 1, out=x)\n",
+            "torch.add(a, b, out=x)\n"
+            "    torch.bitwise_right_shift(x, 16, out=shifted)\n    torch.add(shifted, x, alpha=FACTOR, out=x)\n",
             "dropout",
         ),
         "draws-threshold-rounded-down": edit("(a & 0xFFFF) + rest", "(a & 0) + rest", "dropout"),
