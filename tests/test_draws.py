@@ -27,7 +27,7 @@ TILES = (10 * 23, 37 * 23, 2 * 37 * 23, 3 * 37 * 23)
 def drawn(heads: int, queries: int, keys: int, dropout: float, device: torch.device) -> Tensor:
     torch.manual_seed(3)
     numbers = draws.draw_(draws.empty(1, heads, queries, keys, device))
-    return draws.kept(numbers, EVERYTHING, queries, keys, dropout, torch.float32)[0]
+    return draws.kept(numbers, EVERYTHING, queries, keys, dropout, torch.float32, draws.Room(device))[0]
 
 
 @pytest.mark.parametrize("dropout", [1.25 * 2**-16, 0.1, 1 - 1.25 * 2**-16])
@@ -56,6 +56,17 @@ def test_no_two_queries_and_no_two_keys_are_related(dropout: float, device: torc
             assert abs(corners.mean()) * math.sqrt(corners.numel()) < 6
 
 
+def test_numbers_are_of_the_devices_generator(device: torch.device) -> None:
+    """Other ones at each call, the same after a seed, and of all 32 bits."""
+    torch.manual_seed(3)
+    first, second = (draws.draw_(draws.empty(2, 3, 40, 40, device)) for _ in range(2))
+    assert (first == second).double().mean() < 0.01
+    torch.manual_seed(3)
+    check_identical(draws.draw_(draws.empty(2, 3, 40, 40, device)), first)
+    for bit in range(32):
+        assert 0.4 < ((first >> bit) & 1).double().mean() < 0.6
+
+
 @pytest.fixture(params=TILES)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Of so many weights, on any device."""
@@ -73,7 +84,9 @@ def by_tiles(case: Case, dropout: float, dtype: torch.dtype) -> tuple[list[Tenso
     into = torch.empty_like(t["k"]), torch.empty_like(t["v"])
     done = Attended(*qkv, out, lse, state)
     gradients = written_out.ADAPTER.backward(cotangent(case).to(dtype), done, setting, into)
-    return [out, lse, *gradients], draws.kept(state, EVERYTHING, case.queries, case.keys, dropout, torch.float64)
+    return [out, lse, *gradients], draws.kept(
+        state, EVERYTHING, case.queries, case.keys, dropout, torch.float64, draws.Room(out.device)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=["lengths", "window"])

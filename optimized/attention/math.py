@@ -41,16 +41,16 @@ class Math(Adapter):
             draws.draw_(state)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         q, k, v = _wide(q, setting.scale), _wide(k), _wide(v)
-        lse = q.new_empty(q.shape[:-1])
+        lse, room = q.new_empty(q.shape[:-1]), draws.Room(q.device)
         for tile in _tiles(q.shape, keys, q.device):
-            s = _logits(q, k, tile, setting.visible)
+            s = _logits(q, k, tile, setting.visible, room)
             top = s.amax(-1)
             # Not exp(s - lse): the weights must sum to 1 far better than |lse| eps.
             p = torch.softmax(s, -1, out=s)
             hopeless = top == -math.inf  # without any key
             lse[tile] = (top - p.amax(-1).log()).masked_fill_(hopeless, -math.inf)
             if setting.dropout:
-                p *= draws.kept(state, tile, length, keys, setting.dropout, p.dtype)
+                p *= draws.kept(state, tile, length, keys, setting.dropout, p.dtype, room)
             attended = (p @ v[tile[:2]]).masked_fill_(hopeless[..., None], 0)
             attended /= 1 - setting.dropout
             out.transpose(1, 2)[tile] = attended
@@ -65,15 +65,16 @@ class Math(Adapter):
         # A row without keys and without a null slot has lse -inf, and -inf - -inf is no number.
         lse = lse.masked_fill(lse == -math.inf, 0)[..., None]
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        room = draws.Room(q.device)
         for tile in _tiles(q.shape, keys, q.device):
             heads = tile[:2]
-            p = _logits(q, k, tile, setting.visible).sub_(lse[tile]).exp_()
+            p = _logits(q, k, tile, setting.visible, room).sub_(lse[tile]).exp_()
             dropped = p
             if setting.dropout:
-                dropped = draws.kept(state, tile, length, keys, setting.dropout, p.dtype).mul_(p)
+                dropped = draws.kept(state, tile, length, keys, setting.dropout, p.dtype, room).mul_(p)
             # Transposed, since the product of the larger transpose takes half as long again.
             dv[heads] += (dout[tile].mT @ dropped).mT
-            dp = dout[tile] @ v[heads].mT
+            dp = torch.matmul(dout[tile], v[heads].mT, out=room.take("dp", tuple(p.shape), p.dtype))
             ds = p.mul_(-delta[tile]).addcmul_(dropped, dp) if setting.dropout else dp.sub_(delta[tile]).mul_(p)
             dk[heads] += (q[tile].mT @ ds).mT
             dq[tile] = ds @ k[heads]
@@ -101,9 +102,11 @@ def _tiles(shape: torch.Size, keys: int, device: torch.device) -> Iterator[draws
                 yield slice(r, r + some_rows), slice(h, h + some_heads), slice(i, i + queries)
 
 
-def _logits(q: Tensor, k: Tensor, tile: draws.Tile, visible: Visible) -> Tensor:
+def _logits(q: Tensor, k: Tensor, tile: draws.Tile, visible: Visible, room: draws.Room) -> Tensor:
     """(r, h, l, S) of a tile, -inf for hidden keys."""
-    s = q[tile] @ k[tile[:2]].mT
+    mine = q[tile]
+    s = room.take("logits", (*mine.shape[:-1], k.shape[2]), q.dtype)
+    torch.matmul(mine, k[tile[:2]].mT, out=s)
     hidden = _hidden(visible, tile, q.shape[2], k.shape[2], s.device)
     return s if hidden is None else s.masked_fill_(hidden, -math.inf)
 

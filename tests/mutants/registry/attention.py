@@ -161,8 +161,8 @@ EDITS: Edits = {
         "math-dropout-forward-only": edit("@ dropped).mT", "@ p).mT", "Dao-AILab/flash-attention#1251"),
         "math-dropout-not-rescaled": edit("attended /= 1 - setting.dropout", "attended /= 1", "dropout"),
         "math-products-in-half": edit(
-            "s = q[tile] @ k[tile[:2]].mT",
-            "s = (q[tile].bfloat16() @ k[tile[:2]].mT.bfloat16()).to(q.dtype)",
+            "torch.matmul(mine, k[tile[:2]].mT, out=s)",
+            "s = (mine.bfloat16() @ k[tile[:2]].mT.bfloat16()).to(q.dtype)",
             "precision",
         ),
         "math-mask-of-the-first-tile": edit(
@@ -188,8 +188,13 @@ EDITS: Edits = {
             "(t[..., : t[..., tile[2]].shape[-1], None] for t in (m, a, c))",
             "Dao-AILab/flash-attention#314",
         ),
-        "draws-without-a-multiplier": edit("((m | 1) * b).add_(a)", "a + b", "dropout"),
-        "draws-one-round": edit("    torch.add(shifted, x, alpha=FACTOR, out=x)\n", "", "dropout"),
+        "draws-hash-of-sums": edit(
+            "torch.mul(m | 1, b, out=x).add_(a)  # one addcmul, of two that are expanded, would not be vectorized\n"
+            "    torch.bitwise_right_shift(x, 16, out=shifted)\n    torch.addcmul(shifted, x, n | 1, out=x)\n",
+            "torch.add(a, b, out=x)\n"
+            "    torch.bitwise_right_shift(x, 16, out=shifted)\n    torch.add(shifted, x, alpha=FACTOR, out=x)\n",
+            "dropout",
+        ),
         "draws-threshold-rounded-down": edit("(a & 0xFFFF) + rest", "(a & 0) + rest", "dropout"),
         "draws-threshold-of-other-sign": edit("(whole - 2**15)", "whole", "dropout"),
     },
