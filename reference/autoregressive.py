@@ -190,7 +190,9 @@ def queries_of(
         )  # an empty slot may hold NaN, which the dual must not meet
         scores = torch.where(above >= 0, 0, above / last_temperature(o)).exp()
     starts = width * torch.arange(slots.shape[2], device=s.device)[:, None]
-    scores = with_zero_gradient(handed_on(scores, mask, o), token)
+    scores = handed_on(scores, mask, o)
+    if o.solver != "sigmoid":  # whose scores depend on logits everywhere
+        scores = with_zero_gradient(scores, token)
     return Queries(starts + slots, mask, scores, (candidate & new).sum(-1))
 
 
@@ -240,7 +242,8 @@ def memory_scores(
             scores = torch.stack(parts, 2) if parts else scores
         start = past.start[:, None, None, None] + width * torch.arange(scores.shape[2], device=scores.device)[:, None]
         scores = torch.where(odd & (start > slots), torch.nan, scores)
-    return with_zero_gradient(handed_on(scores, memory.mask, o), token)
+    scores = handed_on(scores, memory.mask, o)
+    return scores if o.solver == "sigmoid" else with_zero_gradient(scores, token)
 
 
 def scored(t: Tensor, scores: Tensor) -> Tensor:
