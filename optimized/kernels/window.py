@@ -338,8 +338,9 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     stages = 2
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
-    elif not chunky:  # beyond 64 channels as many numbers spill
-        rows, warps = (32, 32) if half <= 32 else (16, 32) if role == "keys" else (32, 16), 8
+    elif not chunky:  # of more channels as many numbers spill, of keys, which have two sums, sooner
+        keys = role == "keys"
+        rows, warps = (32, 32) if half <= (16 if keys else 32) else (16, 32) if keys else (32, 16), 8
     elif half <= 32:  # measured: docs/lab-log.md
         rows, warps, stages = (
             {"forward": (64, 64), "queries": (64, 32), "keys": (32, 64)}[role],
