@@ -265,8 +265,30 @@ def test_a_replay_computes_what_the_eager_step_does() -> None:
         for grad, found in zip(expected, replayed._run_both()):
             check_identical(found, grad)
         assert replayed._run_forward().grad_fn is None
-    with pytest.raises(UnavailableError, match="CUDA"), enter("optimized graph", SMALL, CPU):
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("mode", ["graph", "graphed", "reduce-overhead"])
+def test_graphs_need_cuda(mode: str) -> None:
+    with pytest.raises(UnavailableError, match="CUDA"), enter(f"optimized {mode}", SMALL, CPU):
         pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["graph", "graphed"])
+def test_graphs_have_the_gradients_of_an_eager_call(mode: str, device: torch.device) -> None:
+    """Up to the order of sums, which the attention's backward does not promise."""
+    case = replace(SMALL, dtype="bfloat16", n=256, dim=64)
+    with enter("optimized", case, device) as eager, enter(f"optimized {mode}", case, device) as recorded:
+        recorded.x.detach().copy_(eager.x.detach())
+        recorded.dout.copy_(eager.dout)
+        eager.both()
+        recorded.both()
+        graph = isinstance(recorded, Replayed)
+        found = recorded.graphs[BOTH][1] if graph else [leaf.grad for leaf in recorded.leaves]
+        for got, leaf in zip(found, eager.leaves, strict=True):
+            assert got is not None
+            assert (got - leaf.grad).float().norm() <= 0.02 * leaf.grad.float().norm() + 1e-6
 
 
 class FakeGraph:

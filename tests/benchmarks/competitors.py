@@ -1,7 +1,8 @@
 """Who takes part, by name:
 
 - `optimized`: this layer, with the backends that it chooses; `optimized STAGE=BACKEND ...`: with these;
-  `optimized graph`: replayed as a CUDA graph; `optimized compiled`: torch.compile(fullgraph=True);
+  `optimized graph`: replayed as a CUDA graph; `optimized graphed`: by torch.cuda.make_graphed_callables, called like
+  the layer itself; `optimized compiled`: torch.compile(fullgraph=True);
   `optimized reduce-overhead`: the same with mode="reduce-overhead", which records CUDA graphs itself;
   `optimized deterministic`: torch.use_deterministic_algorithms(True)
 - `reference`, `reference compiled`: the readable layer, and that under torch.compile
@@ -178,11 +179,26 @@ def _steps(
 
 
 def _optimized(case: Case, device: torch.device, mode: str) -> Steps:
-    if mode in ("graph", "reduce-overhead") and device.type != "cuda":
+    if mode in ("graph", "graphed", "reduce-overhead") and device.type != "cuda":
         raise UnavailableError("CUDA graphs need CUDA")
+    if mode == "graphed":
+        return _graphed(case, device)
     steps = _steps(_layer(optimized, case), case, device, compiled=COMPILED.get(mode), fullgraph=True)
     steps.memory = mode != "reduce-overhead"  # whose graphs keep their own pool
     return Replayed(steps) if mode == "graph" else steps
+
+
+def _graphed(case: Case, device: torch.device) -> Steps:
+    """Either direction a graph, with autograd around them."""
+    if case.mask != "none":
+        raise UnavailableError("torch.cuda.make_graphed_callables takes no keywords")
+    x = case.make_x(device)
+    layer = _layer(optimized, case)(**case.layer_arguments(), device=device, dtype=x.dtype)
+    sample = torch.randn_like(x).requires_grad_()
+    graphed: Any = torch.cuda.make_graphed_callables(layer, (sample,), allow_unused_input=True)
+    steps = Steps(graphed, x, list(layer.parameters()))
+    steps.memory = False  # graphs keep their own pool
+    return steps
 
 
 def _dense(case: Case, device: torch.device, mode: str) -> Steps:

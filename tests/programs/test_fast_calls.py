@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import optimized
 
 PAGE = (Path(optimized.__file__).parent.parent / "docs/fast.md").read_text()
-RECORDED, PADDED, BY_HAND = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+RECORDED, GRAPHED, PADDED, BY_HAND = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 K = 8
 
 
@@ -72,17 +72,18 @@ def test_padding_bounds_the_compilations(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_recorded_by_the_compiler(device: torch.device) -> None:
+@pytest.mark.parametrize("said", [RECORDED, GRAPHED], ids=["compiler", "graphed callable"])
+def test_recorded_in_both_directions(said: str, device: torch.device) -> None:
     layer = layer_on(device)
     x = drawn(64, layer)
     expected = layer(x)
     gradients = torch.autograd.grad(expected.float().square().mean(), [x, *layer.parameters()])
-    made, step = RECORDED.split("\n", 1)
-    fast = run(made, layer=layer)["fast"]
+    made, step = said.split("\n", 1)
+    fast = run(made, layer=layer, x=x)
     for _ in range(4):  # the first calls compile and record
         x.grad = None
         layer.zero_grad()
-        out = run(step, fast=fast, x=x)["out"]
+        out = run(step, **fast | {"x": x})["out"]
     close(out, expected)
     for leaf, gradient in zip([x, *layer.parameters()], gradients):
         close(leaf.grad, gradient)
