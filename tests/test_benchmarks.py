@@ -282,8 +282,8 @@ def test_graphs_have_the_gradients_of_an_eager_call(mode: str, device: torch.dev
     with enter("optimized", case, device) as eager, enter(f"optimized {mode}", case, device) as recorded:
         recorded.x.detach().copy_(eager.x.detach())
         recorded.dout.copy_(eager.dout)
-        eager.both()
         recorded.both()
+        eager.both()
         graph = isinstance(recorded, Replayed)
         found = recorded.graphs[BOTH][1] if graph else [leaf.grad for leaf in recorded.leaves]
         for got, leaf in zip(found, eager.leaves, strict=True):
