@@ -551,7 +551,7 @@ def test_gradcheck(implementation: ModuleType, solver: str, straight_through: bo
         return torch.func.functional_call(layer, named, (leaves[0],))
 
     if not straight_through:
-        assert torch.autograd.gradcheck(run, parameters)
+        assert torch.autograd.gradcheck(run, parameters, fast_mode=True)
         return
     hard = Case(case.options | {"straight_through": True}, 1, 11, 1).layer(implementation, device)
     for i in range(2):
