@@ -299,22 +299,31 @@ def _selected(
     tied = x.lay(logits.round())
     tied[0, 1, -1] = torch.nan
     found, parts = {}, ("indices", "slots", "inverse", "picked")
-    given = {"": (logits, logits), "of ties ": (tied, logits), "of ones ": (tied, None)}
-    for name, (row, scores) in given.items():
-        for side, made in zip(("q", "kv"), select_groups(row, mask, _ks(s.n), scores, unit=scores is None)):
+    given: dict[str, tuple[Tensor, Tensor | None, bool]] = {  # scores, and whether they are sigmoids
+        "": (logits, logits, False),
+        "of ties ": (tied, logits, False),
+        "of ones ": (tied, None, False),
+        "of sigmoids ": (tied, None, True),
+    }
+    for name, (row, scores, own) in given.items():
+        unit = scores is None and not own
+        for side, made in zip(("q", "kv"), select_groups(row, mask, _ks(s.n), scores, unit, own)):
             found |= {f"{part} {name}{side}": t for part, t in zip(parts, made)}
     few = sorted({1, s.n // 2 or 1, s.n})
     for k in few:
         found |= {f"{part} of {k}": t for part, t in zip(parts, select(tied, mask, k))}
     yield found
     truths = {}
-    for name, (row, scores) in given.items():
-        poisoned = (row.isnan() & shown[:, None]).any(-1, keepdim=True)
-        weight = torch.ones_like(row) if scores is None else scores
+    for name, (row, scores, own) in given.items():
+        poisoned = (row.isnan() & shown[:, None]).any(-1, keepdim=True) & (not own)
+        weight = row.double().sigmoid() if own else torch.ones_like(row) if scores is None else scores
         for side, k, *halves in zip(("q", "kv"), _ks(s.n), *(t.chunk(2, 1) for t in (row, weight, poisoned))):
             made = best(halves[0], shown, k)
             picked = torch.where(made[1], halves[1].gather(-1, made[0]), 0).masked_fill(halves[2], torch.nan)
             truths |= {f"{part} {name}{side}": Truth(t) for part, t in zip(parts, (*made, picked))}
+            if own:
+                slack = 8 * x.eps * (4 + size_of(logits))
+                truths[f"picked {name}{side}"] = Truth(picked, slack)
     for k in few:
         truths |= {f"{part} of {k}": Truth(t) for part, t in zip(parts, best(tied, shown, k))}
     yield truths
@@ -579,6 +588,20 @@ def capped_simplex(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
         "picked gradient": kernel.capped_simplex_picked_backward(p.grads, p.inverses, p.g if masked else None, *rest),
     }
     yield {**_solved(x, p, scores, leaf, masked), "threshold": Truth(threshold)}
+
+
+@case("rows")
+def sigmoid(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import sigmoid as kernel
+
+    p = _rows(x, s, masked)
+    dlogits = p.g if masked else None
+    yield {"picked gradient": kernel.sigmoid_picked_backward(p.grads, p.inverses, dlogits, p.logits)}
+    leaf = p.exact.clone().requires_grad_()
+    (picked,) = torch.autograd.grad(leaf.sigmoid(), leaf, p.scattered())
+    # An exponential is of a rounded multiple of the logit.
+    slack = 8 * x.eps * (4 + size_of(p.exact)) * size_of(p.g)
+    yield {"picked gradient": Truth(picked + p.g.double() if masked else picked, slack)}
 
 
 # --- channels --------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class Axis(NamedTuple):
 
 
 # Of long rows, in small blocks: test_rows.py.
-ROWS = ("selection", "coordinate_descent", "capped_simplex", "memory", "candidates", "memory_places")
+ROWS = ("selection", "coordinate_descent", "capped_simplex", "sigmoid", "memory", "candidates", "memory_places")
 SLOTS = ("gather_norm", "combine")
 CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums")
 TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums")
@@ -120,6 +120,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "partial_sums.ROWS": "tokens",
     "router_logits.CHUNK_N": "router",
     "selection.ALONE": "rows",
+    "sigmoid.BLOCK": "rows",
     "token_gradient.EXPERTS": "experts",
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",

@@ -21,6 +21,7 @@ ROW_KERNELS = {
     "_descent_backward_kernel",
     "_exact_kernel",
     "_exact_backward_kernel",
+    "_sigmoid_backward_kernel",
     "_select_kernel",
     "_digits_kernel",
     "_place_kernel",

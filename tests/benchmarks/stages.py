@@ -20,6 +20,7 @@ MODULES = {
     "coordinate_descent": "solver",
     "long_descent": "solver",
     "capped_simplex": "solver",
+    "sigmoid": "solver",
     "long_selection": "selection",
     "memory": "selection",
     "candidates": "selection",
