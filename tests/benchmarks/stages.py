@@ -33,6 +33,8 @@ MODULES = {
     "null_slot": "null slot",
     "token_gradient": "dx",
     "window": "attention",
+    "attention": "attention",
+    "keep": "attention",
     "layer_norm": "norm",
     "value_score": "null slot",  # both are about values and scores around the flash kernel
 }

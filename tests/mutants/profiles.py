@@ -51,8 +51,8 @@ ROWS = Profile(
     examples=60,
 )
 SIGMOID = Profile(
-    ("test_sigmoid.py", "test_cases.py", "test_operators.py"),
-    "(triton and test_sigmoid) or (sigmoid and (is_right or pytorch_form))",
+    ("test_sigmoid.py", "test_cases.py", "test_operators.py", "test_boundaries.py"),
+    "(triton and test_sigmoid) or (sigmoid and (is_right or pytorch_form)) or rows-1025",
     interpreted=True,
 )
 COMBINE = Profile(
@@ -67,6 +67,9 @@ ATTENTION = Profile(
     "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
+)
+ATTENTION_KERNEL = Profile(
+    ("test_cases.py",), "is_right and float32 and ((attention and not memory) or keep)", interpreted=True
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py", "test_poison.py"),
@@ -238,6 +241,8 @@ PROFILES = {
     "optimized/kernels/gather_norm.py": GATHER,
     "optimized/kernels/token_gradient.py": GATHER,
     "optimized/kernels/value_score.py": EXPERTS,
+    "optimized/kernels/attention.py": ATTENTION_KERNEL,
+    "optimized/kernels/keep.py": ATTENTION_KERNEL,
     "optimized/kernels/rotary.py": ROTARY,
     "optimized/kernels/window.py": WINDOW_KERNEL,
     "optimized/kernels/layer_norm.py": NORM,

@@ -152,7 +152,9 @@ EDITS: Edits = {
             "mask=taken, other=0.0))", "mask=inside, other=0.0))", "masked rows and sentinels"
         ),
         "sigmoid-gradient-of-the-other-group": edit(
-            "experts // len(grads), *widths,", "experts, *widths,", "BobMcDear/attorch#14"
+            "grad_0, grad_1, inverse_0, inverse_1, row, experts",
+            "grad_0, grad_0, inverse_0, inverse_1, row, experts",
+            "BobMcDear/attorch#14",
         ),
         "sigmoid-gradient-of-logits-dropped": edit(
             "        ds += tl.load(dlogits_ptr", "        ds = tl.load(dlogits_ptr", "Dao-AILab/flash-attention#1817"
