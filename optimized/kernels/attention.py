@@ -438,13 +438,13 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, call: Attention) -> tuple[int, .
 
 
 def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
-    """Blocks and warps. A product has at least 16 channels, a word of bits 32 keys."""
+    """Blocks and warps, measured: docs/lab-log.md. A product has at least 16 channels, a word of bits 32 keys."""
     chunky = dtype in (torch.float16, torch.bfloat16)
     rows, warps, stages = (16, 32), 4, 2
     if chunky:
         rows, warps, stages = {
             "forward": ((64, 64), 4, 3),
-            "queries": ((64, 64), 4, 2),
+            "queries": ((64, 64), 4, 3),
             "keys": ((32, 128), 4, 3),
         }[role]
     return {
