@@ -299,8 +299,6 @@ class MixtureOfAttention(nn.Module):
         # torch.compile, to which their numbers may be symbolic, is asked for no comparison.
         if ours.options is not theirs.options and (torch.compiler.is_compiling() or ours.options != theirs.options):
             return "the routers have different options"
-        if ours.options.solver == "sigmoid":
-            return "scores by a sigmoid are not part of the operator"
         norms = {f"attn.{name}": (child(attn, name), RMSNorm) for name in ("norm", "context_norm")}
         return obstacle_to_fusion(**norms)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optimized.attention import ADAPTERS, Request
+from optimized.attention import ADAPTERS, Request, triton_kernel
 from optimized.attention.request import HALF, constant, too_old
 from optimized.choice import Choices, choices, choose_for_process, close_block, open_block
 
@@ -110,6 +110,15 @@ def _window_reservation(r: Request) -> str | None:
     return None if r.masked or r.dim_head in (16, 32, 64) else "libraries are faster but at dim_head 16, 32, 64"
 
 
+def _attention(probe: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """Of our kernel of routed attention."""
+
+    def obstacle(r: Request) -> str | None:
+        return probe(r) or triton_kernel.ADAPTER.obstacle(r)
+
+    return obstacle
+
+
 # --- registry --------------------------------------------------------------------------------------------------------
 
 TRITON = (Backend("triton", _triton), Backend("torch", _always), Backend("triton_interpreted", _triton_interpreted))
@@ -125,6 +134,14 @@ REGISTRY["local_attention"] = (
     Backend(_compiled.name, _window(_compiled.obstacle), _window_reservation),
     *REGISTRY["local_attention"],
     Backend(_interpreted.name, _window(_interpreted.obstacle)),
+)
+_libraries = REGISTRY["routed_attention"]
+_slower = [backend.name for backend in _libraries].index("flash_attn_2")  # and all after it: docs/lab-log.md
+REGISTRY["routed_attention"] = (
+    *_libraries[:_slower],
+    Backend(_compiled.name, _attention(_compiled.obstacle)),
+    *_libraries[_slower:],
+    Backend(_interpreted.name, _attention(_interpreted.obstacle)),
 )
 
 

@@ -61,21 +61,11 @@ def _route(
 ) -> Routes:
     """Valid slots first. keys (B, E, N): what ranks the tokens in place of their logits."""
     logits, *_ = ops.router_logits(x, tokens, mask, cosine_scale(options), triton)
-    if options.solver == "sigmoid" and keys is None:
-        return _alone(logits, mask, k, options, triton)
     how = options.route_block_size, *solver_of(options)
     indices, slots, _, scores, *_ = ops.pick(logits, keys, mask, k, *how, triton)
-    return Routes(indices, slots, scores, _deciding(logits, k))
-
-
-def _alone(logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions, triton: bool) -> Routes:
-    """Of scores that each depend on their own logit alone, and so pass a gradient on where N <= K too."""
-    how = options.route_block_size, *solver_of(options)
-    indices, slots, *_ = ops.pick(logits.detach(), logits.detach(), mask, k, *how, triton)
-    scores = logits.gather(-1, indices).sigmoid()
-    if options.straight_through:
-        scores = 1 + (scores - scores.detach())
-    return Routes(indices, slots, torch.where(slots, scores, 0), logits)
+    # A sigmoid's scores depend on their logits where there is nothing to choose, too.
+    alone = options.solver == "sigmoid" and keys is None
+    return Routes(indices, slots, scores, logits if alone else _deciding(logits, k))
 
 
 class _Times(torch.autograd.Function):
@@ -110,7 +100,7 @@ def solver_of(options: RouterOptions) -> ops.Solver:
     return ops.Solver(
         ratio=options.fetch_k_ratio,
         straight_through=options.straight_through,
-        exact=options.solver == "exact",
+        solver=options.solver,
         n_iters=options.n_iters,
         eps=options.eps,
         eps_init=options.eps_init,

@@ -299,22 +299,31 @@ def _selected(
     tied = x.lay(logits.round())
     tied[0, 1, -1] = torch.nan
     found, parts = {}, ("indices", "slots", "inverse", "picked")
-    given = {"": (logits, logits), "of ties ": (tied, logits), "of ones ": (tied, None)}
-    for name, (row, scores) in given.items():
-        for side, made in zip(("q", "kv"), select_groups(row, mask, _ks(s.n), scores, unit=scores is None)):
+    given: dict[str, tuple[Tensor, Tensor | None, bool]] = {  # scores, and whether they are sigmoids
+        "": (logits, logits, False),
+        "of ties ": (tied, logits, False),
+        "of ones ": (tied, None, False),
+        "of sigmoids ": (tied, None, True),
+    }
+    for name, (row, scores, own) in given.items():
+        unit = scores is None and not own
+        for side, made in zip(("q", "kv"), select_groups(row, mask, _ks(s.n), scores, unit, own)):
             found |= {f"{part} {name}{side}": t for part, t in zip(parts, made)}
     few = sorted({1, s.n // 2 or 1, s.n})
     for k in few:
         found |= {f"{part} of {k}": t for part, t in zip(parts, select(tied, mask, k))}
     yield found
     truths = {}
-    for name, (row, scores) in given.items():
-        poisoned = (row.isnan() & shown[:, None]).any(-1, keepdim=True)
-        weight = torch.ones_like(row) if scores is None else scores
+    for name, (row, scores, own) in given.items():
+        poisoned = (row.isnan() & shown[:, None]).any(-1, keepdim=True) & (not own)
+        weight = row.double().sigmoid() if own else torch.ones_like(row) if scores is None else scores
         for side, k, *halves in zip(("q", "kv"), _ks(s.n), *(t.chunk(2, 1) for t in (row, weight, poisoned))):
             made = best(halves[0], shown, k)
             picked = torch.where(made[1], halves[1].gather(-1, made[0]), 0).masked_fill(halves[2], torch.nan)
             truths |= {f"{part} {name}{side}": Truth(t) for part, t in zip(parts, (*made, picked))}
+            if own:
+                slack = 8 * x.eps * (4 + size_of(logits))
+                truths[f"picked {name}{side}"] = Truth(picked, slack)
     for k in few:
         truths |= {f"{part} of {k}": Truth(t) for part, t in zip(parts, best(tied, shown, k))}
     yield truths
@@ -579,6 +588,27 @@ def capped_simplex(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
         "picked gradient": kernel.capped_simplex_picked_backward(p.grads, p.inverses, p.g if masked else None, *rest),
     }
     yield {**_solved(x, p, scores, leaf, masked), "threshold": Truth(threshold)}
+
+
+@case("rows")
+def sigmoid(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
+    from optimized.kernels import sigmoid as kernel
+
+    p = _rows(x, s, masked)
+    dlogits = p.g if masked else None
+    yield {
+        "picked gradient": kernel.sigmoid_picked_backward(p.grads, p.inverses, dlogits, p.logits),
+        "picked gradient of NaN": kernel.sigmoid_picked_backward(p.grads, p.inverses, None, p.poisoned()),
+    }
+    leaf = p.exact.clone().requires_grad_()
+    (picked,) = torch.autograd.grad(leaf.sigmoid(), leaf, p.scattered())
+    nan = p.poisoned().isnan() & (torch.cat(p.inverses, 1) >= 0)
+    # An exponential is of a rounded multiple of the logit.
+    slack = 8 * x.eps * (4 + size_of(p.exact)) * size_of(p.g)
+    yield {
+        "picked gradient": Truth(picked + p.g.double() if masked else picked, slack),
+        "picked gradient of NaN": Truth(picked.masked_fill(p.poisoned().isnan(), 0).masked_fill(nan, torch.nan), slack),
+    }
 
 
 # --- channels --------------------------------------------------------------------------------------------------------
@@ -1180,6 +1210,124 @@ def memory_attention(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
         found[name] = Truth(value, bound + last.eps * value.abs() + last.smallest_normal)
     found["lse"] = Truth(torch.where(full[..., 0], true_lse, torch.inf), bounds["lse"])
     yield {name: found[name] for name in ("out", "lse", "dq", "dkv", "dscores", "dnull")}
+
+
+@case("heads")
+def attention(x: Inputs, s: Sizes, *, null: bool, lengths: bool, dropout: bool) -> Yielded:
+    from optimized.kernels import attention as kernel
+
+    # Too many channels, or pairs for the truth; on a GPU half precision alone.
+    if s.dim_head > 64 or s.length > 1000 or (x.dtype == x.wide and (x.blank or x.device.type == "cuda")):
+        yield {}
+        yield {}
+        return
+    rows, keys, rate = s.experts * s.batch, s.length + 2, 0.25 if dropout else 0.0
+    q, dout = (x.normal(rows, s.length, s.heads, s.dim_head, seed=50 + i) for i in range(2))
+    kv = x.normal(rows, keys, 2, s.heads, s.dim_head, seed=52).contiguous()
+    null_k, null_v = (x.normal(s.experts, s.heads, s.dim_head, seed=53 + i) for i in range(2))
+    shape, g = (rows, s.heads, s.length), generator(55)
+    bits = torch.randint(-(2**31), 2**31, (*shape, (keys + 31) // 32), dtype=torch.int32, generator=g).to(x.device)
+    z = x.here((torch.rand(shape, generator=g) < 0.6).double() / (1 - rate), wide=True)
+    counts = (torch.arange(rows, dtype=torch.int32) * 3 % (keys + 1)).to(x.device) if lengths else None
+    made = (x.lay(bits), z) if dropout else None
+    call = kernel.Attention(s.dim_head**-0.5, (null_k, null_v) if null else None, counts, rate, made)
+    out, lse = kernel.attention(q, *kv.unbind(2), call)
+    dkv = torch.empty_like(kv)
+    dq, dnull = kernel.attention_backward(dout, (q, *kv.unbind(2)), out, lse, call, dkv.unbind(2))
+    yield {"out": out, "lse": lse, "dq": dq, "dkv": dkv} | ({} if dnull is None else {"dnull": dnull})
+    # All keys behind the null key: (R, H, L, 1 + S). Errors as of `window`.
+    short, root = torch.finfo(x.dtype).eps, s.dim_head**0.5
+    step = 0.0 if x.dtype == x.wide else 2 * short
+    wide_q, g = (t.double().transpose(1, 2) for t in (q, dout))
+    heads = (t.double().repeat_interleave(s.batch, 0)[:, None] for t in (null_k, null_v))
+    k, v = (torch.cat((a, b), 1).transpose(1, 2) for a, b in zip(heads, kv.double().unbind(2)))
+    seen = torch.ones(rows, 1 + keys, dtype=torch.bool, device=x.device)
+    seen[:, 0] = null
+    if counts is not None:
+        seen[:, 1:] = torch.arange(keys, device=x.device) < counts[:, None]
+    if dropout:
+        z = torch.cat((z.double()[..., None], unpacked(bits, keys).double() / (1 - rate)), -1)
+    else:
+        z = torch.ones(*shape, 1 + keys, dtype=torch.float64, device=x.device)
+    scores = (wide_q @ k.mT / root).masked_fill(~seen[:, None, None], -torch.inf)
+    true_lse, some = scores.logsumexp(-1), seen.any(-1)[:, None, None, None]
+    p = torch.where(some, scores.softmax(-1), 0)
+    sums_of = (s.dim_head + s.length + 26) * x.eps * (2 if x.dtype == torch.float64 else 1)
+    gain = sums_of * (1 + (_lengths(wide_q) @ _lengths(k).mT / root * seen[:, None, None]).amax(-1, keepdim=True))
+    share = p * z
+    result, size = share @ v, share @ v.abs()
+    off_out = (gain + step) * (size + result.abs())
+    dp, delta = (g @ v.mT) * z, (g * result).sum(-1, keepdim=True)
+    ds = p * (dp - delta) / root
+    off = (g.abs() * off_out).sum(-1, keepdim=True) + sums_of * (
+        (g.abs() @ v.abs().mT) * z + (g * result).abs().sum(-1, keepdim=True)
+    )
+    ds_off = p / root * (2 * gain * (dp - delta).abs() + off) + step * ds.abs()
+    dk, dv = ds.mT @ wide_q, share.mT @ g
+    dk_off = ds_off.mT @ wide_q.abs() + (2 * step + sums_of) * ds.abs().mT @ wide_q.abs()
+    dv_off = (2 * share * (gain + step)).mT @ g.abs() + sums_of * share.mT @ g.abs()
+
+    def of_keys(dk: Tensor, dv: Tensor) -> Tensor:
+        return torch.stack((dk, dv), 2)[..., 1:, :].permute(0, 3, 2, 1, 4)
+
+    def of_null(dk: Tensor, dv: Tensor) -> Tensor:
+        return torch.stack((dk, dv))[..., 0, :].unflatten(1, (s.experts, s.batch)).sum(2)
+
+    around = ds_off @ k.abs() + (2 * step + sums_of) * ds.abs() @ k.abs()
+    made = {
+        "out": (result.transpose(1, 2), off_out.transpose(1, 2)),
+        "dq": ((ds @ k).transpose(1, 2), around.transpose(1, 2)),
+        "dkv": (of_keys(dk, dv), of_keys(dk_off, dv_off)),
+    }
+    if null:
+        made["dnull"] = of_null(dk, dv), of_null(dk_off, dv_off) * (1 + s.batch * s.length * x.eps)
+    last = torch.finfo(x.dtype)
+    truths = {name: Truth(t, bound + last.eps * t.abs() + last.smallest_normal) for name, (t, bound) in made.items()}
+    truths["lse"] = Truth(true_lse, gain[..., 0] * (1 + true_lse.abs()))
+    yield {name: truths[name] for name in ("out", "lse", "dq", "dkv", *(["dnull"] if null else []))}
+
+
+def unpacked(bits: Tensor, keys: int) -> Tensor:
+    """0 or 1 for every key: the bits of words (..., W) from the lowest one up."""
+    return (bits[..., None] >> torch.arange(32, device=bits.device) & 1).flatten(-2)[..., :keys]
+
+
+@case("heads")
+def keep(x: Inputs, s: Sizes) -> Yielded:
+    """Bits of as many queries as keys, bit for bit, and the null slot's."""
+    from optimized.kernels import keep as kernel
+
+    if s.length > 1000:  # too many pairs for the truth
+        yield {}
+        yield {}
+        return
+    rows, keys = s.experts * s.batch, 7 * s.length + 3
+    shape = kernel.numbers(rows, s.heads, s.length, keys, x.device).shape
+    drawn = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator(56))
+    rates = 0.25, 0.1, 0.003, 1e-4
+    found = [kernel.kept(drawn.to(x.device), s.length, keys, rate, x.wide) for rate in rates]
+    yield {f"{name} {i}": t for i, pair in enumerate(found) for name, t in zip(("bits", "keep"), pair)}
+    m, a, c, number, b, n = (
+        t.long() for t in drawn.split((*[s.length] * 4, *[(shape[-1] - 4 * s.length) // 2] * 2), -1)
+    )
+    m, a, c = (t[..., None, None] for t in (m, a, c))
+    b, n = (t.unflatten(-1, (-1, 8))[:, :, None] for t in (b, n))
+
+    def in_32_bits(t: Tensor) -> Tensor:
+        return (t + 2**31) % 2**32 - 2**31
+
+    h = in_32_bits((m | 1) * b + a)
+    h = in_32_bits(h * (n | 1) + (h >> 16))
+    h = in_32_bits(h * 0x7FEB352D + (h >> 15)) ^ c
+    below = 255 - ((h[..., None] >> torch.arange(32) & 1) << torch.arange(8)[:, None]).sum(-2)  # (R, H, L, W, 32)
+    truths = {}
+    for i, rate in enumerate(rates):
+        share = round((1 - rate) * 2**32)
+        t = (share + (a & 0xFFFFFF)) >> 24
+        bits = ((below < t).long() << torch.arange(32)).sum(-1)
+        truths[f"bits {i}"] = Truth(in_32_bits(bits).int())
+        truths[f"keep {i}"] = Truth((number + 2**31 < share).double() / (1 - rate), 2 * x.eps)
+    yield truths
 
 
 def _draws(shape: tuple[int, ...], n: int, seed: Tensor, rate: float) -> Tensor:

@@ -83,7 +83,13 @@ EPSILONS = {"eps": 0.1, "eps_init": 4.0, "eps_decay": 0.7}
 
 def solver(s: Sample) -> dict[str, Any]:
     """Exact, with soft scores, if masked; iterative, straight-through, if not."""
-    return {"ratio": 1.125, "straight_through": not s.masked, "exact": s.masked, "n_iters": 6, **EPSILONS}
+    return {
+        "ratio": 1.125,
+        "straight_through": not s.masked,
+        "solver": "exact" if s.masked else "iterative",
+        "n_iters": 6,
+        **EPSILONS,
+    }
 
 
 def router_logits(s: Sample) -> dict[str, Any]:
@@ -290,6 +296,11 @@ MORE_KEYS = {  # than queries
     **{name: lambda s, i=i: s.floats(s.rows, s.n + 3, HEADS, DIM_HEAD, seed=i) for i, name in ((1, "k"), (2, "v"))},
     "lengths": lambda s: s.lengths(s.n + 3),
 }
+OTHER = {"straight_through": lambda s: s.masked}  # as of `solver`, or soft
+SIGMOID: dict[str, dict[str, Any]] = {
+    "sigmoid": {"solver": "sigmoid"},
+    "sigmoid_other": {"solver": "sigmoid", **OTHER},
+}
 BLOCKS = {"block": 4}  # of six tokens: one gives two of four, the other both
 WINDOWS: dict[str, dict[str, Any]] = {
     "causal": {"causal": lambda s: not s.masked},
@@ -300,28 +311,34 @@ WINDOWS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "router_logits": {"product": {"scale": None}},
     "pick": {
-        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},  # soft, or straight-through
-        "other_solver": {"exact": lambda s: not s.masked},
+        "other": OTHER,
+        "other_solver": {"solver": lambda s: "iterative" if s.masked else "exact"},
         "blocks": BLOCKS,
-        "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
+        "blocks_soft": {**BLOCKS, "straight_through": False, "solver": "iterative"},
         "keys": {"keys": lambda s: s.floats(s.batch, s.experts, s.n, seed=7)},
-        "exact_straight": {"straight_through": True, "exact": True},
+        "exact_straight": {"straight_through": True, "solver": "exact"},
         "takes_all": {"k": 6},
         "more_slots": {"k": 9, "straight_through": False},
+        **SIGMOID,
+        "sigmoid_blocks": {**BLOCKS, "solver": "sigmoid"},
+        "sigmoid_takes_all": {"k": 9, "solver": "sigmoid"},
     },
     "coordinate_descent": {"one_step": {"n_iters": 1}},
     "gather_norm": {"no_norm": {"gamma": None}},
     "layer_norm": {"no_bias": {"bias": None}},
     "routed_rows": {
-        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},
-        "other_solver": {"exact": lambda s: not s.masked},
+        "other": OTHER,
+        "other_solver": {"solver": lambda s: "iterative" if s.masked else "exact"},
         "blocks": BLOCKS,
-        "blocks_soft": {**BLOCKS, "straight_through": False, "exact": False},
-        "exact_straight": {"straight_through": True, "exact": True},
+        "blocks_soft": {**BLOCKS, "straight_through": False, "solver": "iterative"},
+        "exact_straight": {"straight_through": True, "solver": "exact"},
         "product": {"scale": None, **NO_NORM},
         "tokens_of_one_side_per_item": {"kv_tokens": lambda s: s.floats(s.batch, s.experts, DIM, seed=2)},
         "all_queries": {"k_q": 6},
         "takes_all": {"k_q": 9, "k_kv": 6},
+        **SIGMOID,
+        "sigmoid_blocks": {**BLOCKS, "solver": "sigmoid"},
+        "sigmoid_all_queries": {"k_q": 6, "solver": "sigmoid"},
     },
     "blend": {
         "first_block": {
@@ -332,10 +349,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "causal_window": {"kernel": {"backend": "triton"}, "beyond": {"window": 9}},
     "mixture": {
-        "other": {"straight_through": lambda s: s.masked, "exact": lambda s: s.masked},
+        "other": OTHER,
         "dropout": {"dropout": 0.3},
         "product": {"scale": None, **NO_NORM},
         "takes_all": {"k_q": 9, "k_kv": 6},
+        **SIGMOID,
     },
     "combine": {
         "alone": {"local": None, "null": None},

@@ -44,6 +44,8 @@ OPERATORS = {  # what the profiler calls the kernel of a backend, on the CPU and
     "cudnn_flash_attn_4": (None, "_scaled_dot_product_cudnn_attention"),
     "flash_attn_4": (None, None),  # launched without PyTorch's dispatcher
     "math": (None, None),
+    "triton": (None, "_attention_kernel"),
+    "triton_interpreted": (None, None),
 }
 CASE = LayerCase(n=40, k_q=9, k_kv=11, dim_head=8, options={"cosine_sim_routing": True})
 LOCAL = replace(CASE, window=6)
@@ -383,7 +385,7 @@ def test_adapters_keep_the_contract() -> None:
     """All of them are made here, whatever is installed: they import their libraries when they are asked."""
     methods = ("obstacle", "state", "forward", "backward")
     libraries = {name.removeprefix("banded_") for names in (ATTENTION, LOCAL_ATTENTION) for name in names}
-    for name in (libraries | {"torch_flash_cpu"}) - {"flex_attention", "triton", "triton_interpreted"}:
+    for name in (libraries | {"torch_flash_cpu", "triton_kernel"}) - {"flex_attention", "triton", "triton_interpreted"}:
         library = adapter(name)
         assert type(library).__module__ == f"optimized.attention.{name}"
         for method in methods:

@@ -69,11 +69,11 @@ class Axis(NamedTuple):
 
 
 # Of long rows, in small blocks: test_rows.py.
-ROWS = ("selection", "coordinate_descent", "capped_simplex", "memory", "candidates", "memory_places")
+ROWS = ("selection", "coordinate_descent", "capped_simplex", "sigmoid", "memory", "candidates", "memory_places")
 SLOTS = ("gather_norm", "combine")
 CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums")
 TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums")
-HEADS = ("null_slot", "rotary", "value_score", "window", "memory_attention", "finite")
+HEADS = ("null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "finite")
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
     "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 66000),
@@ -106,6 +106,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "launch.CHUNK": "rows",
     "layer_norm.CHUNK": "tokens",
     "layer_norm.TILE": "channels",
+    "keep.QUERIES": "queries",
+    "keep.WORDS": "queries",
     "launch.MAX_BLOCK_D": "channels",
     "memory.KEYS": "rows",
     "memory.GROUP": "rows",
@@ -120,6 +122,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "partial_sums.ROWS": "tokens",
     "router_logits.CHUNK_N": "router",
     "selection.ALONE": "rows",
+    "sigmoid.BLOCK": "rows",
     "token_gradient.EXPERTS": "experts",
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",

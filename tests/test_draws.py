@@ -1,6 +1,7 @@
-"""Dropout of attention written out: which weights are kept is exact in share, independent, and the same in any tiles.
+"""Dropout of attention written out, and of our kernels: which weights are kept is exact in share, and independent.
 
-That values and gradients follow from what is kept: `test_attention.py`, by the operator.
+Written out, it is the same in any tiles. That values and gradients follow from what is kept: `test_attention.py`, by
+the operator.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import check_identical
+from cases import unpacked
+from harness import EVERY_KERNEL, check_identical
 from test_attention import Case, cotangent, definition
 from torch import Tensor
 
@@ -24,27 +26,38 @@ CASES = (CASE, replace(CASE, lengths="none", window=25, causal=True))
 TILES = (10 * 23, 37 * 23, 2 * 37 * 23, 3 * 37 * 23)
 
 
-def drawn(heads: int, queries: int, keys: int, dropout: float, device: torch.device) -> Tensor:
+def drawn(kernels: str, heads: int, queries: int, keys: int, dropout: float, device: torch.device) -> Tensor:
     torch.manual_seed(3)
+    if kernels == "triton":
+        from optimized.kernels import keep
+
+        bits, _ = keep.kept(
+            draws.draw_(keep.numbers(1, heads, queries, keys, device)), queries, keys, dropout, torch.float32
+        )
+        return unpacked(bits, keys)[0].float()
     numbers = draws.draw_(draws.empty(1, heads, queries, keys, device))
     return draws.kept(numbers, EVERYTHING, queries, keys, dropout, torch.float32, draws.Room(device))[0]
 
 
+@pytest.mark.interpreted
+@EVERY_KERNEL
 @pytest.mark.parametrize("dropout", [1.25 * 2**-16, 0.1, 1 - 1.25 * 2**-16])
-def test_the_share_that_is_dropped(dropout: float, device: torch.device) -> None:
+def test_the_share_that_is_dropped(kernels: str, dropout: float, device: torch.device) -> None:
     """No multiple of 2^-16: of four million weights 80 are dropped or kept, where rounding would make it 64 or 128."""
-    kept = drawn(8, 512, 1023, dropout, device).double()
+    kept = drawn(kernels, 8, 512, 1023, dropout, device).double()
     assert abs(1 - kept.mean() - dropout) < 4 * math.sqrt(dropout * (1 - dropout) / kept.numel())
 
 
+@pytest.mark.interpreted
+@EVERY_KERNEL
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_no_two_queries_and_no_two_keys_are_related(dropout: float, device: torch.device) -> None:
+def test_no_two_queries_and_no_two_keys_are_related(kernels: str, dropout: float, device: torch.device) -> None:
     """Products of two rows have the variance of independent ones; so have those of the corners of rectangles.
 
     Numbers of queries and keys added before two rounds of a good hash made the first 2.8, the second 40 deviations.
     """
     heads, queries, keys = 24, 128, 256
-    kept = (drawn(heads, queries, keys, dropout, device) - (1 - dropout)) / math.sqrt(dropout * (1 - dropout))
+    kept = (drawn(kernels, heads, queries, keys, dropout, device) - (1 - dropout)) / math.sqrt(dropout * (1 - dropout))
     for t in (kept, kept.mT, kept[..., ::2], kept[..., 1::2]):
         products = t @ t.mT / math.sqrt(t.shape[-1])
         off = products - torch.diag_embed(products.diagonal(dim1=1, dim2=2))

@@ -24,6 +24,7 @@ from optimized.attention import (
     torch_efficient,
     torch_flash,
     torch_flash_cpu,
+    triton_kernel,
 )
 from optimized.attention.interface import Adapter, Attended, Setting, Visible
 from optimized.attention.request import Request
@@ -81,6 +82,7 @@ _LIBRARIES: dict[str, Adapter] = {
         torch_efficient,
         torch_flash,
         torch_flash_cpu,
+        triton_kernel,
     )
 }
 
@@ -92,7 +94,9 @@ def adapter(name: str, device: torch.device | None = None) -> Adapter:
 
 
 def module_name(backend: str, device: torch.device) -> str:
-    """PyTorch's flash attention is another operator on the CPU."""
+    """PyTorch's flash attention is another operator on the CPU; our kernels are the same, interpreted or not."""
+    if backend in ("triton", "triton_interpreted"):
+        return "triton_kernel"
     return "torch_flash_cpu" if backend == "torch_flash" and device.type == "cpu" else backend
 
 

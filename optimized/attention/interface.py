@@ -44,6 +44,7 @@ class Setting:
 
 
 Pair = tuple[Tensor, Tensor]
+Null = Pair | None  # key and value (G, H, d) that every query of R / G rows sees
 Triple = tuple[Tensor, Tensor, Tensor]
 
 
@@ -62,14 +63,16 @@ class Adapter:
     """One library. `obstacle` and these say what it takes; the calls may rely on it.
 
     alignment: the head dimension is padded with zeros to a multiple of this. splits: its grid is as deep as there are
-    rows, which CUDA limits. windows, masks: whether it takes `Visible.window`, `Visible.mask`. note: what else a user
-    may want to know of it.
+    rows, which CUDA limits. windows, masks: whether it takes `Visible.window`, `Visible.mask`. nulls: whether `attend`
+    and its backward take a null slot; they do without the padding of `calls`. note: what else a user may want to know
+    of it.
     """
 
     alignment = 8
     splits = True
     windows = False
     masks = False
+    nulls = False
     note = ""
 
     def obstacle(self, r: Request) -> str | None:
@@ -89,4 +92,16 @@ class Adapter:
 
         into: buffers shaped as k and v; a backward that can write there does, and returns them.
         """
+        raise NotImplementedError
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, null: Null, setting: Setting
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`forward` with a null slot: out, lse, its draws (R, H, L), empty without dropout, and the state."""
+        raise NotImplementedError
+
+    def attend_backward(
+        self, dout: Tensor, done: Attended, null: Null, setting: Setting, into: Pair
+    ) -> tuple[Tensor, Tensor | None]:
+        """dq and the gradient (2, G, H, d) of the null slot; dk and dv are in `into`."""
         raise NotImplementedError

@@ -107,8 +107,8 @@ def _digits_kernel(
 def _place_kernel(
     s_ptr, mask_ptr, scores_ptr, indices_0, slots_0, inverse_0, picked_0, indices_1, slots_1, inverse_1, picked_1,
     counts_ptr, least_ptr, room_ptr, before_ptr, nan_ptr, n, k_0, k_1, experts, group, length, turn,
-    BITS: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, SIGMOID: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """turn: that of the last digit."""
     row = tl.program_id(0).to(tl.int64)
@@ -140,18 +140,23 @@ def _place_kernel(
         before, equal = place(
             s_ptr, mask_ptr, scores_ptr, indices_ptr, slots_ptr, inverse_ptr, picked_ptr,
             start + tl.arange(0, BLOCK), n, k, least ^ lowest, room, before, equal, lowest, poisoned,
-            UNIT, HAS_MASK, HAS_SCORES,
+            UNIT, SIGMOID, HAS_MASK, HAS_SCORES,
         )  # fmt: skip
 
 
 def select_long(
-    logits: Tensor, mask: Tensor | None, ks: tuple[int, ...], scores: Tensor | None, unit: bool = False
+    logits: Tensor,
+    mask: Tensor | None,
+    ks: tuple[int, ...],
+    scores: Tensor | None,
+    unit: bool = False,
+    sigmoid: bool = False,
 ) -> tuple[Group, ...]:
     """See `selection.select_groups`."""
     batch, experts, n = logits.shape
     bits, rows = 8 * logits.element_size(), batch * experts
     s, mask, _ = row_arguments(logits, mask, BLOCK)
-    groups = new_groups(s, ks, unit or scores is not None)
+    groups = new_groups(s, ks, unit or sigmoid or scores is not None)
     if s.numel():
         length = part_length(n, BLOCK, CHUNKS)
         grid = rows, cdiv(n, length)
@@ -171,6 +176,6 @@ def select_long(
         launch(
             _place_kernel, grid,
             s, mask, s if scores is None else scores.contiguous(), *pointers(groups), *state, *sizes, turns - 1,
-            UNIT=unit, HAS_SCORES=scores is not None, **constants,
+            UNIT=unit, SIGMOID=sigmoid, HAS_SCORES=scores is not None, **constants,
         )  # fmt: skip
     return tuple(groups)

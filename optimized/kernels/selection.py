@@ -40,8 +40,8 @@ def _count(key, first, second, third):
 def _select_kernel(
     s_ptr, mask_ptr, scores_ptr, indices_0, slots_0, inverse_0, picked_0, indices_1, slots_1, inverse_1, picked_1,
     n, k_0, k_1, experts, group,
-    BITS: tl.constexpr, UNIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr, BLOCK: tl.constexpr,
-    SLOT_BLOCK: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, SIGMOID: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr,
+    BLOCK: tl.constexpr, SLOT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK keys, all of the row, are counted; SLOT_BLOCK at a time get their slots."""
     row = tl.program_id(0).to(tl.int64)
@@ -84,32 +84,38 @@ def _select_kernel(
         larger, equal = place(
             s_ptr, mask_ptr, scores_ptr, indices_ptr, slots_ptr, inverse_ptr, picked_ptr,
             start + tl.arange(0, SLOT_BLOCK), n, k, threshold, room, larger, equal, lowest, poisoned,
-            UNIT, HAS_MASK, HAS_SCORES,
+            UNIT, SIGMOID, HAS_MASK, HAS_SCORES,
         )  # fmt: skip
 
 
 def select_groups(
-    logits: Tensor, mask: Tensor | None, ks: tuple[int, ...], scores: Tensor | None, unit: bool = False
+    logits: Tensor,
+    mask: Tensor | None,
+    ks: tuple[int, ...],
+    scores: Tensor | None,
+    unit: bool = False,
+    sigmoid: bool = False,
 ) -> tuple[Group, ...]:
     """Indices, slot mask, inverse map and picked scores of one or two groups of experts.
 
     logits, scores: (B, R, N), the experts of the groups one after the other; ks: K of each group. Picked scores are 0
-    in a masked slot, and NaN in all slots of a row with a NaN logit at a valid token. unit: they are 1 where they would
-    be a number. Without scores and unit they are empty.
+    in a masked slot, and NaN in all slots of a row with a NaN logit at a valid token. sigmoid: in place of scores that
+    are given, those of the picked logits, each with its own NaN alone. unit: they are 1 where they would be a number.
+    Without any of the three they are empty.
     """
     batch, experts, n = logits.shape
     size = logits.element_size()
     if n * size > ALONE:
-        return long_selection.select_long(logits, mask, ks, scores, unit)
+        return long_selection.select_long(logits, mask, ks, scores, unit, sigmoid)
     s, mask, constants = row_arguments(logits, mask, ALONE // size, most_warps=8)
-    groups = new_groups(s, ks, unit or scores is not None)
+    groups = new_groups(s, ks, unit or sigmoid or scores is not None)
     if s.numel():
         launch(
             _select_kernel, (batch * experts,),
             s, mask, s if scores is None else scores.contiguous(), *pointers(groups),
             n, ks[0], ks[-1], experts, experts // len(ks),
-            BITS=8 * size, UNIT=unit, HAS_SCORES=scores is not None, SLOT_BLOCK=min(constants["BLOCK"], CHUNK),
-            **constants,
+            BITS=8 * size, UNIT=unit, SIGMOID=sigmoid, HAS_SCORES=scores is not None,
+            SLOT_BLOCK=min(constants["BLOCK"], CHUNK), **constants,
         )  # fmt: skip
     return tuple(groups)
 

@@ -67,9 +67,12 @@ def of_group(indices_0, slots_0, inverse_0, picked_0, indices_1, slots_1, invers
 def place(
     s_ptr, mask_ptr, scores_ptr, indices_ptr, slots_ptr, inverse_ptr, picked_ptr,
     offsets, n, k, threshold, room, above, equal, lowest, poisoned,
-    UNIT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr,
+    UNIT: tl.constexpr, SIGMOID: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Writes what is chosen of a block of at most 2^14 tokens. above, equal: keys before it, returned with its own."""
+    """Writes what is chosen of a block of at most 2^14 tokens. above, equal: keys before it, returned with its own.
+
+    SIGMOID: the scores are those of s, which a NaN elsewhere in the row does not poison.
+    """
     key, valid, inside = load_keys(s_ptr, mask_ptr, offsets, n, HAS_MASK)
     larger = key > threshold
     # One running count of both: of larger keys in the lower 16 bits, of equal ones in the upper.
@@ -84,7 +87,12 @@ def place(
     tl.store(indices_ptr + slot, offsets.to(tl.int64), mask=chosen)
     tl.store(slots_ptr + slot, valid.to(tl.int8), mask=chosen)
     tl.store(inverse_ptr + offsets, tl.where(chosen & valid, slot, -1), mask=inside)
-    if UNIT or HAS_SCORES:
+    if SIGMOID:
+        soft = tl.sigmoid(tl.load(s_ptr + offsets, mask=chosen & valid, other=0.0))
+        if UNIT:
+            soft = tl.where(soft == soft, 1.0, soft)
+        tl.store(picked_ptr + slot, tl.where(valid, soft, 0.0), mask=chosen)
+    elif UNIT or HAS_SCORES:
         picked = valid.to(picked_ptr.dtype.element_ty)
         if not UNIT:
             picked = tl.load(scores_ptr + offsets, mask=chosen & valid, other=0.0)

@@ -31,6 +31,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The body of `attention`, for operators that contain it."""
     setting = call.setting
+    if call.library.nulls:
+        return call.library.attend(q, k, v, null, setting)
     out, lse, state = calls.forward(call.library, q, k, v, setting)
     keep = lse.new_empty(0)
     if null is not None:
@@ -57,6 +59,9 @@ def attend_backward(
     """
     out, lse, keep, state = results
     dout = dout.contiguous()
+    if call.library.nulls:
+        dq, dnull = call.library.attend_backward(dout, Attended(*qkv, out, lse, state), null, call.setting, into)
+        return dq, into, dnull
     dq, dk, dv = calls.backward_apart(call.library, dout, Attended(*qkv, out, lse, state), call.setting, into)
     if null is None:
         return dq, (dk, dv), None

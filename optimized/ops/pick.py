@@ -31,24 +31,25 @@ class pick:
     then masked ones ascending; inverse (B, E, N) int32: the slot that holds a token, -1 for none and for masked ones.
     Rank: see `ops.select`. Scores: see `Solver`; 0 in masked slots, and NaN in all slots of a row with a NaN logit at a
     valid token. They are constant, 1 in valid slots, where N <= K (with a NaN, too) and in blocks that give all tokens.
+    By a sigmoid each is of its own logit in all of these cases, and a NaN its own.
     keys (B, E, N): rank in place of the logits, with constant scores. Logits and keys: float32 or float64; mask (B, N).
 
     Also what the backward needs: soft scores (B, E, N), and iterates and counts (T, B blocks, E), or thresholds
-    (B blocks, E) and nothing. All are empty with keys, and where scores are straight-through, since then the solver is
-    the backward's business alone.
+    (B blocks, E) and nothing. All are empty with keys, by a sigmoid, and where scores are straight-through, since then
+    the solver is the backward's business alone.
     """
 
     def forward(a):  # type: ignore[no-untyped-def]
         logits, solver, n = a.logits.contiguous(), Solver.of(a), a.logits.shape[-1]
         keys = logits if a.keys is None else a.keys.contiguous()
         parts = split(n, a.k, a.block)
-        constant = a.keys is not None or n <= a.k
-        if constant or solver.straight_through:
-            state = _state(a, logits.new_zeros)
+        constant = _constant(a)
+        if constant or solver.stateless:
+            state, soft = _state(a, logits.new_zeros), None
         else:
             state = _solve(logits, a.mask, parts, solver, a.triton)
-        soft = None if constant or solver.straight_through else state[0]
-        return *_select(logits, keys, a.mask, parts, soft, constant, a.triton), *state
+            soft = state[0]
+        return *_select(logits, keys, a.mask, parts, soft, None if constant else solver, a.triton), *state
 
     def fake(a):  # type: ignore[no-untyped-def]
         batch, experts, n = a.logits.shape
@@ -60,19 +61,24 @@ class pick:
         return indices, taken, inverse, make(batch, experts, slots), *_state(a, make)
 
     def backward(a, g, needs):  # type: ignore[no-untyped-def]
-        n = a.logits.shape[-1]
-        if a.keys is not None or n <= a.k:
+        if _constant(a):
             return {"logits": torch.zeros_like(a.logits, memory_format=torch.contiguous_format)}
-        state = None if a.straight_through else (a.soft, a.a, a.counts)
+        solver, parts = Solver.of(a), split(a.logits.shape[-1], a.k, a.block)
+        state = None if solver.stateless else (a.soft, a.a, a.counts)
         given = g.scores, a.inverse, a.logits.contiguous(), a.mask
-        return {"logits": picked_gradient(*given, split(n, a.k, a.block), state, Solver.of(a), a.triton)}
+        return {"logits": picked_gradient(*given, parts, state, solver, a.triton)}
+
+
+def _constant(a: Any) -> bool:
+    """Whether scores are, whatever the logits are."""
+    return a.keys is not None or (a.logits.shape[-1] <= a.k and not Solver.of(a).sigmoid)
 
 
 def solver_state(
     logits: Tensor, k: int, block: int | None, solver: Solver, make: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In the shapes that `pick` returns."""
-    if solver.straight_through:
+    if solver.stateless:
         nothing = logits.new_empty(0)
         return nothing, nothing, nothing
     batch, experts, n = logits.shape
@@ -112,20 +118,28 @@ def _select(
     mask: Tensor | None,
     parts: list[Part],
     soft: Tensor | None,
-    constant: bool,
+    solver: Solver | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Indices, slot mask, inverse map and scores. constant: the scores are, whatever the logits are."""
+    """Indices, slot mask, inverse map and scores. soft: scores of all tokens by a solver that is not straight-through.
+    solver: None for scores of 1 whatever the logits are.
+    """
+    sigmoid = solver is not None and solver.sigmoid
     slots = sum(part.slots for part in parts)
     if triton and _is_whole(parts):
         from optimized.kernels.selection import select_groups
 
-        indices, taken, inverse, scores = select_groups(keys, mask, (slots,), soft, soft is None and not constant)[0]
-        return indices, taken, inverse, taken.to(logits.dtype) if constant else scores
+        unit = solver is not None and solver.straight_through
+        indices, taken, inverse, scores = select_groups(keys, mask, (slots,), soft, unit, sigmoid)[0]
+        return indices, taken, inverse, taken.to(logits.dtype) if solver is None else scores
     chosen = torch.cat([part.unfold(_chosen(part, keys, mask, triton)) for part in parts], -1)
     indices, taken, inverse = place(chosen, mask, slots)
+    if solver is not None and solver.sigmoid:
+        soft = logits.sigmoid()
+        if solver.straight_through:
+            soft = torch.where(soft.isnan(), soft, 1)
     scores = taken.to(logits.dtype) if soft is None else soft.gather(-1, indices).masked_fill_(~taken, 0)
-    if not constant:
+    if solver is not None and not sigmoid:
         scores.masked_fill_(_poisoned(logits, mask), torch.nan)
     return indices, taken, inverse, scores
 
@@ -151,10 +165,12 @@ def picked_gradient(
     solver: Solver,
     triton: bool,
 ) -> Tensor:
-    """Gradient of the logits (B, E, N) from that of the scores (B, E, K'), where N > K.
+    """Gradient of the logits (B, E, N) from that of the scores (B, E, K'), where N > K, or by a sigmoid.
 
     state: soft scores, iterates and counts as `pick` returned them, None to solve again.
     """
+    if solver.sigmoid:
+        return _sigmoid_gradient(grad, inverse, logits, triton)
     if triton and _is_whole(parts):
         ks = (parts[0].k,)
         whole = solver.solve(logits, mask, ks, triton) if state is None else state
@@ -178,6 +194,17 @@ def picked_gradient(
             gradients.append(part.unfold(gradient))
         row += len(folded)
     return torch.cat(gradients, -1)
+
+
+def _sigmoid_gradient(grad: Tensor, inverse: Tensor, logits: Tensor, triton: bool) -> Tensor:
+    """Of the tokens that have a slot, whichever block they are from; 0 of the others, NaN or not."""
+    if triton:
+        from optimized.kernels.sigmoid import sigmoid_picked_backward
+
+        return sigmoid_picked_backward((grad,), (inverse,), None, logits)
+    soft = logits.sigmoid()
+    dense = grad.gather(-1, inverse.clamp_min(0).long()) * (soft * (1 - soft))
+    return dense.masked_fill_(inverse < 0, 0)
 
 
 def _is_whole(parts: list[Part]) -> bool:

@@ -46,7 +46,7 @@ class routed_rows:
     (E, B, Kkv', D), picked scores (B, E, Kq') and (B, E, Kkv'), logits (B, 2 E, N): those have gradients; indices, slot
     mask and inverse map of either (see `ops.pick`); norms (B, N) and factors (B, 2 E) (see `ops.router_logits`), and
     the state of the solver (see `ops.pick`), for both sides along the experts. Logits of a side with N <= K decide
-    nothing and pass no gradient on.
+    nothing and pass no gradient on, but by a sigmoid, whose scores are of them all the same.
     """
 
     def forward(a):  # type: ignore[no-untyped-def]
@@ -148,12 +148,12 @@ def _pick_at_once(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple,
     from optimized.kernels.selection import select_groups
 
     ks, soft = (a.k_q, a.k_kv), None
-    if solver.straight_through:
+    if solver.stateless:
         state = solver_state(logits, a.k_q, None, solver, logits.new_empty)
     else:
         state = solver.solve(logits, a.mask, ks, True)
         soft = state[0]
-    groups = select_groups(logits, a.mask, ks, soft, unit=solver.straight_through)
+    groups = select_groups(logits, a.mask, ks, soft, solver.straight_through, solver.sigmoid)
     return tuple([group[:3] for group in groups]), tuple([group[3] for group in groups]), state
 
 
@@ -165,7 +165,7 @@ def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tu
         routes.append(route)
         scores.append(picked)
         states.append((soft, iterates, counts))
-    if solver.straight_through:
+    if solver.stateless:
         return tuple(routes), tuple(scores), states[0]
     (soft, iterates, counts), other = states
     counts = counts if solver.exact else torch.cat((counts, other[2]), -1)
@@ -176,7 +176,7 @@ def _pick_each(a: Any, logits: Tensor, solver: Solver) -> tuple[tuple, tuple, tu
 def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
     """From those of the picked scores and of the logits themselves; None where there is none."""
     solver, n = Solver.of(a), a.x.shape[1]
-    chooses = [n > side.k for side in sides]
+    chooses = [solver.sigmoid or n > side.k for side in sides]
     own = g.logits
     if own is not None and not all(chooses):  # logits that decide nothing pass no gradient on
         own = torch.cat([part * chose for part, chose in zip(own.chunk(2, 1), chooses)], 1)
@@ -190,7 +190,9 @@ def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
             ]
         )
         ks = a.k_q, a.k_kv
-        solved = solver.solve(a.logits, a.mask, ks, True) if solver.straight_through else (a.soft, a.a, a.counts)
+        solved: tuple[Tensor, ...] = a.soft, a.a, a.counts
+        if solver.straight_through and not solver.sigmoid:
+            solved = solver.solve(a.logits, a.mask, ks, True)
         inverses = a.q_inverse, a.kv_inverse
         return solver.picked_backward(grads, inverses, own, a.logits, a.mask, ks, solved)
     halves = []
@@ -200,7 +202,7 @@ def _logits_gradient(a: Any, g: Any, sides: tuple[_Side, ...]) -> Tensor | None:
             halves.append(torch.zeros_like(logits))
             continue
         state = None
-        if not solver.straight_through:
+        if not solver.stateless:
             state = side.of(a.soft, 1), side.of(a.a, -1), a.counts if solver.exact else side.of(a.counts, -1)
         given = side.score_gradient, side.taken.inverse, logits, a.mask, split(n, side.k, a.block), state
         halves.append(picked_gradient(*given, solver, a.triton))

@@ -1,4 +1,4 @@
-"""What a router is told of its solver, and either solver by it."""
+"""What a router is told of its solver, and each solver by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from optimized.ops.capped_simplex import capped_simplex
 from optimized.ops.coordinate_descent import coordinate_descent
 
 # Of the schemas of operators that take a `Solver`.
-SOLVER = "float ratio, bool straight_through, bool exact, int n_iters, float eps, float eps_init, float eps_decay"
+SOLVER = "float ratio, bool straight_through, str solver, int n_iters, float eps, float eps_init, float eps_decay"
 
 
 class Solver(NamedTuple):
@@ -18,7 +18,9 @@ class Solver(NamedTuple):
 
     ratio: float  # mass of the soft scores over K
     straight_through: bool  # scores of 1 with the gradient of the soft ones
-    exact: bool  # `ops.capped_simplex`, else `ops.coordinate_descent`
+    solver: (
+        str  # iterative: `ops.coordinate_descent`; exact: `ops.capped_simplex`; sigmoid: of each logit, solves nothing
+    )
     n_iters: int
     eps: float
     eps_init: float
@@ -27,7 +29,21 @@ class Solver(NamedTuple):
     @classmethod
     def of(cls, a: Any) -> Solver:
         """From the arguments of an operator."""
-        return cls(a.ratio, a.straight_through, a.exact, a.n_iters, a.eps, a.eps_init, a.eps_decay)
+        return cls(a.ratio, a.straight_through, a.solver, a.n_iters, a.eps, a.eps_init, a.eps_decay)
+
+    @property
+    def exact(self) -> bool:
+        return self.solver == "exact"
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether a score depends on its own logit alone: so it has a gradient where nothing is to be chosen, too."""
+        return self.solver == "sigmoid"
+
+    @property
+    def stateless(self) -> bool:
+        """Whether the forward solves nothing, and leaves nothing to its backward."""
+        return self.straight_through or self.sigmoid
 
     def solve(
         self, logits: Tensor, mask: Tensor | None, ks: tuple[int, ...], triton: bool
@@ -64,8 +80,10 @@ class Solver(NamedTuple):
         solved: tuple[Tensor, ...],
     ) -> Tensor:
         """By Triton, from the gradients of one or two groups' picked scores (B, E, K), and from dlogits."""
-        from optimized.kernels import capped_simplex, coordinate_descent
+        from optimized.kernels import capped_simplex, coordinate_descent, sigmoid
 
+        if self.sigmoid:
+            return sigmoid.sigmoid_picked_backward(grads, inverses, dlogits, logits)
         given = grads, inverses, dlogits, logits, mask
         if self.exact:
             return capped_simplex.capped_simplex_picked_backward(*given, *solved[:2], self.eps)  # type: ignore[call-arg, arg-type]

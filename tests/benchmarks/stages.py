@@ -20,6 +20,7 @@ MODULES = {
     "coordinate_descent": "solver",
     "long_descent": "solver",
     "capped_simplex": "solver",
+    "sigmoid": "solver",
     "long_selection": "selection",
     "memory": "selection",
     "candidates": "selection",
@@ -32,6 +33,8 @@ MODULES = {
     "null_slot": "null slot",
     "token_gradient": "dx",
     "window": "attention",
+    "attention": "attention",
+    "keep": "attention",
     "layer_norm": "norm",
     "value_score": "null slot",  # both are about values and scores around the flash kernel
 }

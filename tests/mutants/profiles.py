@@ -24,9 +24,9 @@ class Profile:
 
 
 SELECTION = Profile(
-    ("test_rows.py", "test_routing.py", "test_operators.py"),
+    ("test_rows.py", "test_routing.py", "test_operators.py", "test_sigmoid.py"),
     "((select or poison) and (triton or masked) and not (groups and float64) and not batching and not long_rows) "
-    "or route_matches",
+    "or route_matches or (triton and (its_own or scores_are_1 or chosen_logit))",
     interpreted=True,
     examples=60,
 )
@@ -50,6 +50,11 @@ ROWS = Profile(
     interpreted=True,
     examples=60,
 )
+SIGMOID = Profile(
+    ("test_sigmoid.py", "test_cases.py", "test_operators.py", "test_boundaries.py"),
+    "(triton and test_sigmoid) or (sigmoid and (is_right or pytorch_form)) or rows-1025",
+    interpreted=True,
+)
 COMBINE = Profile(
     ("test_mixture.py", "test_operators.py", "test_poison.py"),
     "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients)) "
@@ -62,6 +67,9 @@ ATTENTION = Profile(
     "or (test_routed_attention.py and (dropout or null or order))",
     interpreted=True,
     examples=20,
+)
+ATTENTION_KERNEL = Profile(
+    ("test_cases.py",), "is_right and float32 and ((attention and not memory) or keep)", interpreted=True
 )
 ROTARY = Profile(
     ("test_operators.py", "test_routed_attention.py", "test_local_attention.py", "test_poison.py"),
@@ -122,10 +130,10 @@ ROUTER = Profile(
     interpreted=True,
 )
 PICK = Profile(
-    ("test_routing.py", "test_public_defects.py", "test_operators.py"),
+    ("test_routing.py", "test_public_defects.py", "test_operators.py", "test_sigmoid.py"),
     "route_matches or edge_of_a or straight_through or selection or (defect_09 and not rejected) "
     "or (defect_15 and not rejected) or ((pick or select) and opcheck) or content_of_masked "
-    "or set_to_nan",
+    "or set_to_nan or (torch and (test_sigmoid.py or whole_stages and pick and sigmoid))",
 )
 SOLVERS = Profile(
     ("test_routing.py", "test_operators.py"),
@@ -223,6 +231,7 @@ PROFILES = {
     "optimized/kernels/long_descent.py": LONG_DESCENT,
     "optimized/kernels/temperature.py": DESCENT,
     "optimized/kernels/capped_simplex.py": CAPPED,
+    "optimized/kernels/sigmoid.py": SIGMOID,
     "optimized/kernels/rows.py": ROWS,
     "optimized/kernels/launch.py": LAUNCH,
     "optimized/kernels/combine.py": COMBINE,
@@ -232,6 +241,8 @@ PROFILES = {
     "optimized/kernels/gather_norm.py": GATHER,
     "optimized/kernels/token_gradient.py": GATHER,
     "optimized/kernels/value_score.py": EXPERTS,
+    "optimized/kernels/attention.py": ATTENTION_KERNEL,
+    "optimized/kernels/keep.py": ATTENTION_KERNEL,
     "optimized/kernels/rotary.py": ROTARY,
     "optimized/kernels/window.py": WINDOW_KERNEL,
     "optimized/kernels/layer_norm.py": NORM,

@@ -3,6 +3,78 @@
 from ..mutant import Edits, edit
 
 EDITS: Edits = {
+    "optimized/kernels/attention.py": {
+        "attention-kernel-fade-forgotten": edit(
+            "return higher, total, _product(_rounded(p, v_ptr), v, out * fade[:, None],",
+            "return higher, total, _product(_rounded(p, v_ptr), v, out,",
+            "log-sum-exp and scale",
+        ),
+        "attention-kernel-sum-of-what-is-kept": edit(
+            "    total = total * fade + tl.sum(p, 1)\n    if DROPOUT:\n"
+            "        p = tl.where(_kept(bits_ptr, i, here, start, words, BLOCK_N), p, 0.0)\n",
+            "    if DROPOUT:\n        p = tl.where(_kept(bits_ptr, i, here, start, words, BLOCK_N), p, 0.0)\n"
+            "    total = total * fade + tl.sum(p, 1)\n",
+            "dropout",
+        ),
+        "attention-kernel-length-of-row-0": edit(
+            "    k_ptr += row * k_r + h * k_h\n    v_ptr += row * v_r + h * v_h\n"
+            "    whole_blocks = end // BLOCK_N * BLOCK_N\n    for start in range(0, whole_blocks, BLOCK_N):\n"
+            "        at_k, at_v = tl.cast(start, tl.int64) * k_l, tl.cast(start, tl.int64) * v_l\n        top",
+            "    if HAS_LENGTHS:\n        end = tl.load(lengths_ptr)\n"
+            "    k_ptr += row * k_r + h * k_h\n    v_ptr += row * v_r + h * v_h\n"
+            "    whole_blocks = end // BLOCK_N * BLOCK_N\n    for start in range(0, whole_blocks, BLOCK_N):\n"
+            "        at_k, at_v = tl.cast(start, tl.int64) * k_l, tl.cast(start, tl.int64) * v_l\n        top",
+            "fla-org/flash-linear-attention#1115",
+        ),
+        "attention-kernel-null-slot-of-another-expert": edit(
+            "        at = (row // rows_per_null * heads + h) * DIM\n        null_k, null_v, z = _null_slot(\n"
+            "            null_k_ptr, null_v_ptr, keep_ptr + item * queries, at, i, here, DIM, DTYPE, DROPOUT, BLOCK_D\n"
+            "        )\n        top",
+            "        at = h * DIM\n        null_k, null_v, z = _null_slot(\n"
+            "            null_k_ptr, null_v_ptr, keep_ptr + item * queries, at, i, here, DIM, DTYPE, DROPOUT, BLOCK_D\n"
+            "        )\n        top",
+            "expert mix-up",
+        ),
+        "attention-kernel-null-slot-always-kept": edit(
+            "dnull_v = tl.sum((p0 * z)[:, None] * dout.to(DTYPE), 0) / kept",
+            "dnull_v = tl.sum(p0[:, None] * dout.to(DTYPE), 0) / kept",
+            "dropout",
+        ),
+        "attention-kernel-delta-not-scaled": edit(
+            "delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1) * kept",
+            "delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)",
+            "dropout",
+        ),
+        "attention-kernel-other-bits-backward": edit(
+            "(tl.reshape(spread, (BLOCK_N, i.shape[0])) & bit[:, None]) != 0",
+            "(tl.reshape(spread, (BLOCK_N, i.shape[0])) & bit[:, None]) == 0",
+            "dropout",
+        ),
+        "attention-kernel-values-gradient-undropped": edit(
+            "dv = _product(_rounded(dropped, dout_ptr), dout, dv, HALF, DTYPE)",
+            "dv = _product(_rounded(p, dout_ptr), dout, dv, HALF, DTYPE)",
+            "dropout",
+        ),
+        "attention-kernel-keys-gradient-unscaled": edit(
+            "dk * (from_bits(scale_bits).to(DTYPE) / kept)", "dk / kept", "log-sum-exp and scale"
+        ),
+        "attention-kernel-hidden-keys-have-gradients": edit(
+            "dv = tl.where(shown[:, None], dv / kept, 0.0)", "dv = dv / kept", "trymirai/lalamo#310"
+        ),
+    },
+    "optimized/kernels/keep.py": {
+        "keep-kernel-null-slot-as-the-first-key": edit(
+            "numbers_ptr + 3 * queries + i, mask=here", "numbers_ptr + 2 * queries + i, mask=here", "dropout"
+        ),
+        "keep-kernel-digits-reversed": edit("(t >> digit) & 1", "(t >> (7 - digit)) & 1", "dropout"),
+        "keep-kernel-share-rounded-down": edit(
+            "t = whole + (((a & 0xFFFFFF) + rest) >> 24)", "t = whole + (a & 0)", "dropout"
+        ),
+        "keep-kernel-all-kept-is-none": edit("    less = tl.where(t >= 256, -1, less)\n", "", "dropout"),
+        "keep-kernel-one-draw-for-all-heads": edit(
+            "numbers_ptr += item * (4 * queries + 2 * DIGITS * words)", "numbers_ptr += 0 * item", "dropout"
+        ),
+    },
     "optimized/kernels/null_slot.py": {
         "null-kernel-lse-of-base-2": edit(
             "merged_lse = top + tl.log(total)", "merged_lse = top + tl.log2(total)", "vllm-project/vllm#47079"

@@ -195,9 +195,12 @@ EDITS: Edits = {
             "missing gradient",
         ),
         "rows-straight-through-as-soft-scores": edit(
-            "select_groups(logits, a.mask, ks, soft, unit=solver.straight_through)",
-            "select_groups(logits, a.mask, ks, solver.solve(logits, a.mask, ks, True)[0], unit=False)",
+            "select_groups(logits, a.mask, ks, soft, solver.straight_through, solver.sigmoid)",
+            "select_groups(logits, a.mask, ks, solver.solve(logits, a.mask, ks, True)[0], False, solver.sigmoid)",
             "straight-through",
+        ),
+        "rows-sigmoid-without-gradient-where-all-are-taken": edit(
+            "chooses = [solver.sigmoid or n > side.k for", "chooses = [n > side.k for", "missing gradient"
         ),
         "rows-gradient-of-logits-dropped-by-pytorch": edit(
             "return dlogits if own is None else dlogits.add_(own)",

@@ -48,6 +48,15 @@ EDITS: Edits = {
             "picked = chosen.to(picked_ptr.dtype.element_ty)",
             "straight-through",
         ),
+        "select-kernel-sigmoid-of-masked": edit(
+            "tl.where(valid, soft, 0.0), mask=chosen", "soft, mask=chosen", "masked tokens leak"
+        ),
+        "select-kernel-straight-through-sigmoid-hides-nan": edit(
+            "soft = tl.where(soft == soft, 1.0, soft)", "soft = tl.where(valid, 1.0, 0.0)", "NaN order"
+        ),
+        "select-kernel-straight-through-sigmoid-is-soft": edit(
+            "        if UNIT:\n            soft = tl.where(soft == soft, 1.0, soft)\n", "", "straight-through"
+        ),
     },
     "optimized/kernels/selection.py": {
         "select-kernel-low-bits-undecided": edit(
@@ -134,6 +143,16 @@ EDITS: Edits = {
             "(inverse < 0) | _poisoned(logits, mask), 0)",
             "(inverse < 0) | (_poisoned(logits, mask) & logits.isnan()), 0)",
             "NaN order",
+        ),
+        "sigmoid-constant-where-all-are-taken": edit(
+            "(a.logits.shape[-1] <= a.k and not Solver.of(a).sigmoid)", "a.logits.shape[-1] <= a.k", "missing gradient"
+        ),
+        "sigmoid-a-nan-is-every-slots": edit(
+            "if solver is not None and not sigmoid:", "if solver is not None:", "NaN order"
+        ),
+        "sigmoid-gradient-of-the-score": edit("(soft * (1 - soft))", "soft", "straight-through"),
+        "sigmoid-gradient-of-what-nobody-picked": edit(
+            "    return dense.masked_fill_(inverse < 0, 0)\n", "    return dense\n", "masked tokens leak"
         ),
         "blocks-mass-of-the-whole-row": edit(
             "soft, *rest = solver.solve(folded, _folded(part, mask), (part.k,), triton)",

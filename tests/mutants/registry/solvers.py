@@ -146,6 +146,23 @@ EDITS: Edits = {
             "fla-org/flash-linear-attention#1214",
         ),
     },
+    "optimized/kernels/sigmoid.py": {
+        "sigmoid-gradient-of-the-score-itself": edit("(p * (1 - p))", "(p * p)", "lucidrains/CoLT5-attention#8"),
+        "sigmoid-gradient-of-a-nan-nobody-picked": edit(
+            "mask=taken, other=0.0))", "mask=inside, other=0.0))", "masked rows and sentinels"
+        ),
+        "sigmoid-gradient-of-the-other-group": edit(
+            "grad_0, grad_1, inverse_0, inverse_1, row, experts",
+            "grad_0, grad_0, inverse_0, inverse_1, row, experts",
+            "BobMcDear/attorch#14",
+        ),
+        "sigmoid-gradient-of-logits-dropped": edit(
+            "        ds += tl.load(dlogits_ptr", "        ds = tl.load(dlogits_ptr", "Dao-AILab/flash-attention#1817"
+        ),
+        "sigmoid-gradient-of-the-first-block": edit(
+            "mine = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "mine = tl.arange(0, BLOCK)", "tail mask"
+        ),
+    },
     "optimized/kernels/capped_simplex.py": {
         "capped-kernel-mass-of-all": edit(
             "left = tl.maximum(k - above.to(dtype), 0.0)", "left = k", "PythonOT/POT#394", "mass"
