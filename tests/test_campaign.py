@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 from campaign import __main__ as command
-from campaign import draws, layer, oracles, report, runner, selection, solver, state
+from campaign import draws, oracles, report, runner, selection, solver, state
+from campaign.causal import KIND as causal
+from campaign.chunks import Drawn
 from campaign.comparison import Cases, compare
 from campaign.kind import Setting, warm_up
+from campaign.layer import KIND as layer
 from campaign.oracles import Kinks, Rows
 from campaign.state import Part, State, as_ranges, read
 from campaign.tally import Band, Failure, Tally
@@ -41,7 +44,7 @@ pytestmark = pytest.mark.cpu
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, size in ((selection, 60), (solver, 60), (layer, 15)):
+    for kind, size in ((selection, 60), (solver, 60), (layer, 15), (causal, 6)):
         monkeypatch.setattr(kind, "CHUNK", size)
 
 
@@ -702,14 +705,15 @@ WRONG_USE = {
     "--kind solver --case -3": "--case: expected an index >= 0, or FIRST-LAST, got '-3'",
     "--kind solver --case 5-2": "--case: expected an index >= 0, or FIRST-LAST, got '5-2'",
     "--kind solver --case all": "--case: expected an index >= 0, or FIRST-LAST, got 'all'",
-    "--case 5": "--kind: expected one kind with --case, got selection solver layer",
+    "--case 5": "--kind: expected one kind with --case, got selection solver layer causal",
     "--kind solver --case 5 --cases 7": "--cases: expected with a run, got it with --case",
     "--kind solver --case 5 --report page.html": "--report: expected with --of or a run, got it with --case",
-    "--kind solver --example LayerCase()": "--kind: expected layer with --example, got solver",
+    "--kind solver --example LayerCase()": "--kind: expected layer or causal with --example, got solver",
     "--example LayerCase() --dtype float8": "--dtype: invalid choice: 'float8'",
-    "--example LayerCase() --own-routers --dtype float16": "--dtype: expected float64 with --own-routers, got float16",
+    "--example LayerCase() --property own-routers --dtype float16": "--dtype: expected float64 with --property own-routers",
+    "--example LayerCase() --property law": "--property: expected one of injected-routes, own-routers, got law",
     "--dtype float16": "--dtype: expected with --example, got it with a run",
-    "--kind layer --own-routers": "--own-routers: expected with --example, got it with a run",
+    "--kind layer --property own-routers": "--property: expected with --example, got it with a run",
     "--of state": "--of: expected with --report, --picture or --table, got none of them",
     "--of state --report page.html --seed 4": "--seed: expected with --case or a run, got it with --of",
     "--report .": "--report: expected a file, got the folder .",
@@ -724,7 +728,7 @@ def test_wrong_use_ends_with_status_2_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unmarked.md").write_text("a page\n")
-    for kind in (*BATCHED, layer):
+    for kind in (*BATCHED, Drawn):
         monkeypatch.delattr(kind, "run")
     with pytest.raises(SystemExit) as ended:
         command.main(words.split())
@@ -743,7 +747,7 @@ def test_a_run_of_nothing_is_refused(name: str, value: Any, tmp_path: Path) -> N
 @given(case=layer_cases())
 @settings(max_examples=20)
 def test_an_example_is_read_as_it_was_written(case: LayerCase) -> None:
-    assert layer.parse_example(repr(case)) == case
+    assert layer.parse(repr(case)) == case
 
 
 NO_EXAMPLES = {
