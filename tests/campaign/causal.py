@@ -30,6 +30,7 @@ import reference  # noqa: E402
 from .chunks import Drawn, Lane, inner, named, truth, whole, word  # noqa: E402
 from .kind import Setting  # noqa: E402
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is asked for anything
 OWN, LAW = "own selections", "law"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 SMALL = 20  # tokens and keys that an oracle with loops is asked for
@@ -193,7 +194,6 @@ def deterministic() -> Iterator[None]:
     """PyTorch's deterministic algorithms, without NaN in new memory."""
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         yield
