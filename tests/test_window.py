@@ -47,8 +47,13 @@ def over_all_pairs(qkv: Tensor, window: int, causal: bool, mask: Tensor | None) 
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def both(qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """out, lse and the gradient of qkv, by the kernels, which take rotated q and k of the strides of qkv."""
+def both(
+    qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor | None = None, apart: bool = False
+) -> tuple[Tensor, ...]:
+    """out, lse and the gradient of qkv, by the kernels, which take rotated q and k of the strides of qkv.
+
+    apart: v, heads first, of strides of its own.
+    """
     from optimized.kernels.window import Band, window_attention, window_attention_backward
 
     n, dim = qkv.shape[1], qkv.shape[-1]
@@ -56,9 +61,11 @@ def both(qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor
     ready = qkv.clone()
     for part in range(2):
         ready[:, :, part] = turned(qkv[:, :, part])
-    out, lse = window_attention(*ready.unbind(2), band)
+    q, k, v = ready.unbind(2)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2) if apart else v
+    out, lse = window_attention(q, k, v, band)
     angles = rotary_tables(n, dim, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
-    return out, lse, window_attention_backward(g, ready.unbind(2), out, lse, band, angles)
+    return out, lse, window_attention_backward(g, (q, k, v), out, lse, band, angles)
 
 
 def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device) -> None:
@@ -111,6 +118,8 @@ def test_any_strides(kernels: str, device: torch.device) -> None:
         cotangent = g.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         for a, e in zip(both(laid, cotangent, 4), expected):
             check_identical(a, e)
+    for a, e in zip(both(qkv, g, 4, apart=True), expected):
+        check_identical(a, e)
 
 
 @TRITON
