@@ -61,7 +61,7 @@ def hard_in_steps(case: CausalCase, setting: Setting) -> None:
 
 
 def padded(case: CausalCase, setting: Setting) -> None:
-    inner(definition.test_padding_anywhere)(optimized, case, case.tokens, setting.device)
+    inner(definition.test_padding_anywhere)(optimized, case, min(case.tokens, 4), setting.device)
 
 
 SIGMOID, COUPLED = ("sigmoid",), ("iterative", "exact")
