@@ -233,7 +233,11 @@ def dual_of(logits: Float[Tensor, "*rows N"], k: float, options: RouterOptions) 
         return _descend(logits, valid, k, options)[0]
     if k >= logits.shape[-1]:
         return torch.full_like(logits[..., :1], torch.inf)
-    return _cap(logits, valid, k, options.eps)[0]
+    a, free = _cap(logits, valid, k, options.eps)
+    # Saturated tokens that alone amount to the mass, by rounding, leave nothing to the rest, at any a down to -inf: the
+    # least a that saturates them.
+    least = torch.where(free, torch.inf, logits).amin(-1, keepdim=True)
+    return torch.where(a == -torch.inf, -least, a)
 
 
 def _zero_masked_spread_nan(scores: Tensor, logits: Tensor, valid: Tensor) -> Tensor:

@@ -878,11 +878,12 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
         return
     mask, shown = _mask(x, s, masked)
     tokens, g = (x.normal(s.batch, s.n, s.dim, seed=s.dim + i) for i in range(2))
+    tokens[~shown] = torch.nan  # not read: 0 times it would be NaN
     w, b = x.weight(s.dim, seed=2), x.weight(s.dim, seed=3) if bias else None
     y, mean, rate = kernel.layer_norm(tokens, w, b, mask, 1e-5)
     dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate)
     yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw.sum(0), "db": db.sum(0)}
-    t = tokens.double() * shown[..., None]
+    t = torch.where(shown[..., None], tokens.double(), 0)
     middle = t.mean(-1, keepdim=True)
     each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
     z, wide_g = (t - middle) * each, g.double()

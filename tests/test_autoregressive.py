@@ -56,6 +56,17 @@ HARD: dict[str, Any] = {
     "straight_through": False,
     "cosine_sim_routing": True,
 }
+ALONE: dict[str, Any] = {
+    "routed_window_size": 2,
+    "num_routed_queries": 1,
+    "dim_head": 2,
+    "heads": 1,
+    "prenorm": False,
+    "capacity_factor": 1.0,
+    "cosine_sim_routing": False,
+    "solver": "exact",
+    "fetch_k_ratio": 1.0,
+}
 SOLVERS = ("sigmoid", "iterative", "exact")
 
 
@@ -147,6 +158,8 @@ def same(actual: Tensor, expected: Tensor, within: float = 1e-11) -> None:
 @BOTH
 @example(case=Case({**SMALL, **HARD, "solver": "iterative", "fetch_k_ratio": 2.0, "n_iters": 3, "eps": 0.5}, 1, 13, 3))
 @example(case=Case({**SMALL, **HARD, "solver": "exact", "fetch_k_ratio": 4 / 3}, 1, 13, 3))
+# A token alone that amounts to the mass of its block, by rounding, and a later one above it.
+@example(case=Case({**RAW, **HARD, **ALONE}, 1, 3, 0))
 @given(case=cases())
 @counted
 def test_the_oracle(implementation: ModuleType, case: Case, device: torch.device) -> None:

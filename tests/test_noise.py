@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness import check_identical
 from noise import __main__ as command
-from noise.layers import LAYERS
+from noise.layers import LAYERS, OPTIMIZED, STRICT
 from noise.training import Model, Run, Settings, verdict
 
 from tests.record import REPORTS, read
@@ -33,13 +33,14 @@ def outputs_before(name: str, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.cpu
-def test_the_strict_layer_sees_no_later_token() -> None:
+@pytest.mark.parametrize("name", STRICT)
+def test_the_strict_layer_sees_no_later_token(name: str) -> None:
     for cut in (9, 20, 31):
-        check_identical(*outputs_before("strict", cut))
+        check_identical(*outputs_before(name, cut))
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", [name for name in LAYERS if name != "strict"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name not in STRICT])
 def test_controls_do(name: str) -> None:
     assert any(not torch.equal(*outputs_before(name, cut)) for cut in (13, 20, 27))
 
@@ -56,6 +57,21 @@ def test_a_model_learns(name: str) -> None:
     found = run.evaluate()
     assert found["tokens"] >= SMALL.unseen
     assert abs(found["loss"] - math.log(SMALL.vocabulary)) < 1
+
+
+@pytest.mark.cpu
+def test_the_optimized_layer_trains_as_the_reference() -> None:
+    """From the same parameters, on the same tokens; longer, rounding makes other models of them."""
+    runs = [Run(name, SMALL, CPU) for name in STRICT]
+    for p, other in zip(*(run.model.parameters() for run in runs)):
+        check_identical(p.detach(), other.detach())
+    for run in runs:
+        torch.manual_seed(1)
+        run.train()
+    (_, loss), (_, other) = (run.curve[-1] for run in runs)
+    assert loss == pytest.approx(other, abs=1e-4)
+    for p, q in zip(*(run.model.parameters() for run in runs)):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.cpu
@@ -92,12 +108,40 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.cpu
+def test_a_report_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs that it has are not run again; one of other sources is refused, and left as it was."""
+    report = tmp_path / "noise.json"
+    options = ["--device", "cpu", "--steps", "1", "--unseen", "100", "--out", str(report)]
+    command.main([*options, "--layers", "strict", "--seeds", "0"])
+    (first,) = read(report)["runs"]
+    both = [*options, "--layers", "strict", OPTIMIZED, "--seeds", "0", "1", "--plot", str(tmp_path / "noise.png")]
+    command.main(both)
+    runs = read(report)["runs"]
+    assert runs[0] == first
+    asked = {(name, seed) for name in STRICT for seed in (0, 1)}
+    assert {(run["layer"], run["settings"]["seed"]) for run in runs} == asked
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "Run", None)
+        command.main(both)
+    text = report.read_text()
+    report.write_text(text.replace('"hashes": {', '"hashes": {"another": "0", ', 1))
+    changed = report.read_text()
+    with pytest.raises(SystemExit):
+        command.main(both)
+    assert "remove it to start anew" in capsys.readouterr().err
+    assert report.read_text() == changed != text
+
+
+@pytest.mark.cpu
 def test_the_report_that_is_committed() -> None:
     """The strict layer is at ln V, the best of its own window is not; both after as many steps."""
+    names = {"strict", "window top-k", "sequence top-k"}
     runs = [run for path in sorted(REPORTS.glob("noise-*.json")) for run in read(path)["runs"]]
-    assert {run["layer"] for run in runs} == set(LAYERS)
+    assert names <= {run["layer"] for run in runs} <= set(LAYERS)
     for run in runs:
         assert run["tokens"] >= 10**6
         assert verdict(run) == run["verdict"]
-    assert {run["verdict"] for run in runs if run["layer"] == "strict"} == {"sees nothing"}
+    assert {run["verdict"] for run in runs if run["layer"] in STRICT} == {"sees nothing"}
     assert {run["verdict"] for run in runs if run["layer"] == "window top-k"} == {"leaks"}

@@ -15,9 +15,9 @@ from optimized.ops.rotary import rotary_tables
 
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 HEADS = 2
-# Lengths and windows: none, below, at and above the blocks of float64, one of them and several; 14 and 15 are those
-# from which on a block is seen as a whole, on either side. d: padded, and not.
-LENGTHS, WINDOWS, CHANNELS = (1, 15, 16, 17, 33, 50), (1, 14, 15, 16, 17, 40, 2**31), (2, 24, 32)
+# Lengths and windows: none, below, at and above the blocks of float64, one of them and several; from 15 on a block sees
+# itself as a whole, from 31 on its neighbours, of which 30 leaves out a single pair. d: padded, and not.
+LENGTHS, WINDOWS, CHANNELS = (1, 15, 16, 17, 33, 50), (1, 15, 16, 17, 30, 31, 2**31), (2, 24, 32)
 
 
 def problem(n: int, dim: int, device: torch.device, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,13 @@ def over_all_pairs(qkv: Tensor, window: int, causal: bool, mask: Tensor | None) 
     return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
-def both(qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """out, lse and the gradient of qkv, by the kernels, which take rotated q and k of the strides of qkv."""
+def both(
+    qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor | None = None, apart: bool = False
+) -> tuple[Tensor, ...]:
+    """out, lse and the gradient of qkv, by the kernels, which take rotated q and k of the strides of qkv.
+
+    apart: v, heads first, of strides of its own.
+    """
     from optimized.kernels.window import Band, window_attention, window_attention_backward
 
     n, dim = qkv.shape[1], qkv.shape[-1]
@@ -56,9 +61,11 @@ def both(qkv: Tensor, g: Tensor, window: int, causal: bool = False, mask: Tensor
     ready = qkv.clone()
     for part in range(2):
         ready[:, :, part] = turned(qkv[:, :, part])
-    out, lse = window_attention(*ready.unbind(2), band)
+    q, k, v = ready.unbind(2)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2) if apart else v
+    out, lse = window_attention(q, k, v, band)
     angles = rotary_tables(n, dim, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
-    return out, lse, window_attention_backward(g, ready.unbind(2), out, lse, band, angles)
+    return out, lse, window_attention_backward(g, (q, k, v), out, lse, band, angles)
 
 
 def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked: bool, device: torch.device) -> None:
@@ -87,7 +94,7 @@ def test_lengths_and_windows(kernels: str, n: int, window: int, device: torch.de
         (1, 1, 2, False, False),
         (17, 16, 24, True, True),
         (33, 15, 2, False, True),
-        (48, 14, 2, False, False),
+        (48, 30, 2, False, False),
         (48, 15, 2, True, False),
         (50, 17, 32, True, False),
         (50, 2**31, 24, False, True),
@@ -111,6 +118,8 @@ def test_any_strides(kernels: str, device: torch.device) -> None:
         cotangent = g.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         for a, e in zip(both(laid, cotangent, 4), expected):
             check_identical(a, e)
+    for a, e in zip(both(qkv, g, 4, apart=True), expected):
+        check_identical(a, e)
 
 
 @TRITON

@@ -5,5 +5,6 @@
     pytest -m nightly --max-examples 100000 tests/campaign                       # the same from pytest
 
 A case is one configuration with its data, a function of (seed, kind, index) alone; its rows and elements don't count.
-Kinds: `selection` and `solver` (drawn by NumPy, compared in batches), `layer` (a hypothesis property, in chunks).
+Kinds: `selection` and `solver` (drawn by NumPy, compared in batches), `layer` and `causal` (properties of the suite
+that hypothesis draws, in chunks).
 """

@@ -10,12 +10,12 @@ import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.arguments import integer, seconds
 from tests.statefile import StateError
 
-from .kind import KINDS, Setting, default_kernels
+from .kind import DRAWN, KINDS, Setting, default_kernels
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--commit", help="that the files are of, where there is no git")
     again = out.add_argument_group("a case again")
     again.add_argument("--case", type=cases_of, metavar="INDEX", help="or FIRST-LAST, of one --kind")
-    again.add_argument("--example", metavar="CASE", help="of the layer: LayerCase(...)")
+    again.add_argument("--example", metavar="CASE", help="of a layer: LayerCase(...), CausalCase(...)")
     again.add_argument("--dtype", choices=DTYPES, help="of --example (default: float64)")
-    again.add_argument("--own-routers", action="store_true", help="--example is of the property with its own routers")
+    again.add_argument("--property", metavar="NAME", help="that --example is of (default: the first of its kind)")
     report = out.add_argument_group("the report")
     report.add_argument("--report", type=Path, metavar="FILE", help="HTML, of this run or of --of")
     report.add_argument("--picture", type=Path, metavar="FILE", help="PNG, of the same")
@@ -68,7 +68,7 @@ def cases_of(text: str) -> tuple[int, int]:
 TAKES = {
     "of": {"of", "report", "picture", "table"},
     "case": {"case", "kind", "seed", "device", "kernels"},
-    "example": {"example", "kind", "dtype", "own_routers", "device", "kernels"},
+    "example": {"example", "kind", "dtype", "property", "device", "kernels"},
     "run": {"kind", "cases", "seed", "device", "kernels", "jobs", "seconds", "state", "commit"}
     | {"report", "picture", "table"},
 }
@@ -89,10 +89,8 @@ def refusal(asked: argparse.Namespace, options: argparse.ArgumentParser) -> str 
         return f"--kind: expected each kind once, got {said}"
     if asked.case and len(kinds) > 1:
         return f"--kind: expected one kind with --case, got {said}"
-    if asked.example and said != "layer":
-        return f"--kind: expected layer with --example, got {said}"
-    if asked.own_routers and asked.dtype not in (None, "float64"):
-        return f"--dtype: expected float64 with --own-routers, got {asked.dtype}"
+    if asked.example and said not in DRAWN:
+        return f"--kind: expected {' or '.join(DRAWN)} with --example, got {said}"
     if asked.of and not (asked.report or asked.picture or asked.table):
         return "--of: expected with --report, --picture or --table, got none of them"
     for name in ("report", "picture"):
@@ -205,14 +203,19 @@ def _report(states: list[Path], asked: argparse.Namespace) -> int:
 def _example(asked: argparse.Namespace, setting: Setting, console: Console, options: argparse.ArgumentParser) -> int:
     import torch
 
-    from . import layer
+    from .worker import kind_of
 
+    kind: Any = kind_of(asked.kind[0] if asked.kind else "layer")
     try:
-        case = layer.parse_example(asked.example)
+        lane = kind.lane(asked.dtype, asked.property)
+    except ValueError as error:
+        options.error(str(error))
+    try:
+        case = kind.parse(asked.example)
     except ValueError as error:
         options.error(f"--example: {error}")
     torch.set_num_threads(1)
-    return _told(layer.run_example(case, asked.dtype or "float64", asked.own_routers, setting), console)
+    return _told(kind.run_example(case, lane, setting), console)
 
 
 def _again(asked: argparse.Namespace, setting: Setting, console: Console) -> int:

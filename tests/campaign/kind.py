@@ -11,7 +11,8 @@ import torch
 from .draws import TINIEST, Array
 from .tally import Tally
 
-KINDS = ("selection", "solver", "layer")
+DRAWN = ("layer", "causal")  # by hypothesis
+KINDS = ("selection", "solver", *DRAWN)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def default_kernels(device: str) -> str:
 
 
 class Kind(Protocol):
-    """One module per kind: `selection`, `solver`, `layer`."""
+    """A module per kind: `selection`, `solver`, and `layer` and `causal`, whose KIND it is."""
 
     NAME: str
     CHUNK: int  # cases

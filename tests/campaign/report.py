@@ -10,7 +10,7 @@ from typing import Any
 from tests.record import table as markdown_table
 
 from . import plots
-from .kind import KINDS
+from .kind import DRAWN, KINDS
 from .state import Part, as_ranges
 from .tally import Band, Tally
 
@@ -68,7 +68,7 @@ def bands(runs: Sequence[Run], kinds: Iterable[str] = KINDS) -> list[tuple[str, 
         for header, part in of_kind(runs, kind):
             for (quantity, dtype), band in part.tally.bands.items():
                 found.setdefault((quantity.replace("_", " "), dtype, place(header)), Band()).merge(band)
-            for failure in part.tally.failures if kind == "layer" else ():
+            for failure in part.tally.failures if kind in DRAWN else ():
                 # The smallest case that failed: it counts nowhere else.
                 if excess := failure.excess():
                     quantity = excess[0] + " with its own routers" * failure.message.startswith("own routers")
@@ -217,4 +217,4 @@ def picture(runs: Sequence[Run], path: Path) -> None:
     failed = sum(len(tally.failures) for tally in tallies.values())
     where = " and ".join(dict.fromkeys(place(header) for header, _ in runs))
     title = f"Distinct cases: {counts}; failed: {failed}. On {where}."
-    plots.summary(bands(runs, ("solver", "layer")), tallies, title, path)
+    plots.summary(bands(runs, ("solver", *DRAWN)), tallies, title, path)

@@ -225,7 +225,10 @@ def header(setting: Setting, commit: str | None = None) -> dict[str, Any]:
         "kernels": setting.kernels,
         "seed": setting.seed,
         "hashes": environment.pop("hashes")
-        | {"the layer's properties": _hash_of("strategies", "runs", "harness", "test_mixture")},
+        | {
+            "the layer's properties": _hash_of("strategies", "runs", "harness", "test_mixture"),
+            "the causal layer's properties": _hash_of("runs", "harness", "test_autoregressive", "test_causal_dtypes"),
+        },
         "environment": environment,
     }
 

@@ -28,7 +28,7 @@ class Failure:
         return [self.message, self.snippet]
 
     def excess(self) -> tuple[str, str, float] | None:
-        """Of a case of the layer that missed a budget: stage, dtype and fraction, as the comparator says them."""
+        """Of a case of a layer that missed a budget: stage, dtype and fraction, as the comparator says them."""
         found = MISSED.search(self.message)
         return found and (found[1], found[2], max(float(found[3]), float(found[4])))
 
@@ -58,8 +58,8 @@ class Band:
 class Tally:
     """Of one kind on one device.
 
-    cases: run, by dtype. small: by dtype, digests of those that chance may draw twice (layer: of all). pairs: how often
-    two levels met, by (parameter, level); a level with itself: how often it was drawn.
+    cases: run, by dtype. small: by dtype, digests of those that chance may draw twice (layers: of all). pairs: how
+    often two levels met, by (parameter, level); a level with itself: how often it was drawn.
     """
 
     cases: dict[str, int] = field(default_factory=dict)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
-from types import ModuleType
 
 import torch
 
-from .kind import Setting, warm_up
+from .kind import DRAWN, Kind, Setting, warm_up
 from .tally import Tally
 
 
-def kind_of(name: str) -> ModuleType:
-    """Imported when needed: the layer brings hypothesis and the tests with it."""
-    if name == "layer":
-        from . import layer as kind
-    elif name == "solver":
-        from . import solver as kind
-    else:
-        from . import selection as kind
-    return kind
+def kind_of(name: str) -> Kind:
+    """Imported when needed: those that hypothesis draws bring the tests with them."""
+    module = importlib.import_module(f".{name}", __package__)
+    return module.KIND if name in DRAWN else module
 
 
 def run_chunk(name: str, chunk: int | None, setting: Setting) -> Tally:

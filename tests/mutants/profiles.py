@@ -108,8 +108,8 @@ WINDOW = Profile(
     interpreted=True,
 )
 WINDOW_KERNEL = Profile(  # every length with every window takes ten minutes to interpret
-    ("test_window.py", "test_operators.py"),
-    "(test_window and not lengths_and_windows) or (window and kernel)",
+    ("test_window.py",),
+    "not lengths_and_windows",
     interpreted=True,
 )
 NORM = Profile(("test_cases.py", "test_operators.py"), "layer_norm", interpreted=True)

@@ -1,4 +1,4 @@
-"""The causal layers that are trained: the strict one, and the same with selections that look ahead.
+"""The causal layers that are trained: the strict one of either package, and the same with selections that look ahead.
 
 Both controls differ from the strict layer in whom they pick, and in nothing else: what a query sees, and all that
 autograd can tell, stays causal.
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import optimized
 import reference
 from reference import autoregressive
 from reference.autoregressive import Laid, Memory
@@ -73,8 +74,11 @@ class SequenceTopK(_Patched):
     in_place_of: ClassVar = {"thresholds_of": _of_the_sequence, "remember": _of_the_best_in_all}
 
 
+OPTIMIZED = "strict, optimized"
+STRICT = ("strict", OPTIMIZED)
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "strict": reference.MixtureOfAutoregressiveAttention,
+    OPTIMIZED: optimized.MixtureOfAutoregressiveAttention,
     "window top-k": WindowTopK,
     "sequence top-k": SequenceTopK,
 }
