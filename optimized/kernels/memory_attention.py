@@ -351,12 +351,15 @@ def memory_attention(m: Memories) -> tuple[Tensor, Tensor]:
 
 
 def memory_attention_backward(
-    dout: Tensor, m: Memories, out: Tensor, lse: Tensor, keys: bool = True
+    dout: Tensor, m: Memories, out: Tensor, lse: Tensor, keys: bool = True, dkv: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, kv, scores and null_kv, contiguous; keys: whether kv and scores ask for theirs."""
+    """Gradients of q, kv, scores and null_kv, contiguous; keys: whether kv and scores ask for theirs.
+
+    dkv: where that of kv is to be, if not in zeros: rows of columns that are listed are written.
+    """
     experts, batch, blocks, slots, heads, dim = m.q.shape
     n, k = m.kv.shape[2], m.indices.shape[-1]
-    dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape)
+    dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape) if dkv is None else dkv
     shares = lse.new_zeros(batch, experts, heads, n)
     dnull = torch.zeros_like(m.null_kv, dtype=lse.dtype)
     if dq.numel():
