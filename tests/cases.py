@@ -402,7 +402,7 @@ def memory_places(x: Inputs, s: Sizes) -> Yielded:
         remembered(logits, shown, k, width, prior) for k, width, prior in (*_blocks(s.n), (s.n, (s.n + 1) // 2, 0))
     ]
     given = [tuple(x.lay(t.to(x.device)) for t in pair) for pair in lists]
-    yield {f"places {i}": kernel.memory_places(*pair, s.n) for i, pair in enumerate(given)}
+    yield {f"places {i}": kernel.memory_places(*pair, s.n, pair[0].shape[2] + 1) for i, pair in enumerate(given)}
     truths = {}
     for i, (indices, counts) in enumerate(lists):
         places = torch.full_like(indices, -1)

@@ -55,7 +55,7 @@ def _rows_kernel(
     SCALED: tl.constexpr, DOTS: tl.constexpr, HAS_NORM: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows of t (B, N, width), row_e = 0, or (E, B, N, width), row_e = B N, times w, whose strides are w_in and w_out."""
+    """Rows of t (B, N, width), row_e = 0, or (E, B, N, width), row_e = B N, times w of strides w_in and w_out."""
     outer = tl.cdiv(out_width, BLOCK_N)
     tiles = tl.cdiv(n, BLOCK_M)
     first_out = tl.program_id(0) % outer * BLOCK_N
@@ -84,13 +84,12 @@ def _rows_kernel(
             out *= scale[:, None]
         stored = made[:, None] * out_width + channels[None, :]
         tl.store(out_ptr + stored, out.to(out_ptr.dtype.element_ty), mask=there[:, None] & inside[None, :])
-        if DOTS:
-            if first_out == 0:
-                dot = tl.zeros((BLOCK_M,), DTYPE)
-                for start in range(0, width, BLOCK_K):
-                    t = _tile(t_ptr, rows, width, there, start, BLOCK_K).to(DTYPE)
-                    dot += tl.sum(t * _tile(other_ptr, rows, width, there, start, BLOCK_K).to(DTYPE), 1)
-                tl.store(dots_ptr + made, tl.where(scale > 0, dot / scale, 0.0), mask=there)  # 0 of an infinite norm
+        if DOTS and first_out == 0:
+            dot = tl.zeros((BLOCK_M,), DTYPE)
+            for start in range(0, width, BLOCK_K):
+                t = _tile(t_ptr, rows, width, there, start, BLOCK_K).to(DTYPE)
+                dot += tl.sum(t * _tile(other_ptr, rows, width, there, start, BLOCK_K).to(DTYPE), 1)
+            tl.store(dots_ptr + made, tl.where(scale > 0, dot / scale, 0.0), mask=there)  # 0 of an infinite norm
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -150,13 +149,13 @@ def _rows(
     other: Tensor | None,
     dots: Tensor | None,
 ) -> None:
-    experts, batch, n, out_width = out.shape
+    (experts, batch, n, out_width), width = out.shape, t.shape[-1]
     if out.numel():
-        sizes = _sizes(t.dtype, n, out_width, t.shape[-1])
+        sizes = _sizes(t.dtype, n, out_width, width)
         launch(
             _rows_kernel, (cdiv(out_width, sizes["BLOCK_N"]) * cdiv(n, sizes["BLOCK_M"]) * batch * experts,),
             t.contiguous(), w, listed.columns, listed.totals, norms, other, out, dots,
-            n, batch, experts, t.shape[-1] if other is None else out_width, row_e, t.shape[-1], out_width, w.stride(2), w.stride(1),
+            n, batch, experts, width if other is None else out_width, row_e, width, out_width, w.stride(2), w.stride(1),
             SCALED=other is None, DOTS=dots is not None, HAS_NORM=norms is not None, **sizes,
         )  # fmt: skip
 

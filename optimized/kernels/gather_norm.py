@@ -205,7 +205,7 @@ def slot_gradients(
         launch(
             _slots_gradient_kernel, (experts * sum(chunks), channel_blocks),
             x.contiguous(), norms.contiguous(), *parts, partial, dots,
-            n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, all_rows + more, CHUNK=CHUNK, **constants,
+            n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, dots.shape[1], CHUNK=CHUNK, **constants,
         )  # fmt: skip
     sums, first = [], 0
     for group, count in zip(taken, chunks):

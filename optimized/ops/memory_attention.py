@@ -94,7 +94,7 @@ def _products(a: Any) -> int:
 
 
 def memories(a: Any) -> Any:
-    from optimized.kernels.memory_attention import Memories
+    from optimized.kernels.memory_tiles import Memories
 
     null_kv = a.null_kv.to(a.q.dtype)
     return Memories(a.q, a.kv, a.scores, null_kv, a.indices, a.counts, a.q_counts, a.seed, a.dropout)

@@ -1,5 +1,5 @@
-"""Experts of the causal layer as one operator: their queries gathered and projected, keys and values of all columns that
-a memory ever lists, attention over the memory, and their outputs.
+"""Experts of the causal layer as one operator: their queries gathered and projected, keys and values of all columns
+that a memory ever lists, attention over the memory, and their outputs.
 
 Keys and values of other columns nobody sees: of N columns about K (1 + ln(N / K)) are ever listed if logits come in
 random order. The scale of the norm goes into the weights of keys and values.
@@ -29,16 +29,17 @@ _attention: Any = memory_attention  # an Operator
     " -> (Tensor y, Tensor norms, Tensor rows, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor seed)",
     wrt="x q_gamma kv_gamma w_q w_kv w_out null_kv scores",
     gradients_of="y",
-    saves="x q_gamma kv_gamma w_q w_kv w_out null_kv scores places slots inverse indices counts q_counts norms rows q kv"
-    " out lse seed",
+    saves="x q_gamma kv_gamma w_q w_kv w_out null_kv scores places slots inverse indices counts q_counts norms rows q"
+    " kv out lse seed",
     draws="dropout",
 )
 class memory_experts:
     """Outputs of the experts' queries, (E, B, J C, D), not yet times their scores.
 
     Args:
-        x: (B, N, D). q_gamma, kv_gamma: (E, D, 1), both or neither, for no norm. In one dtype: x, matrices
-            w_q (E H d, D, 1), w_kv (E F, D, 1) and w_out (E D, H d, 1) as of `expert_attention`, null_kv (2, E, H, 1, d).
+        x: (B, N, D). q_gamma, kv_gamma: (E, D, 1), both or neither, for no norm. In one dtype: x, null_kv
+            (2, E, H, 1, d), and matrices w_q (E H d, D, 1), w_kv (E F, D, 1), w_out (E D, H d, 1) as of
+            `expert_attention`.
         scores, indices, counts, q_counts, dropout: as of `memory_attention`, of the N columns.
         places (B, E, J, C), slots, inverse (B, E, N): the rows of x that are queries, as of `gather_norm`.
         block: W; the lists are those of blocks 1, 2, ..., so that list j holds columns below (j + 1) W.
@@ -115,7 +116,7 @@ def _attended(a: Any, norms: Tensor, rows: Tensor, whole: bool) -> tuple[Tensor,
     weight = _per_expert(a.w_kv, a)
     if a.kv_gamma is not None:
         weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)
-    n, dim = a.x.shape[1:]
+    n = a.x.shape[1]
     shape = experts, batch, n, 2 * heads * head
     if a.triton:
         from optimized.kernels import admitted_rows as kernel
