@@ -80,7 +80,7 @@ def _memory_keys_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     held = tl.full((BLOCK_N,), -1, tl.int32)
-    old = tl.full((BLOCK_N,), 0, tl.int32)  # listed by the block before the first, too
+    old = tl.full((BLOCK_N,), -1, tl.int32)  # places of those that the block before the first listed, too
     dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
     u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
     # Once more than there are blocks: what is held to the end is written by the same instructions as what is not.
@@ -95,18 +95,18 @@ def _memory_keys_kernel(
         if tl.max(changed.to(tl.int32)) > 0:
             done = changed & (held >= 0)
             if CHUNKED:
-                _store(old_ptr, at, 2 * dim, done & (old > 0), dk, dim, BLOCK_D)
-                _store(old_ptr + dim, at, 2 * dim, done & (old > 0), u, dim, BLOCK_D)
-                done = done & (old == 0)
+                _store(old_ptr, old, 2 * dim, done & (old >= 0), dk, dim, BLOCK_D)
+                _store(old_ptr + dim, old, 2 * dim, done & (old >= 0), u, dim, BLOCK_D)
+                done = done & (old < 0)
                 if (j == last) & (j < blocks):
                     stays, place = _listed(indices_ptr, counts_ptr, j, k, held, done, STEPS)
                     _store(whole_ptr, place, 2 * dim, done & stays, dk, dim, BLOCK_D)
                     _store(whole_ptr + dim, place, 2 * dim, done & stays, u, dim, BLOCK_D)
                     done = done & (stays == 0)
-                old = tl.where(changed, 0, old)
+                old = tl.where(changed, -1, old)
                 if (j == first) & (j > 0):
                     stayed, _at = _listed(indices_ptr, counts_ptr, j - 1, k, columns, columns >= 0, STEPS)
-                    old = (stayed & (columns >= 0)).to(tl.int32)
+                    old = tl.where(stayed & (columns >= 0), at, -1)
             _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE, BLOCK_D)
             dk = tl.where(changed[:, None], 0.0, dk)
             u = tl.where(changed[:, None], 0.0, u)
@@ -188,7 +188,7 @@ def keys_gradient(m: Memories, dout: Tensor, lse: Tensor, delta: Tensor, dkv: Te
     n, k = m.kv.shape[2], m.indices.shape[-1]
     dscores = lse.new_zeros(batch, experts, heads, n)
     constants, tiles, programs = m.grid("keys", k)
-    span = spans(programs, blocks)
+    span = _span(programs, blocks)
     chunks, rows = cdiv(blocks, span), experts * batch * heads
     shares = None if chunks == 1 else lse.new_empty(2, chunks, rows, k, 2, dim)
     indices, steps = m.indices.contiguous(), k.bit_length()
@@ -207,6 +207,6 @@ def keys_gradient(m: Memories, dout: Tensor, lse: Tensor, delta: Tensor, dkv: Te
     return dscores
 
 
-def spans(programs: int, blocks: int) -> int:
+def _span(programs: int, blocks: int) -> int:
     """Blocks of a program where there are so many for all of them."""
     return cdiv(blocks, max(min(cdiv(PROGRAMS, programs), blocks // SPAN), 1))
