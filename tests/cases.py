@@ -1201,7 +1201,7 @@ def _over_a_memory(x: Inputs, s: Sizes, dropout: bool, blocks: int) -> Yielded:
         yield dict(zip(asked, (out, lse, *kernel.memory_attention_backward(dout, m, out, lse))))
     else:
         asked, dkv = ("dkv", "dscores"), torch.zeros_like(kv, memory_format=torch.contiguous_format)
-        delta = (dout.to(x.wide) * out.to(x.wide)).sum(-1).transpose(3, 4).contiguous()
+        delta = (dout.contiguous().to(x.wide) * out.to(x.wide)).sum(-1).transpose(3, 4).contiguous()
         yield {"dkv": dkv, "dscores": memory_keys.keys_gradient(m, dout.contiguous(), lse, delta, dkv).sum(2)}
     # All columns, of which a block sees some, behind the null key: (E, B, J, H, C, 1 + L). Errors as of `window`.
     short, root = torch.finfo(x.dtype).eps, s.dim_head**0.5

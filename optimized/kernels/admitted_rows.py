@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.kernels.admitted import Admitted
-from optimized.kernels.launch import arithmetic, cdiv, launch, next_power_of_2, wide
+from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
 from optimized.kernels.window import _product, _rounded
 
 SIZES = ["n", "batch", "experts", "root_dim"]
@@ -154,7 +154,7 @@ def _rows(
         sizes = _sizes(t.dtype, n, out_width, width)
         launch(
             _rows_kernel, (cdiv(out_width, sizes["BLOCK_N"]) * cdiv(n, sizes["BLOCK_M"]) * batch * experts,),
-            t.contiguous(), w, listed.columns, listed.totals, norms, other, out, dots,
+            t.contiguous(), w, listed.columns, listed.totals, contiguous(norms), contiguous(other), out, dots,
             n, batch, experts, width if other is None else out_width, row_e, width, out_width, w.stride(2), w.stride(1),
             SCALED=other is None, DOTS=dots is not None, HAS_NORM=norms is not None, **sizes,
         )  # fmt: skip
@@ -169,8 +169,8 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
         sizes = _sizes(g.dtype, width, dim, n)
         launch(
             _weight_kernel, (cdiv(dim, sizes["BLOCK_N"]) * cdiv(width, sizes["BLOCK_M"]) * experts,),
-            g.contiguous(), x.contiguous(), listed.columns, listed.totals, norms, dw, n, batch, experts, dim,
-            width, dim, HAS_NORM=norms is not None, **sizes,
+            g.contiguous(), x.contiguous(), listed.columns, listed.totals, contiguous(norms), dw,
+            n, batch, experts, dim, width, dim, HAS_NORM=norms is not None, **sizes,
         )  # fmt: skip
     return dw
 
