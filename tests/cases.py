@@ -23,6 +23,7 @@ from torch import Tensor
 
 EPSILONS = (0.3, 4.0, 0.7)  # of the solvers: eps, eps_init, eps_decay
 SCALE = 8.0  # of cosine routing
+WINDOW = 3  # in which what is not finite is seen
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = DTYPES[:2]  # of routing, which computes in no less
 
@@ -1018,12 +1019,14 @@ def finite(x: Inputs, s: Sizes, *, turned: bool) -> Yielded:
     cos, sin = (x.here(table, wide=True) for table in (angles.cos(), angles.sin()))
     safe, *odd = kernel.finite_heads(x.lay(qkv), (cos, sin) if turned else None, 100.0)
     spoilt = x.normal(s.batch, s.length, s.heads, s.dim_head, seed=21).contiguous()
-    expected = spoilt.double().masked_fill(odd[0][..., None], 7.0)
-    kernel.spoil(spoilt, odd[0])
+    lse = x.normal(s.batch, s.heads, s.length, seed=22, wide=True).contiguous()
+    clean, mask = (spoilt.double(), lse.double()), x.mask(s._replace(n=s.length)) if turned else None
+    seen = kernel.spoil(spoilt, lse, *odd, mask, WINDOW)
     yield {
         "safe": safe,
-        "odd": torch.stack(odd).to(x.dtype),
+        "odd": torch.stack((*odd, seen)).to(x.dtype),
         "spoilt": torch.where(spoilt.isnan(), 7.0, spoilt),
+        "lse": lse,
     }
     q, k, v = qkv.double().unbind(2)
     if turned:
@@ -1034,7 +1037,13 @@ def finite(x: Inputs, s: Sizes, *, turned: bool) -> Yielded:
     made = torch.stack((q, k, v), 2)
     hidden = torch.stack((odd_q, odd_kv, odd_kv), 2)[..., None]
     truths = {"safe": x.truth(made.masked_fill(hidden, 0), 2 * largest * (~hidden).double().expand_as(made), 0)}
-    yield {**truths, "odd": Truth(torch.stack((odd_q, odd_kv)).double()), "spoilt": Truth(expected)}
+    visible = odd_kv if mask is None else odd_kv & mask[..., None]
+    back = torch.arange(s.length, device=x.device)[:, None] - torch.arange(s.length, device=x.device)
+    near = ((back >= 0) & (back <= WINDOW)).double()
+    seen = odd_q | (torch.einsum("ij,bjh->bih", near, visible.double()) > 0)
+    truths["odd"] = Truth(torch.stack((odd_q, odd_kv, seen)).double())
+    truths["spoilt"] = Truth(clean[0].masked_fill(seen[..., None], 7.0))
+    yield {**truths, "lse": Truth(clean[1].masked_fill(seen.mT, torch.inf))}
 
 
 @case("heads")

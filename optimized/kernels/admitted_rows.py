@@ -9,9 +9,10 @@ Of a weight w (E, F, D) and a scale r = sqrt(D) / max(||x||, 1e-12) of a token (
     weight_gradient:  dw[e] = sum over b and n of g[e, b, n] (r x[b, n])^T, in the order of items and columns.
 
 Only rows of those columns are written. A program of the first two has some columns of an item and expert and some
-channels; one of the last a tile of the weight, and goes through all columns of its expert.
+channels; one of the last a tile of the weight, and goes through a part of the columns of each item; where tiles are few
+to fill a GPU there are several parts, added up after.
 
-Blind spots: the grid is that of all columns; of weights few are tiles of the last.
+Blind spots: the grid is that of all columns.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from optimized.kernels.admitted import Admitted
 from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
 from optimized.kernels.window import _product, _rounded
 
+PROGRAMS = 512  # that fill a GPU
 SIZES = ["n", "batch", "experts", "root_dim"]
 
 
@@ -92,9 +94,9 @@ def _rows_kernel(
             tl.store(dots_ptr + made, tl.where(scale > 0, dot / scale, 0.0), mask=there)  # 0 of an infinite norm
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "parts"])
 def _weight_kernel(
-    g_ptr, x_ptr, columns_ptr, totals_ptr, norms_ptr, dw_ptr, n, batch, experts, root_dim, g_width, dim,
+    g_ptr, x_ptr, columns_ptr, totals_ptr, norms_ptr, dw_ptr, n, batch, experts, root_dim, parts, g_width, dim,
     HAS_NORM: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -102,23 +104,25 @@ def _weight_kernel(
     down = tl.cdiv(g_width, BLOCK_M)
     first_n = tl.program_id(0) % across * BLOCK_N
     first_m = tl.program_id(0) // across % down * BLOCK_M
-    e = (tl.program_id(0) // across // down).to(tl.int64)
+    e = (tl.program_id(0) // across // down % experts).to(tl.int64)
+    part = (tl.program_id(0) // across // down // experts).to(tl.int64)
     dw = tl.zeros((BLOCK_M, BLOCK_N), DTYPE)
     for item in range(batch):
         b = tl.cast(item, tl.int64)
         total = tl.load(totals_ptr + b * experts + e)
-        for begin in range(0, total, BLOCK_K):
+        end = (total * (part + 1) // parts).to(tl.int32)
+        for begin in range((total * part // parts).to(tl.int32), end, BLOCK_K):
             at = begin + tl.arange(0, BLOCK_K)
-            there = at < total
+            there = at < end
             column = tl.load(columns_ptr + (b * experts + e) * n + at, mask=there, other=0).to(tl.int64)
             g = _tile(g_ptr, (e * batch + b) * n + column, g_width, there, first_m, BLOCK_M)
             x = _tile(x_ptr, b * n + column, dim, there, first_n, BLOCK_N)
-            if HAS_NORM:
+            if HAS_NORM:  # of x, not of g, which a float16 might not hold
                 scale = _scales(norms_ptr, b * n + column, there, root_dim, HAS_NORM, DTYPE)
-                g = _rounded(g.to(DTYPE) * scale[:, None], g_ptr)
+                x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)
             dw = _product(tl.trans(g), x, dw, HALF, DTYPE)
     rows, channels = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-    stored = (e * g_width + rows[:, None]) * dim + channels[None, :]
+    stored = ((part * experts + e) * g_width + rows[:, None]) * dim + channels[None, :]
     tl.store(dw_ptr + stored, dw, mask=(rows < g_width)[:, None] & (channels < dim)[None, :])
 
 
@@ -164,27 +168,32 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
     """dw (E, F, D) in at least float32, of g (E, B, N, F)."""
     experts, batch, n, width = g.shape
     dim = x.shape[2]
-    dw = torch.empty(experts, width, dim, dtype=wide(g.dtype), device=g.device)
+    sizes = _sizes(g.dtype, width, dim, n, 128)
+    tiles = cdiv(dim, sizes["BLOCK_N"]) * cdiv(width, sizes["BLOCK_M"]) * experts
+    parts = max(min(cdiv(PROGRAMS, max(tiles, 1)), cdiv(n, sizes["BLOCK_K"])), 1)
+    dw = torch.empty(parts, experts, width, dim, dtype=wide(g.dtype), device=g.device)
     if dw.numel():
-        sizes = _sizes(g.dtype, width, dim, n)
         launch(
-            _weight_kernel, (cdiv(dim, sizes["BLOCK_N"]) * cdiv(width, sizes["BLOCK_M"]) * experts,),
+            _weight_kernel, (tiles * parts,),
             g.contiguous(), x.contiguous(), listed.columns, listed.totals, contiguous(norms), dw,
-            n, batch, experts, dim, width, dim, HAS_NORM=norms is not None, **sizes,
+            n, batch, experts, dim, parts, width, dim, HAS_NORM=norms is not None, **sizes,
         )  # fmt: skip
-    return dw
+    return dw[0] if parts == 1 else dw.sum(0)
 
 
-def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int) -> dict[str, Any]:
-    """Blocks and warps of a product (rows, inner) by (inner, columns). A product has at least 16 of each."""
+def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int, most: int = 256) -> dict[str, Any]:
+    """Blocks and warps of a product (rows, inner) by (inner, columns). A product has at least 16 of each.
+
+    most: columns of a block in half precision.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     if half:
-        block_m, block_n, block_k = 128, 128, 64
+        block_m, block_n, block_k = 128, most, 64
     else:
         block_m, block_n, block_k = (16, 16, 16) if dtype == torch.float64 else (64, 64, 16)
     block_m, block_n, block_k = (
-        max(min(most, next_power_of_2(max(size, 1))), 16)
-        for most, size in ((block_m, rows), (block_n, columns), (block_k, inner))
+        max(min(block, next_power_of_2(max(size, 1))), 16)
+        for block, size in ((block_m, rows), (block_n, columns), (block_k, inner))
     )
     return {
         "HALF": half,

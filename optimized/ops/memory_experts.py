@@ -79,10 +79,14 @@ class memory_experts:
         dq = dq.flatten(4).flatten(1, 3)
         if needs.w_q:
             found["w_q"] = torch.bmm(dq.mT, a.rows.flatten(1, 2)).view(a.w_q.shape)
-        if keys or needs.q_gamma:
+        weight = needs.w_kv or needs.kv_gamma
+        if not (needs.x or needs.q_gamma or weight):
+            return found
+        drows = None
+        if needs.x or needs.q_gamma:
             drows = torch.bmm(dq, _per_expert(a.w_q, a)).view(a.rows.shape)
-            found |= (_token_gradients_by_triton if a.triton else _token_gradients)(a, drows, dkv, keys)
-        return found
+        gradients = _gradients_by_triton if a.triton else _gradients
+        return found | gradients(a, drows, dkv, needs.x, weight)
 
     def flops(a: Any, out: Any) -> int:
         q, kv, y = _products(a)
@@ -91,10 +95,10 @@ class memory_experts:
     def backward_flops(a: Any, g: Any, needs: Any) -> int:
         q, kv, y = _products(a)
         count = needs.w_out * y + (needs.x or needs.q_gamma) * q + needs.w_q * q
-        keys = needs.x or needs.kv_gamma or needs.w_kv
+        keys = needs.x + (needs.kv_gamma or needs.w_kv)
         if not (keys or needs.q_gamma or needs.w_q or needs.null_kv or needs.scores):
             return count
-        return count + y + 2 * keys * kv + _attention.body.backward_flops(a, g, needs)
+        return count + y + keys * kv + _attention.body.backward_flops(a, g, needs)
 
 
 def _queries(a: Any) -> tuple[Tensor, Tensor]:
@@ -159,28 +163,28 @@ def _attention_gradients(a: Any, dout: Tensor, keys: bool) -> tuple[Tensor, Tens
     return found["q"], found["kv"], found["scores"], found["null_kv"]
 
 
-def _token_gradients_by_triton(a: Any, drows: Tensor, dkv: Tensor, keys: bool) -> dict[str, Tensor]:
+def _gradients_by_triton(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool, weight: bool) -> dict[str, Tensor]:
+    """drows: of the rows of queries, where x or q_gamma asks for its gradient. tokens: x does; weight: w_kv does."""
     from optimized.kernels import admitted_rows, gather_norm
     from optimized.kernels.admitted import admitted
     from optimized.kernels.token_gradient import TakenRows, token_gradient
 
     found: dict[str, Tensor] = {}
-    norms, n = _or_none(a.norms), a.x.shape[1]
-    dkv, w_kv, dots = dkv.flatten(3), _per_expert(a.w_kv, a), None
+    norms, n, dkv, dots = _or_none(a.norms), a.x.shape[1], dkv.flatten(3), None
     size = dkv.shape[0] * dkv.shape[1] * n
-    taken = (TakenRows(drows, a.inverse, a.q_gamma),)
-    if norms is not None:
+    if drows is not None and norms is not None:
         group = gather_norm.Taken(a.places.flatten(2), a.slots.flatten(2), a.q_gamma)
         (found["q_gamma"],), dots = gather_norm.slot_gradients(a.x, norms, (group,), (drows,), size)
-    if not keys:
+    if not (tokens or weight):
         return found
     listed = admitted(a.indices, a.counts, n, a.block)
-    more = None if dots is None else dots[0, dots.shape[1] - size :]
-    h = admitted_rows.rows_gradient(dkv, w_kv, norms, listed, a.kv.flatten(3), more)
-    rows = (*taken, TakenRows(h, listed.inverse, a.kv_gamma))
-    found["x"] = token_gradient(a.x, None, a.norms, rows, dots, None)
-    dw = admitted_rows.weight_gradient(dkv, a.x, norms, listed)
-    found |= _of_the_weight(a, dw)
+    if weight:
+        found |= _of_the_weight(a, admitted_rows.weight_gradient(dkv, a.x, norms, listed))
+    if drows is not None and tokens:
+        more = None if dots is None else dots[0, dots.shape[1] - size :]
+        h = admitted_rows.rows_gradient(dkv, _per_expert(a.w_kv, a), norms, listed, a.kv.flatten(3), more)
+        rows = TakenRows(drows, a.inverse, a.q_gamma), TakenRows(h, listed.inverse, a.kv_gamma)
+        found["x"] = token_gradient(a.x, None, a.norms, rows, dots, None)
     return found
 
 
@@ -193,22 +197,22 @@ def _of_the_weight(a: Any, dw: Tensor) -> dict[str, Tensor]:
     return {"w_kv": dw.view(a.w_kv.shape), "kv_gamma": gamma.to(a.kv_gamma.dtype).view(a.kv_gamma.shape)}
 
 
-def _token_gradients(a: Any, drows: Tensor, dkv: Tensor, keys: bool) -> dict[str, Tensor]:
+def _gradients(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool, weight: bool) -> dict[str, Tensor]:
+    """The same by PyTorch."""
     found: dict[str, Tensor] = {}
-    queries, n = _taken(a), a.x.shape[1]
-    if a.q_gamma is not None:
+    queries, n, dkv = _taken(a), a.x.shape[1], dkv.flatten(3)
+    experts, batch, *_ = dkv.shape
+    if drows is not None and a.q_gamma is not None:
         found["q_gamma"] = gamma_gradient(a.x, a.norms, queries, drows)
-    if not keys:
-        return found
-    dkv, (experts, batch) = dkv.flatten(3), dkv.shape[:2]
-    x = a.x if a.kv_gamma is None else _unit(a.x, a.norms)
-    dw = torch.bmm(dkv.flatten(1, 2).mT, x.expand(experts, *x.shape).flatten(1, 2))
-    found |= _of_the_weight(a, _wide(dw))
-    h = torch.bmm(dkv.flatten(1, 2), _per_expert(a.w_kv, a)).view(experts, batch, n, -1)
-    listed, every = _listed(a, n), torch.arange(n, device=a.x.device).expand(batch, experts, -1)
-    inverse = torch.where(listed, every, -1).int()
-    groups = queries, Taken(every, listed, inverse, a.kv_gamma)
-    found["x"] = input_gradient(a.x, a.norms, groups, (drows, h)).to(a.x.dtype).contiguous()
+    if weight:
+        x = a.x if a.kv_gamma is None else _unit(a.x, a.norms)
+        dw = torch.bmm(dkv.flatten(1, 2).mT, x.expand(experts, *x.shape).flatten(1, 2))
+        found |= _of_the_weight(a, _wide(dw))
+    if drows is not None and tokens:
+        h = torch.bmm(dkv.flatten(1, 2), _per_expert(a.w_kv, a)).view(experts, batch, *a.x.shape[1:])
+        listed, every = _listed(a, n), torch.arange(n, device=a.x.device).expand(batch, experts, -1)
+        groups = queries, Taken(every, listed, torch.where(listed, every, -1).int(), a.kv_gamma)
+        found["x"] = input_gradient(a.x, a.norms, groups, (drows, h)).to(a.x.dtype).contiguous()
     return found
 
 
