@@ -191,6 +191,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if use_cache:
             count = x.new_full((x.shape[0],), n, dtype=torch.int64) if order is None else order.mask.sum(1)
             past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
+            assert kv is not None
             results.append(after(past, count, n, places, decided, (kv, near), cache is not None))
         if return_routes:
             results.append(routes_of(places, decided, logits, order, cache, c))

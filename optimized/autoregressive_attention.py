@@ -81,12 +81,7 @@ class MemoryAttention(RoutedAttention):
         old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
         if asked.columns is None:
             assert old is not None
-            odd = odd_rows(old).any(3)
-            rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
-            held = Held(
-                rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1)
-            )
-            out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
+            out = _attend_stored(q, old, scores, asked, null_kv, dropout, plan)
         else:
             kv = self._keys_values(x, plan)
             if angles is not None:
@@ -227,6 +222,25 @@ def attend_gathered(
     by_block = q.reshape(experts, batch, blocks, asked.places.shape[3], heads, dim)
     held = Held(rows, scores, odd, counts.transpose(0, 1))
     return attend_rows(by_block, held, null_kv, dropout, plan).flatten(2, 3)
+
+
+def _attend_stored(
+    q: Float[Tensor, "E B 1 H d"],
+    old: Float[Tensor, "E B K 2 H d"],
+    scores: Float[Tensor, "B E K"],
+    asked: Asked,
+    null_kv: Float[Tensor, "2 E H 1 d"],
+    dropout: float,
+    plan: Plan,
+) -> Float[Tensor, "E B 1 H d"]:
+    """One query over all that is stored."""
+    if by_index(plan):
+        every = torch.arange(old.shape[2], dtype=torch.int32, device=q.device).expand(*asked.counts.shape, -1)
+        return attend_by_index(q, old, scores, asked._replace(columns=every), null_kv, dropout)
+    odd = odd_rows(old).any(3)
+    rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
+    held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+    return attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
 
 
 class Held(NamedTuple):
