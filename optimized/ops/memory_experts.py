@@ -158,7 +158,8 @@ def _attention_gradients(a: Any, dout: Tensor, keys: bool) -> tuple[Tensor, Tens
         from optimized.kernels.memory_attention import memory_attention_backward
         from optimized.ops.memory_attention import memories
 
-        return memory_attention_backward(dout, memories(asked), a.out, a.lse, keys, torch.empty_like(a.kv))
+        dkv = a.kv.new_empty(a.kv.shape)
+        return memory_attention_backward(dout, memories(asked), a.out, a.lse, keys, dkv)
     found = _attention.body.backward(asked, Arguments(out=dout), Arguments(kv=keys, scores=keys))
     return found["q"], found["kv"], found["scores"], found["null_kv"]
 
