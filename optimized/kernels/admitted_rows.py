@@ -155,7 +155,7 @@ def _rows(
 ) -> None:
     (experts, batch, n, out_width), width = out.shape, t.shape[-1]
     if out.numel():
-        sizes = _sizes(t.dtype, n, out_width, width)
+        sizes = _sizes(t.dtype, n, out_width, width, 4)
         launch(
             _rows_kernel, (cdiv(out_width, sizes["BLOCK_N"]) * cdiv(n, sizes["BLOCK_M"]) * batch * experts,),
             t.contiguous(), w, listed.columns, listed.totals, contiguous(norms), contiguous(other), out, dots,
@@ -168,7 +168,7 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
     """dw (E, F, D) in at least float32, of g (E, B, N, F)."""
     experts, batch, n, width = g.shape
     dim = x.shape[2]
-    sizes = _sizes(g.dtype, width, dim, n, 128)
+    sizes = _sizes(g.dtype, width, dim, n, 8)
     tiles = cdiv(dim, sizes["BLOCK_N"]) * cdiv(width, sizes["BLOCK_M"]) * experts
     parts = max(min(cdiv(PROGRAMS, max(tiles, 1)), cdiv(n, sizes["BLOCK_K"])), 1)
     dw = torch.empty(parts, experts, width, dim, dtype=wide(g.dtype), device=g.device)
@@ -181,14 +181,14 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
     return dw[0] if parts == 1 else dw.sum(0)
 
 
-def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int, most: int = 256) -> dict[str, Any]:
+def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int, warps: int) -> dict[str, Any]:
     """Blocks and warps of a product (rows, inner) by (inner, columns). A product has at least 16 of each.
 
-    most: columns of a block in half precision.
+    warps: of large blocks in half precision.
     """
     half = dtype in (torch.float16, torch.bfloat16)
     if half:
-        block_m, block_n, block_k = 128, most, 64
+        block_m, block_n, block_k = 128, 128, 64
     else:
         block_m, block_n, block_k = (16, 16, 16) if dtype == torch.float64 else (64, 64, 16)
     block_m, block_n, block_k = (
@@ -201,6 +201,6 @@ def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int, most: int = 
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "num_warps": 8 if block_m * block_n >= 4096 else 4,
+        "num_warps": 4 if block_m * block_n < 4096 else warps if half else 8,
         "num_stages": 3 if half else 2,
     }
