@@ -27,7 +27,7 @@ from optimized.kernels.launch import (
 )
 
 CHUNK = 128  # tokens of one program of the backward by tokens
-ROWS = 8  # of them at a time
+ROWS = 4  # of them at a time
 EXPERTS = 4  # of a tile
 
 
@@ -200,6 +200,6 @@ def blend_tokens_backward(
             g.contiguous(), inverse.contiguous(), contiguous(begin), dlocal, partial,
             n, dim, batch * n, experts, width,
             HAS_BEGIN=begin is not None, HAS_NULL=null is not None, AVERAGE=average, DTYPE=arithmetic(local.dtype),
-            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=2,
+            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return dlocal, None if null is None or partial is None else partial.sum(0).to(null.dtype)
