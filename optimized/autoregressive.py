@@ -181,7 +181,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         else:
             places = continued(tokens, logits, order, cache, blocks, plan.dispatch)
         decided = self._decide(places, cache, plan, use_cache)
-        y, kv = self._attend(places, decided, cache, rotary_emb, plan)
+        y, kv = self._attend(places, decided, cache, use_cache, rotary_emb, plan)
         given = {"plan": plan} if _is(self.local_attn, CausalLocalAttention) else {}
         local, *near = self.local_attn(tokens, cache, use_cache, **given)
         out = self._blend(y, places, decided, local, null_tokens, cache, x.dtype, plan)
@@ -191,6 +191,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if use_cache:
             count = x.new_full((x.shape[0],), n, dtype=torch.int64) if order is None else order.mask.sum(1)
             past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
+            assert kv is not None
             results.append(after(past, count, n, places, decided, (kv, near), cache is not None))
         if return_routes:
             results.append(routes_of(places, decided, logits, order, cache, c))
@@ -230,7 +231,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         held = (cache.positions >= 0).sum(-1, dtype=torch.int32)[..., None]
         nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
         inverse = routed.int()[..., None] - 1
-        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, torch.ones_like(held), cache.length)
+        ones = torch.ones_like(held)
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, ones, cache.length, None)
         stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
         y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
@@ -254,9 +256,18 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         return Decided(queries, limits, memory, solved_scores(places, past, memory, c, tokens[1], plan))
 
     def _attend(
-        self, places: Places, decided: Decided, cache: Cache | None, rotary_emb: Tensor | None, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
-        """What the experts have, (E, B, Q, D), and keys and values of all columns; without block 0 of a sequence."""
+        self,
+        places: Places,
+        decided: Decided,
+        cache: Cache | None,
+        kept: bool,
+        rotary_emb: Tensor | None,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the experts have, (E, B, Q, D), and keys and values of all columns, at least if they are to be kept.
+
+        Without block 0 of a sequence.
+        """
         m = places.x.shape[1]
         queries, memory, scores = decided.queries, decided.memory, decided.scores
         inverse, by_block = queries.inverse[..., :m], slice(_skipped(cache), None)
@@ -271,6 +282,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             memory.counts[:, :, by_block],
             queries.filled[:, :, by_block].sum(-1, dtype=torch.int32),
             places.start,
+            None if cache is not None or kept else self.config.routed_window_size,
         )
         if places.filled is not None:  # what has a slot already is not asked again
             new = torch.arange(m, device=inverse.device) >= places.filled[:, None]

@@ -35,6 +35,7 @@ class Asked(NamedTuple):
     counts: Int[Tensor, "B E J"]
     q_counts: Int[Tensor, "B E J"]  # slots that hold a query, of this call or not, the first ones
     start: Int[Tensor, " B"] | None  # position of the first row of x; None for 0
+    block: int | None  # W, where blocks are those from the second on of the rows of x, whose keys nobody keeps
 
     def positions(self, index: Tensor) -> Tensor:
         """Of rows of x (B, ...)."""
@@ -69,6 +70,8 @@ class MemoryAttention(RoutedAttention):
             plan = bind(kind)
         null_kv: Tensor = self.null_kv  # read once: a parametrization computes it
         contract.ordinary("null_kv", null_kv)
+        if asked.block is not None and rotary_emb is None and scores.ndim == 3 and self._fuses(x, plan):
+            return self._fused(x, asked, scores, null_kv, plan), None
         angles = None if rotary_emb is None else _angles(rotary_emb, plan)
         q = self._queries(x, asked, plan)
         if angles is not None:
@@ -78,12 +81,7 @@ class MemoryAttention(RoutedAttention):
         old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
         if asked.columns is None:
             assert old is not None
-            odd = odd_rows(old).any(3)
-            rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
-            held = Held(
-                rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1)
-            )
-            out = attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
+            out = _attend_stored(q, old, scores, asked, null_kv, dropout, plan)
         else:
             kv = self._keys_values(x, plan)
             if angles is not None:
@@ -99,6 +97,16 @@ class MemoryAttention(RoutedAttention):
         if plain(self.to_out, ExpertProjection) is None:
             return _projected(rows, self.to_out.weight, plan), kv
         return project(self.to_out, rows), kv
+
+    def _fuses(self, x: Tensor, plan: Plan) -> bool:
+        return by_index(plan) and x.dtype == plan.dtype and self.obstacle_to_fusion() is None
+
+    def _fused(self, x: Tensor, asked: Asked, scores: Tensor, null_kv: Tensor, plan: Plan) -> Tensor:
+        gammas = [None if norm is None else norm.gamma for norm in (self.norm, self.context_norm)]
+        given = asked.places, asked.mask, asked.inverse, asked.columns, asked.counts, asked.q_counts, asked.block
+        return ops.memory_experts.first(
+            x, *gammas, *self.fused_parameters(plan, null_kv), scores, *given, self.probability(), True
+        )
 
     def _queries(self, x: Tensor, asked: Asked, plan: Plan) -> Float[Tensor, "E B Q H d"]:
         norm, own = self.norm, plain(self.norm, RMSNorm) is None
@@ -214,6 +222,25 @@ def attend_gathered(
     by_block = q.reshape(experts, batch, blocks, asked.places.shape[3], heads, dim)
     held = Held(rows, scores, odd, counts.transpose(0, 1))
     return attend_rows(by_block, held, null_kv, dropout, plan).flatten(2, 3)
+
+
+def _attend_stored(
+    q: Float[Tensor, "E B 1 H d"],
+    old: Float[Tensor, "E B K 2 H d"],
+    scores: Float[Tensor, "B E K"],
+    asked: Asked,
+    null_kv: Float[Tensor, "2 E H 1 d"],
+    dropout: float,
+    plan: Plan,
+) -> Float[Tensor, "E B 1 H d"]:
+    """One query over all that is stored."""
+    if by_index(plan):
+        every = torch.arange(old.shape[2], dtype=torch.int32, device=q.device).expand(*asked.counts.shape, -1)
+        return attend_by_index(q, old, scores, asked._replace(columns=every), null_kv, dropout)
+    odd = odd_rows(old).any(3)
+    rows = old.masked_fill(odd[:, :, :, None, :, None], 0)
+    held = Held(rows[:, :, None], scores.transpose(0, 1)[:, :, None], odd[:, :, None], asked.counts.transpose(0, 1))
+    return attend_rows(q[:, :, None], held, null_kv, dropout, plan)[:, :, 0]
 
 
 class Held(NamedTuple):

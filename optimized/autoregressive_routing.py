@@ -259,10 +259,11 @@ def routed_now(cache: StaticCache, place: Tensor, c: AutoregressiveConfig) -> tu
         candidate = (logits >= cache.threshold[..., None]) & so_far[:, None]
         reached = own >= cache.threshold
         routed = later & reached & (candidate.sum(-1) <= c.capacity)
-        above = own.masked_fill(~routed, 0) + cache.dual
-        soft = (above / last_temperature(c.options)).masked_fill(above >= 0, 0).exp()
     if c.options.solver == "sigmoid":
         soft = own.sigmoid()
+    elif not c.everybody:
+        above = own.masked_fill(~routed, 0) + cache.dual
+        soft = (above / last_temperature(c.options)).masked_fill(above >= 0, 0).exp()
     return routed, handed_on(soft, routed, c.options)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 EPSILONS = (0.3, 4.0, 0.7)  # of the solvers: eps, eps_init, eps_decay
 SCALE = 8.0  # of cosine routing
+WINDOW = 3  # in which what is not finite is seen
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = DTYPES[:2]  # of routing, which computes in no less
 
@@ -411,7 +412,7 @@ def memory_places(x: Inputs, s: Sizes) -> Yielded:
         remembered(logits, shown, k, width, prior) for k, width, prior in (*_blocks(s.n), (s.n, (s.n + 1) // 2, 0))
     ]
     given = [tuple(x.lay(t.to(x.device)) for t in pair) for pair in lists]
-    yield {f"places {i}": kernel.memory_places(*pair, s.n) for i, pair in enumerate(given)}
+    yield {f"places {i}": kernel.memory_places(*pair, s.n, pair[0].shape[2] + 1) for i, pair in enumerate(given)}
     truths = {}
     for i, (indices, counts) in enumerate(lists):
         places = torch.full_like(indices, -1)
@@ -424,6 +425,30 @@ def memory_places(x: Inputs, s: Sizes) -> Yielded:
                 held = [t if t in kept else next(new, -1) for t in held]
                 places[row][j] = torch.tensor(held, dtype=torch.int32)
         truths[f"places {i}"] = Truth(places)
+    yield truths
+
+
+@case("rows")
+def admitted(x: Inputs, s: Sizes) -> Yielded:
+    from optimized.kernels import admitted as kernel
+
+    logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
+    shown = torch.rand(s.batch, s.n, generator=generator(s.n)) < 0.9
+    given = [(k, width, remembered(logits, shown, k, width, width)) for k, width, _ in _blocks(s.n) if width < s.n]
+    found = [kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width) for _, width, lists in given]
+    places, results, truths = torch.arange(s.n), {}, {}
+    for i, (listed, (_, _, (indices, counts))) in enumerate(zip(found, given)):
+        there = torch.arange(indices.shape[-1]) < counts[..., None]
+        at = torch.where(there, indices.long(), s.n).flatten(2)
+        ever = torch.zeros(*at.shape[:2], s.n + 1, dtype=torch.bool).scatter_(-1, at, True)[..., : s.n]
+        order = (~ever).byte().argsort(dim=-1, stable=True)
+        inside = places < ever.sum(-1, keepdim=True)
+        columns = listed.columns.masked_fill(~inside.to(x.device), -1)  # beyond them anything
+        results |= {f"columns {i}": columns, f"totals {i}": listed.totals, f"inverse {i}": listed.inverse}
+        truths[f"columns {i}"] = Truth(torch.where(inside, order, -1).int())
+        truths[f"totals {i}"] = Truth(ever.sum(-1, dtype=torch.int32))
+        truths[f"inverse {i}"] = Truth(torch.where(ever, places, -1).int())
+    yield results
     yield truths
 
 
@@ -905,6 +930,45 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
     }
 
 
+@case("channels")
+def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
+    from optimized.kernels import admitted_rows as kernel
+    from optimized.kernels.admitted import Admitted
+
+    width = max(s.dim // 2, 1)
+    tokens, weight = x.normal(s.batch, s.n, s.dim, seed=50), x.normal(s.experts, width, s.dim, seed=51)
+    g, projected = (x.normal(s.experts, s.batch, s.n, width, seed=seed) for seed in (52, 53))
+    norms = x.lay(x.drawn((s.batch, s.n), 54).abs().add(0.5).to(x.device, x.wide)) if norm else None
+    listed = torch.rand(s.batch, s.experts, s.n, generator=generator(55)) < 0.6
+    listed[0, -1] = False
+    columns, totals = (~listed).byte().argsort(dim=-1, stable=True).int(), listed.sum(-1, dtype=torch.int32)
+    every = torch.arange(s.n, dtype=torch.int32)
+    rows = Admitted(*(t.to(x.device) for t in (columns, totals, torch.where(listed, every, -1))))
+    out = torch.zeros(s.experts, s.batch, s.n, width, dtype=x.dtype, device=x.device)
+    kernel.project(tokens, weight, norms, rows, out)
+    dots = torch.empty(out[..., 0].numel(), dtype=x.wide, device=x.device) if norm else None
+    h = kernel.rows_gradient(g, weight, norms, rows, projected, dots)
+    dw = kernel.weight_gradient(g, tokens, norms, rows)
+    there = listed.to(x.device).transpose(0, 1)
+    found = {"out": out, "h": torch.where(there[..., None], h, 0), "dw": dw}
+    if dots is not None:
+        found["dots"] = torch.where(there, dots.view(there.shape), 0)
+    yield found
+    r = s.dim**0.5 / norms.double()[None, ..., None] if norms is not None else 1.0
+    t, w, g, p = (v.double() for v in (tokens[None], weight[:, None], g, projected))
+    short = 0.0 if x.dtype == x.wide else torch.finfo(x.dtype).eps  # of g r, rounded
+    g, shown = torch.where(there[..., None], g, 0), there[..., None]
+    value, terms = (torch.where(shown, r * (a @ b.mT), 0) for a, b in ((t, w), (t.abs(), w.abs())))
+    truths = {"out": x.truth(value, terms, s.dim), "h": x.truth(g @ w, g.abs() @ w.abs(), width)}
+    value, terms = ((a.mT @ b).sum(1) for a, b in ((g, r * t), (g.abs(), r * t.abs())))
+    truths["dw"] = x.truth(value, terms, s.batch * s.n, stored=x.wide)
+    truths["dw"] = Truth(value, truths["dw"].slack + short * terms)
+    if norm:
+        value, terms = (((a * b) / r).sum(-1) for a, b in ((g, p), (g.abs(), p.abs())))
+        truths["dots"] = x.truth(value, terms, width, stored=x.wide)
+    yield truths
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -986,12 +1050,14 @@ def finite(x: Inputs, s: Sizes, *, turned: bool) -> Yielded:
     cos, sin = (x.here(table, wide=True) for table in (angles.cos(), angles.sin()))
     safe, *odd = kernel.finite_heads(x.lay(qkv), (cos, sin) if turned else None, 100.0)
     spoilt = x.normal(s.batch, s.length, s.heads, s.dim_head, seed=21).contiguous()
-    expected = spoilt.double().masked_fill(odd[0][..., None], 7.0)
-    kernel.spoil(spoilt, odd[0])
+    lse = x.normal(s.batch, s.heads, s.length, seed=22, wide=True).contiguous()
+    clean, mask = (spoilt.double(), lse.double()), x.mask(s._replace(n=s.length)) if turned else None
+    seen = kernel.spoil(spoilt, lse, *odd, mask, WINDOW)
     yield {
         "safe": safe,
-        "odd": torch.stack(odd).to(x.dtype),
+        "odd": torch.stack((*odd, seen)).to(x.dtype),
         "spoilt": torch.where(spoilt.isnan(), 7.0, spoilt),
+        "lse": lse,
     }
     q, k, v = qkv.double().unbind(2)
     if turned:
@@ -1002,7 +1068,13 @@ def finite(x: Inputs, s: Sizes, *, turned: bool) -> Yielded:
     made = torch.stack((q, k, v), 2)
     hidden = torch.stack((odd_q, odd_kv, odd_kv), 2)[..., None]
     truths = {"safe": x.truth(made.masked_fill(hidden, 0), 2 * largest * (~hidden).double().expand_as(made), 0)}
-    yield {**truths, "odd": Truth(torch.stack((odd_q, odd_kv)).double()), "spoilt": Truth(expected)}
+    visible = odd_kv if mask is None else odd_kv & mask[..., None]
+    back = torch.arange(s.length, device=x.device)[:, None] - torch.arange(s.length, device=x.device)
+    near = ((back >= 0) & (back <= WINDOW)).double()
+    seen = odd_q | (torch.einsum("ij,bjh->bih", near, visible.double()) > 0)
+    truths["odd"] = Truth(torch.stack((odd_q, odd_kv, seen)).double())
+    truths["spoilt"] = Truth(clean[0].masked_fill(seen[..., None], 7.0))
+    yield {**truths, "lse": Truth(clean[1].masked_fill(seen.mT, torch.inf))}
 
 
 @case("heads")
@@ -1131,13 +1203,26 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
 
 @case("heads")
 def memory_attention(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
+    yield from _over_a_memory(x, s, dropout, 3)
+
+
+@case("heads")
+def memory_keys(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
+    """Of which several programs share the blocks."""
+    yield from _over_a_memory(x, s, dropout, 4)
+
+
+def _over_a_memory(x: Inputs, s: Sizes, dropout: bool, blocks: int) -> Yielded:
+    """Of three blocks both directions, of four the gradient of keys alone."""
     from optimized.kernels import memory_attention as kernel
+    from optimized.kernels import memory_keys
+    from optimized.kernels.memory_tiles import Memories
 
     if s.dim_head > 128 or s.length > 1000:  # too many channels, or pairs for the truth
         yield {}
         yield {}
         return
-    blocks, width, k = 3, max(s.length // 2, 1), s.length + 1
+    width, k = max(s.length // 2, 1), s.length + 1
     n, shape = 2 + blocks * width, (s.experts, s.batch, blocks, s.length, s.heads, s.dim_head)
     logits, shown = draw((s.batch, s.experts, n), "normal", 40), torch.ones(s.batch, n, dtype=torch.bool)
     listed = [t.to(x.device) for t in remembered(logits, shown, k, width, 2)]
@@ -1149,10 +1234,15 @@ def memory_attention(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
     null_kv = x.normal(2, s.experts, s.heads, 1, s.dim_head, seed=44)
     scores = x.lay(logits.sigmoid().to(x.device, x.wide))
     seed, rate = torch.tensor([7 << 40], device=x.device), 0.25 if dropout else 0.0
-    m = kernel.Memories(q, kv, scores, null_kv, *listed, filled.to(x.device), seed, rate)
+    m = Memories(q, kv, scores, null_kv, *listed, filled.to(x.device), seed, rate)
     out, lse = kernel.memory_attention(m)
-    grads = kernel.memory_attention_backward(dout, m, out, lse)
-    yield {"out": out, "lse": lse, **dict(zip(("dq", "dkv", "dscores", "dnull"), grads))}
+    if blocks == 3:
+        asked = "out", "lse", "dq", "dkv", "dscores", "dnull"
+        yield dict(zip(asked, (out, lse, *kernel.memory_attention_backward(dout, m, out, lse))))
+    else:
+        asked, dkv = ("dkv", "dscores"), torch.zeros_like(kv, memory_format=torch.contiguous_format)
+        delta = (dout.contiguous().to(x.wide) * out.to(x.wide)).sum(-1).transpose(3, 4).contiguous()
+        yield {"dkv": dkv, "dscores": memory_keys.keys_gradient(m, dout.contiguous(), lse, delta, dkv).sum(2)}
     # All columns, of which a block sees some, behind the null key: (E, B, J, H, C, 1 + L). Errors as of `window`.
     short, root = torch.finfo(x.dtype).eps, s.dim_head**0.5
     step = 0.0 if x.dtype == x.wide else 2 * short
@@ -1210,7 +1300,7 @@ def memory_attention(x: Inputs, s: Sizes, *, dropout: bool) -> Yielded:
     for name, (value, bound) in made.items():
         found[name] = Truth(value, bound + last.eps * value.abs() + last.smallest_normal)
     found["lse"] = Truth(torch.where(full[..., 0], true_lse, torch.inf), bounds["lse"])
-    yield {name: found[name] for name in ("out", "lse", "dq", "dkv", "dscores", "dnull")}
+    yield {name: found[name] for name in asked}
 
 
 @case("heads")

@@ -254,6 +254,32 @@ def memory_attention(s: Sample) -> dict[str, Any]:
     }
 
 
+def memory_experts(s: Sample) -> dict[str, Any]:
+    """Of blocks of two columns, as many as tokens; from the second on both have a slot."""
+    n, blocks = 2 * s.n, max(s.n - 1, 0)
+    logits = s.floats(s.batch, s.experts, n, dtype=s.wide)
+    indices, counts = (t[:, :, 1:] for t in ops.memory(logits, None, 3, 2, 0, False))
+    places = torch.arange(2, 2 + 2 * blocks).view(blocks, 2).expand(s.batch, s.experts, -1, -1)
+    inverse = (torch.arange(n) - 2).clamp_min(-1).int()
+    gammas = {"q_gamma": s.floats(s.experts, DIM, 1, seed=1), "kv_gamma": s.floats(s.experts, DIM, 1, seed=2)}
+    weights = {"w_q": (8, DIM), "w_kv": (16, DIM), "w_out": (DIM, 8)}
+    return {
+        "x": s.floats(s.batch, n, DIM),
+        **gammas,
+        **{name: s.floats(s.experts * a, b, 1, seed=3 + i) for i, (name, (a, b)) in enumerate(weights.items())},
+        "null_kv": s.floats(2, s.experts, HEADS, 1, DIM_HEAD, seed=6),
+        "scores": s.floats(s.batch, s.experts, n, seed=7, dtype=s.wide),
+        "places": places.contiguous(),
+        "slots": torch.ones(places.shape, dtype=torch.bool),
+        "inverse": inverse.expand(s.batch, s.experts, -1).contiguous(),
+        "indices": indices.contiguous(),
+        "counts": counts.contiguous(),
+        "q_counts": torch.full_like(counts, 2),
+        "block": 2,
+        "dropout": 0.0,
+    }
+
+
 def blend(s: Sample) -> dict[str, Any]:
     """After a cache, averaged, if masked."""
     given = combine(s)
@@ -286,7 +312,7 @@ SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     for function in (
         blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm,
         routed_rows, combine, rotary, attention, expert_attention, mixture, window, window_attention, layer_norm,
-        candidates, memory, memory_attention,
+        candidates, memory, memory_attention, memory_experts,
     )
 }  # fmt: skip
 
@@ -381,6 +407,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "unit": {"unit_scores": True, "scores": lambda s: torch.ones(s.batch, s.experts, s.n, dtype=s.wide)},
     },
     "memory_attention": {"dropout": {"dropout": 0.3}},
+    "memory_experts": {"dropout": {"dropout": 0.3}, "no_norm": NO_NORM},
     "window": WINDOWS,
     "window_attention": WINDOWS,
 }

@@ -23,6 +23,11 @@ from optimized.attention import banded
 NO_SIZE = {  # entries of a table, warps, bits; chunks of a row are few only where they are small: test_rows.py
     "launch.MOST_LAUNCHES",
     *("long_selection.WARPS", "long_selection.DIGIT", "long_selection.CHUNKS"),
+    *(
+        "memory_keys.PROGRAMS",
+        "memory_keys.SPAN",
+        "admitted_rows.PROGRAMS",
+    ),  # how many share the blocks: test_memory_attention.py
     *("long_descent.WARPS", "long_descent.CHUNKS", "coordinate_descent.PARTS"),
 }
 BYTES = {"launch.ROWS_IN_REGISTERS": 8, "selection.ALONE": 8}  # constants that count bytes: of a float64
@@ -69,11 +74,15 @@ class Axis(NamedTuple):
 
 
 # Of long rows, in small blocks: test_rows.py.
-ROWS = ("selection", "coordinate_descent", "capped_simplex", "sigmoid", "memory", "candidates", "memory_places")
+ROWS = (
+    "selection", "coordinate_descent", "capped_simplex", "sigmoid", "memory", "candidates", "memory_places", "admitted"
+)  # fmt: skip
 SLOTS = ("gather_norm", "combine")
-CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums")
-TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums")
-HEADS = ("null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "finite")
+CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums", "admitted_rows")
+TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows")
+HEADS = (
+    "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"
+)  # fmt: skip
 FEW = Sizes(batch=1, n=5, group=1, steps=5, dim=3, experts=2, ks=(3, 2), heads=2, dim_head=4, length=2)
 AXES = {
     "rows": Axis("rows", ROWS, lambda n: FEW._replace(n=n), 17000, 66000),
@@ -89,10 +98,13 @@ AXES = {
     "experts": Axis("channels", CHANNELS, lambda count: FEW._replace(experts=count, n=30, ks=(1, 1)), 70, 70),
 }
 CROSSED = {  # constant: the axis along which something of ours changes there
+    "admitted.LANES": "rows",
     "blend.CHUNK": "tokens",
     "blend.EXPERTS": "experts",
     "blend.ROWS": "tokens",
     "finite.NUMBERS": "head_channels",
+    "finite.TOKENS": "queries",
+    "finite.HEADS": "heads",
     "combine.CHUNK": "tokens",
     "combine.ROWS": "tokens",
     "coordinate_descent.ALONE": "rows",

@@ -28,13 +28,15 @@ ROW_KERNELS = {
     "_memory_kernel",
     "_candidates_kernel",
 }
-INTEGER_KERNELS = {"_last_kernel", "_places_kernel"}
+INTEGER_KERNELS = {"_last_kernel", "_places_kernel", "_admitted_kernel"}
 HALF_KERNELS = {"_attention_kernel", "_attention_queries_kernel", "_attention_keys_kernel"}  # on a GPU
 LEFT_OUT = {"all": set(), "one": {"*fp16", "*fp64"}}
 # Bytes that a thread may spill: sixteen registers around a reduction, in whatever version of Triton.
 FEW = 64
-# By kernel and block size: a row of 32768 logits is 64 registers of each thread.
+# By kernel and block size: a row of 32768 logits is 64 registers of each thread; sums of 128 by 128 are 128 of each of
+# 128 threads, which sm_90 multiplies from shared memory, and sm_80 from more registers.
 KNOWN_SPILLS = {
+    ("_rows_kernel", ""): 256,
     ("_descent_kernel", "16384"): 512,
     ("_descent_kernel", "32768"): 512,
     ("_select_kernel", "8192"): 512,

@@ -471,7 +471,7 @@ def test_flops_are_those_of_the_products(name: str, masked: bool) -> None:
     values = [named[key] for key in operator.names]
     said = counted(lambda: operator.op(*values))
     assert said == counted(lambda: operator.raw(*values))
-    products = "router_logits", "routed_rows", "mixture", "window"
+    products = "router_logits", "routed_rows", "mixture", "window", "memory_experts"
     assert (said > 0) == (name in products or "attention" in name)
     if operator.backward is None:
         return

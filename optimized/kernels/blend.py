@@ -164,9 +164,10 @@ def blend_slots_backward(
 ) -> tuple[Tensor, Tensor]:
     """dy (E, B, K, D) and dscores (B, E, K)."""
     experts, batch, k, dim = y.shape
-    dy = torch.zeros_like(y, memory_format=torch.contiguous_format)
-    dscores = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    if y.numel() and g.numel():
+    made = y.numel() and g.numel()
+    make = torch.empty_like if made else torch.zeros_like  # without tokens no program writes them
+    dy, dscores = (make(t, memory_format=torch.contiguous_format) for t in (y, scores))
+    if made:
         launch(
             _blend_slots_kernel, (experts * batch * k,),
             g.contiguous(), y.contiguous(), scores.contiguous(), indices.contiguous(), contiguous(slots), dy, dscores,

@@ -1,8 +1,10 @@
 """Queries, keys and values rotated and rid of what is not finite, in one pass; and results that become NaN.
 
 A program of the first has ROWS heads of tokens: it reads q, k and v of each, rotates q and k with TURN, and writes
-zeros for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second writes
-nothing but the rows that become NaN.
+zeros for a q, or a k and v, with a number whose size is not at most LARGEST, and which these were. The second looks who
+sees such a row in a causal window, and writes nothing else but the rows that become NaN.
+
+Blind spots: the second reads a byte for each head of all tokens in a window once for TOKENS of them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch import Tensor
 from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2
 
 NUMBERS = 1024  # of a tile, of one half of the channels
+TOKENS = 64  # of a program that looks who sees what, and heads
+HEADS = 16
 
 
 @triton.jit
@@ -65,14 +69,54 @@ def _finite_heads_kernel(
     tl.store(odd_kv_ptr + row, (fits_kv == 0).to(tl.int8), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _spoil_kernel(out_ptr, odd_ptr, rows, dim, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    odd = tl.load(odd_ptr + row, mask=row < rows, other=0) != 0
-    channels = tl.arange(0, BLOCK_D)
-    nan = tl.full((ROWS, BLOCK_D), float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
-    at = row[:, None] * dim + channels[None, :]
-    tl.store(out_ptr + at, nan, mask=odd[:, None] & (channels < dim)[None, :])
+@triton.jit
+def _odd(odd_ptr, mask_ptr, b, j, h, there, n, heads, HAS_MASK: tl.constexpr):
+    """Which keys or values at tokens j and heads h are odd; tokens that the mask hides are seen by nobody."""
+    if HAS_MASK:
+        there = tl.load(mask_ptr + b * n + j, mask=there, other=0) != 0
+    at = (b * n + j[:, None]) * heads + h[None, :]
+    return tl.load(odd_ptr + at, mask=there[:, None] & (h < heads)[None, :], other=0) != 0
+
+
+@triton.jit(do_not_specialize=["n", "heads", "window"])
+def _spoil_kernel(
+    out_ptr, lse_ptr, odd_q_ptr, odd_kv_ptr, mask_ptr, odd_ptr, n, heads, dim, window,
+    HAS_MASK: tl.constexpr, HAS_LSE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A program has TOKENS tokens: of each it finds the last odd key not behind it, if any is near."""
+    tiles = tl.cdiv(n, TOKENS)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    first = tl.program_id(0) % tiles * TOKENS
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    lanes = tl.arange(0, TOKENS)
+    i = first + lanes
+    shown = (i < n)[:, None] & (h < heads)[None, :]
+    last = tl.full((BLOCK_H,), -1, tl.int32)
+    for start in range(tl.maximum(first - window, 0), first, TOKENS):
+        j = start + lanes
+        before = _odd(odd_kv_ptr, mask_ptr, b, j, h, j < first, n, heads, HAS_MASK)
+        last = tl.maximum(last, tl.max(tl.where(before, j[:, None], -1), 0))
+    latest = last[None, :] + tl.zeros((TOKENS, BLOCK_H), tl.int32)
+    own = _odd(odd_kv_ptr, mask_ptr, b, i, h, i < n, n, heads, HAS_MASK)
+    if tl.max(own.to(tl.int32)) > 0:
+        for back in range(TOKENS):
+            j = i - back
+            there = (j >= first) & (j < n)
+            seen = _odd(odd_kv_ptr, mask_ptr, b, j, h, there, n, heads, HAS_MASK)
+            latest = tl.maximum(latest, tl.where(seen, j[:, None], -1))
+    row = (b * n + i[:, None]) * heads + h[None, :]
+    odd = tl.load(odd_q_ptr + row, mask=shown, other=0) != 0
+    odd = odd | ((latest >= 0) & (latest >= i[:, None] - window))
+    tl.store(odd_ptr + row, odd.to(tl.int8), mask=shown)
+    odd = odd & shown
+    if tl.max(odd.to(tl.int32)) > 0:
+        nan = tl.full((TOKENS, BLOCK_H), float("nan"), tl.float32)
+        for channel in range(dim):
+            tl.store(out_ptr + row * dim + channel, nan.to(out_ptr.dtype.element_ty), mask=odd)
+        if HAS_LSE:
+            infinite = tl.full((TOKENS, BLOCK_H), float("inf"), tl.float32)
+            at = (b * heads + h[None, :]) * n + i[:, None]
+            tl.store(lse_ptr + at, infinite.to(lse_ptr.dtype.element_ty), mask=odd)
 
 
 def finite_heads(qkv: Tensor, tables: tuple[Tensor, Tensor] | None, largest: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,12 +141,18 @@ def finite_heads(qkv: Tensor, tables: tuple[Tensor, Tensor] | None, largest: flo
     return safe, odd_q, odd_kv
 
 
-def spoil(out: Tensor, odd: Tensor) -> None:
-    """Rows of out (..., d), contiguous, become NaN where odd (...)."""
-    if out.numel():
-        block = next_power_of_2(out.shape[-1])
-        rows = max(2 * NUMBERS // block, 1)
+def spoil(out: Tensor, lse: Tensor | None, odd_q: Tensor, odd_kv: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """Which rows (B, N, H) have an odd query, or see an odd key or value, one of `window` before or their own.
+
+    Rows of out (B, N, H, d), contiguous, become NaN there, and those of lse (B, H, N), contiguous, +inf.
+    """
+    batch, n, heads, dim = out.shape
+    odd = torch.empty_like(odd_q)
+    if odd.numel():
+        block = min(next_power_of_2(heads), HEADS)
         launch(
-            _spoil_kernel, (cdiv(odd.numel(), rows),), out, contiguous(odd), odd.numel(), out.shape[-1],
-            ROWS=rows, BLOCK_D=block, num_warps=4,
+            _spoil_kernel, (batch * cdiv(n, TOKENS), cdiv(heads, block)),
+            out, lse, odd_q, odd_kv, contiguous(mask), odd, n, heads, dim, min(window, n),
+            HAS_MASK=mask is not None, HAS_LSE=lse is not None, TOKENS=TOKENS, BLOCK_H=block, num_warps=2,
         )  # fmt: skip
+    return odd

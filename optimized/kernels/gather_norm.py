@@ -180,9 +180,12 @@ def _parts(group: Taken, *rows: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def slot_gradients(
-    x: Tensor, norms: Tensor, taken: tuple[Taken, ...], gradients: tuple[Tensor, ...]
+    x: Tensor, norms: Tensor, taken: tuple[Taken, ...], gradients: tuple[Tensor, ...], more: int = 0
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """dgamma of every group, in gamma's dtype, and dots (channel blocks, rows of all groups). With gamma only."""
+    """dgamma of every group, in gamma's dtype, and dots (channel blocks, rows of all groups). With gamma only.
+
+    more: rows of a group of the caller's behind them, which the first block of channels lacks and the others have as 0.
+    """
     batch, n, dim = x.shape
     experts = taken[0].indices.shape[1]
     constants = _tile(dim, x.dtype)
@@ -190,9 +193,10 @@ def slot_gradients(
     all_rows = experts * batch * sum(ks)
     chunks = [cdiv(batch * k, CHUNK) for k in ks]
     channel_blocks = cdiv(dim, constants["BLOCK_D"])
-    dots = norms.new_empty(channel_blocks, all_rows)
+    dots = norms.new_empty(channel_blocks, all_rows + more)
+    dots[1:, all_rows:].zero_()
     partial = norms.new_empty(experts * sum(chunks), dim)
-    if dots.numel():
+    if all_rows:
         parts = [
             part
             for group, g in zip((taken[0], taken[-1]), (gradients[0], gradients[-1]))
@@ -201,7 +205,7 @@ def slot_gradients(
         launch(
             _slots_gradient_kernel, (experts * sum(chunks), channel_blocks),
             x.contiguous(), norms.contiguous(), *parts, partial, dots,
-            n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, all_rows, CHUNK=CHUNK, **constants,
+            n, ks[0], ks[-1], dim, batch, experts, chunks[0], chunks[-1], dim, dots.shape[1], CHUNK=CHUNK, **constants,
         )  # fmt: skip
     sums, first = [], 0
     for group, count in zip(taken, chunks):

@@ -29,60 +29,15 @@ values whose sum, not mean, overflows.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, cdiv, double_bits, from_bits, launch, next_power_of_2, wide
-from optimized.kernels.memory_places import memory_places
+from optimized.kernels.launch import from_bits, launch, wide
+from optimized.kernels.memory_keys import keys_gradient
+from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
 from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
-
-SIZES = ["n", "k", "slots", "blocks", "batch", "experts", "heads", "tiles", "scale_bits", "drop", "keep_bits"]
-
-
-@triton.jit
-def _place(blocks, batch, experts, heads, tiles):
-    """Of a program: its row (e, b), block, head and tile; and the row as (b, e)."""
-    program = tl.program_id(0)
-    tile = program % tiles
-    h = program // tiles % heads
-    j = program // tiles // heads % blocks
-    row = (program // tiles // heads // blocks).to(tl.int64)
-    return row, j, h, tile, row % batch * experts + row // batch
-
-
-@triton.jit
-def _finite(x):
-    """Not by x - x == 0: an x that is a product is fused into the subtraction, and what is left is its rounding."""
-    return tl.abs(x) < float("inf")
-
-
-@triton.jit
-def _tile(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
-    """Rows of ptr; 0 where they are not shown."""
-    channels = tl.arange(0, BLOCK_D)
-    at = rows[:, None].to(tl.int64) * stride + channels[None, :]
-    return tl.load(ptr + at, mask=shown[:, None] & (channels < dim)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(ptr, rows, stride, shown, tile, dim, BLOCK_D: tl.constexpr):
-    channels = tl.arange(0, BLOCK_D)
-    at = rows[:, None].to(tl.int64) * stride + channels[None, :]
-    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), mask=shown[:, None] & (channels < dim)[None, :])
-
-
-@triton.jit
-def _kept(seed, queries, columns, n, drop, keep_bits, DTYPE: tl.constexpr):
-    """z of each pair: 24 bits of a hash (splitmix64) of both against the probability."""
-    z = seed + (queries * (n + 1) + (columns + 1)) * -7046029254386353131
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    z = z ^ ((z >> 31) & 0x1FFFFFFFF)
-    return tl.where(((z >> 40) & 0xFFFFFF) >= drop, from_bits(keep_bits).to(DTYPE), 0.0)
 
 
 @triton.jit
@@ -222,120 +177,6 @@ def _memory_queries_kernel(
     _store(dq_ptr + start, i, stride, inside, tl.where(live[:, None], dq, 0.0), dim, BLOCK_D)
 
 
-@triton.jit
-def _write(
-    kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The gradients of columns that are `done`. What is not finite passes nothing on."""
-    score = tl.load(scores_ptr + held, mask=done, other=0.0).to(DTYPE)
-    score = tl.where(_finite(score), score, 0.0)
-    values = _tile(kv_ptr + stride, held, 2 * stride, done, dim, BLOCK_D).to(DTYPE)
-    values = tl.where(_finite(values), values, 0.0)
-    tl.store(dscores_ptr + held, tl.sum(u * values, 1), mask=done)
-    _store(dkv_ptr, held, 2 * stride, done, dk, dim, BLOCK_D)
-    _store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _memory_keys_kernel(
-    q_ptr, kv_ptr, scores_ptr, null_ptr, counts_ptr, q_counts_ptr, seed_ptr, places_ptr, lse_ptr, dout_ptr, delta_ptr,
-    dkv_ptr, dscores_ptr,
-    n, k, slots, blocks, batch, experts, heads, dim, tiles, scale_bits, drop, keep_bits,
-    DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """dk, dv, and the share of a head (B, E, H, L) of dscores, of the columns that come by some places of memory."""
-    row, _, h, tile, row_be = _place(1, batch, experts, heads, tiles)
-    at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    stride = heads * dim
-    kv_ptr += row * n * 2 * stride + h * dim
-    dkv_ptr += row * n * 2 * stride + h * dim
-    scores_ptr += row_be * n
-    dscores_ptr += (row_be * heads + h) * n
-    places_ptr += row_be * blocks * k
-    q_counts_ptr += row_be * blocks
-    scale = from_bits(scale_bits).to(DTYPE)
-    to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
-    seed = tl.full((), 0, tl.int64)
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    held = tl.full((BLOCK_N,), -1, tl.int32)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    # Once more than there are blocks: what is held to the end is written by the same instructions as what is not.
-    for j in range(blocks + 1):
-        columns = tl.full((BLOCK_N,), -1, tl.int32)
-        filled = tl.full((), 0, tl.int32)
-        if j < blocks:
-            columns = tl.load(places_ptr + at, mask=at < k, other=-1)
-            filled = tl.minimum(tl.load(q_counts_ptr + j), slots)
-        places_ptr += k
-        changed = columns != held
-        if tl.max(changed.to(tl.int32)) > 0:
-            done = changed & (held >= 0)
-            _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE, BLOCK_D)
-            dk = tl.where(changed[:, None], 0.0, dk)
-            u = tl.where(changed[:, None], 0.0, u)
-            held = columns
-        there = held >= 0
-        keys = _tile(kv_ptr, held, 2 * stride, there, dim, BLOCK_D)
-        values = _tile(kv_ptr + stride, held, 2 * stride, there, dim, BLOCK_D)
-        score = tl.load(scores_ptr + held, mask=there, other=0.0).to(DTYPE)
-        start = (row * blocks + j) * slots * stride + h * dim
-        place = ((row * blocks + j) * heads + h) * slots
-        for begin in range(0, filled, BLOCK_M):
-            i = begin + tl.arange(0, BLOCK_M)
-            lse = tl.load(lse_ptr + place + i, mask=i < filled, other=float("inf"))
-            live = lse < float("inf")
-            delta = tl.load(delta_ptr + place + i, mask=live, other=0.0)
-            q = _tile(q_ptr + start, i, stride, live, dim, BLOCK_D)
-            dout = _tile(dout_ptr + start, i, stride, live, dim, BLOCK_D)
-            pairs = there[:, None] & live[None, :]
-            s = _product(keys, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-            p = tl.where(pairs, tl.exp2(s * to_base_2 - (lse * LOG2_E)[None, :]), 0.0)
-            dp = _product(values, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]
-            weighted = p
-            if DROPOUT:
-                queries = ((row * heads + h) * blocks + j) * slots + i
-                kept = _kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop, keep_bits, DTYPE)
-                dp = dp * kept
-                weighted = p * kept
-            ds = tl.where(pairs, p * (dp - delta[None, :]) * scale, 0.0)
-            u = _product(_rounded(weighted, dout_ptr), dout, u, HALF, DTYPE)
-            dk = _product(_rounded(ds, q_ptr), q, dk, HALF, DTYPE)
-
-
-class Memories(NamedTuple):
-    """What both directions read: see `optimized.ops.memory_attention`. null_kv in the dtype of q; seed: one int64."""
-
-    q: Tensor
-    kv: Tensor
-    scores: Tensor
-    null_kv: Tensor
-    indices: Tensor
-    counts: Tensor
-    q_counts: Tensor
-    seed: Tensor
-    dropout: float
-
-    def read(self) -> tuple[Tensor, ...]:
-        """Contiguous, but for the indices."""
-        return tuple(t.contiguous() for t in (*self[:4], self.counts, self.q_counts, self.seed))
-
-    def numbers(self, tiles: int) -> tuple[int, ...]:
-        experts, batch, blocks, slots, heads, dim = self.q.shape
-        drop, keep = round(self.dropout * 2**24), double_bits(1 / (1 - self.dropout))
-        rows = (self.kv.shape[2], self.indices.shape[-1], slots, blocks, batch, experts, heads, dim)
-        return (*rows, tiles, double_bits(dim**-0.5), drop, keep)
-
-    def grid(self, role: str, length: int) -> tuple[dict[str, Any], int, int]:
-        """Constants; tiles of so many queries or places; programs of a head of a row of a block."""
-        sizes = _sizes(self.q.dtype, self.q.shape[-1], role)
-        tiles = cdiv(length, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
-        experts, batch, _, _, heads, _ = self.q.shape
-        return {"DROPOUT": self.dropout > 0, **sizes}, tiles, experts * batch * heads * tiles
-
-
 def memory_attention(m: Memories) -> tuple[Tensor, Tensor]:
     """out (E, B, J, C, H, d) and lse (E, B, J, H, C), contiguous."""
     experts, batch, blocks, slots, heads, _ = m.q.shape
@@ -351,12 +192,15 @@ def memory_attention(m: Memories) -> tuple[Tensor, Tensor]:
 
 
 def memory_attention_backward(
-    dout: Tensor, m: Memories, out: Tensor, lse: Tensor, keys: bool = True
+    dout: Tensor, m: Memories, out: Tensor, lse: Tensor, keys: bool = True, dkv: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, kv, scores and null_kv, contiguous; keys: whether kv and scores ask for theirs."""
+    """Gradients of q, kv, scores and null_kv, contiguous; keys: whether kv and scores ask for theirs.
+
+    dkv: where that of kv is to be, if not in zeros: rows of columns that are listed are written.
+    """
     experts, batch, blocks, slots, heads, dim = m.q.shape
     n, k = m.kv.shape[2], m.indices.shape[-1]
-    dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape)
+    dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape) if dkv is None else dkv
     shares = lse.new_zeros(batch, experts, heads, n)
     dnull = torch.zeros_like(m.null_kv, dtype=lse.dtype)
     if dq.numel():
@@ -370,31 +214,5 @@ def memory_attention_backward(
         )  # fmt: skip
         dnull = partial.view(2, experts, batch * blocks, heads, tiles, dim).sum((2, 4)).unsqueeze(3)
         if keys and k and n:
-            constants, tiles, programs = m.grid("keys", k)
-            launch(
-                _memory_keys_kernel, (programs,), *read, memory_places(m.indices, m.counts, n), lse, dout, delta,
-                dkv, shares, *m.numbers(tiles), **constants,
-            )  # fmt: skip
+            shares = keys_gradient(m, dout, lse, delta, dkv)
     return dq, dkv, shares.sum(2).to(m.scores.dtype), dnull.to(m.null_kv.dtype)
-
-
-def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
-    """Blocks and warps. A product has at least 16 channels. BLOCK_M: queries, BLOCK_N: keys."""
-    block_d = max(next_power_of_2(dim), 16)
-    half = dtype in (torch.float16, torch.bfloat16)
-    if dtype == torch.float64:
-        rows, warps = (16, 16), 4
-    elif not half:
-        rows, warps = ((16, 32) if role == "keys" else (32, 32)) if block_d <= 64 else (16, 16), 8
-    else:
-        # Of wide heads larger tiles spill, some on one GPU and some on another.
-        rows, warps = ((64, 64), 4) if block_d <= 64 else ((32, 32), 8)
-    return {
-        "HALF": half,
-        "DTYPE": arithmetic(dtype),
-        "BLOCK_M": rows[0],
-        "BLOCK_N": rows[1],
-        "BLOCK_D": block_d,
-        "num_warps": warps,
-        "num_stages": 1 if role == "keys" else 3 if half and block_d <= 64 else 2,
-    }

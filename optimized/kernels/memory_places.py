@@ -8,9 +8,10 @@ the last of them is dropped: of 8,192 (131,072) columns in random order and K 51
 be passed through, of those ever remembered 2.6 (4.4), of these sorted by their last block 1.4 (1.6).
 
 First each block looks up, by bisection, which of its columns the next one no longer lists: the last block of each
-column. Then one program per row goes through the blocks; the new ones take places that became free, in order.
+column. Then one program per row, or per some blocks of a row, goes through them; the new ones take places that became
+free, in order.
 
-Blind spots: a chain of J steps in one program per row, each as long as two reads of memory.
+Blind spots: a chain of so many steps, each as long as two reads of memory.
 """
 
 from __future__ import annotations
@@ -52,18 +53,21 @@ def _last_kernel(indices_ptr, counts_ptr, last_ptr, n, k, blocks, STEPS: tl.cons
     tl.store(last_ptr + row * n + columns, j, mask=there & (found == 0))
 
 
-@triton.jit(do_not_specialize=["n", "k", "blocks"])
-def _places_kernel(indices_ptr, counts_ptr, last_ptr, places_ptr, n, k, blocks, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    indices_ptr += row * blocks * k
+@triton.jit(do_not_specialize=["n", "k", "blocks", "span", "chunks"])
+def _places_kernel(
+    indices_ptr, counts_ptr, last_ptr, places_ptr, n, k, blocks, span, chunks, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    first = tl.program_id(0) % chunks * span
+    indices_ptr += (row * blocks + first) * k
     counts_ptr += row * blocks
-    places_ptr += row * blocks * k
+    places_ptr += (row * blocks + first) * k
     last_ptr += row * n
     lanes = tl.arange(0, BLOCK)
     inside = lanes < k
     held = tl.full((BLOCK,), -1, tl.int32)
     last = tl.full((BLOCK,), -1, tl.int32)
-    for j in range(blocks):
+    for j in range(first, tl.minimum(first + span, blocks)):
         free = inside & (last < j)
         kept = tl.sum((inside & (last >= j)).to(tl.int32))
         at = kept + tl.cumsum(free.to(tl.int32)) - 1  # the new ones stand behind those that were kept
@@ -76,8 +80,11 @@ def _places_kernel(indices_ptr, counts_ptr, last_ptr, places_ptr, n, k, blocks, 
         places_ptr += k
 
 
-def memory_places(indices: Tensor, counts: Tensor, n: int) -> Tensor:
-    """(B, E, J, K) int32, the column of each place, -1 for none; indices and counts of n columns as of `memory`."""
+def memory_places(indices: Tensor, counts: Tensor, n: int, span: int) -> Tensor:
+    """(B, E, J, K) int32, the column of each place, -1 for none; indices and counts of n columns as of `memory`.
+
+    span: after so many blocks places are given anew, in the order of the list.
+    """
     batch, experts, blocks, k = indices.shape
     indices, counts = indices.contiguous(), counts.contiguous()
     places = torch.empty_like(indices)
@@ -90,7 +97,7 @@ def memory_places(indices: Tensor, counts: Tensor, n: int) -> Tensor:
         )  # fmt: skip
         block = next_power_of_2(k)
         launch(
-            _places_kernel, (batch * experts,), indices, counts, last, places,
-            n, k, blocks, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+            _places_kernel, (batch * experts * -(-blocks // span),), indices, counts, last, places,
+            n, k, blocks, span, -(-blocks // span), BLOCK=block, num_warps=min(max(block // 512, 1), 16),
         )  # fmt: skip
     return places

@@ -168,7 +168,7 @@ def _window_queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, cos_ptr, sin_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dq_ptr,
     n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, v_b, v_n, v_h, grad_b, grad_n, grad_h,
     HAS_MASK: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, SPOILED: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, and D."""
     blocks = tl.cdiv(n, BLOCK_M)
@@ -183,13 +183,16 @@ def _window_queries_kernel(
     here = i < n
     valid_i = _valid(mask_ptr, i, n, HAS_MASK)
     q = _tile(q_ptr + offset, i, stride_n, here, half, BLOCK_HALF)
-    dout = _tile(dout_ptr + result, i, heads * 2 * half, here, half, BLOCK_HALF)
-    out = _tile(out_ptr + result, i, heads * 2 * half, here, half, BLOCK_HALF)
-    delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
     row = (b * heads + h) * n + i
+    lse = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2_E
+    live = here
+    if SPOILED:
+        live = here & (lse < float("inf"))
+    dout = _tile(dout_ptr + result, i, heads * 2 * half, live, half, BLOCK_HALF)
+    out = _tile(out_ptr + result, i, heads * 2 * half, live, half, BLOCK_HALF)
+    delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
     tl.store(delta_ptr + row, delta, mask=here)
     scale = from_bits(scale_bits).to(DTYPE)
-    lse = tl.load(lse_ptr + row, mask=here, other=0.0) * LOG2_E
     dq = tl.zeros((BLOCK_M, 2 * BLOCK_HALF), DTYPE)
     end = tl.minimum(n, first + BLOCK_M + after)
     for start in range(tl.maximum(first - before, 0) // BLOCK_N * BLOCK_N, end, BLOCK_N):
@@ -213,7 +216,7 @@ def _window_keys_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, cos_ptr, sin_ptr, lse_ptr, dout_ptr, delta_ptr, dk_ptr, dv_ptr,
     n, heads, half, before, after, scale_bits, stride_b, stride_n, stride_h, v_b, v_n, v_h, grad_b, grad_n, grad_h,
     HAS_MASK: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_HALF: tl.constexpr, SPOILED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys."""
     blocks = tl.cdiv(n, BLOCK_N)
@@ -241,6 +244,8 @@ def _window_keys_kernel(
         row = (b * heads + h) * n + i
         lse = tl.load(lse_ptr + row, mask=there, other=0.0) * LOG2_E
         delta = tl.load(delta_ptr + row, mask=there, other=0.0)
+        if SPOILED:
+            dout = tl.where((lse < float("inf"))[:, None], dout, 0.0)
         s = _product(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
         p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
         if _cut(start, first, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
@@ -290,10 +295,12 @@ def window_attention_backward(
     lse: Tensor,
     band: Band,
     angles: tuple[Tensor, Tensor],
+    spoiled: bool = False,
 ) -> Tensor:
     """The gradient (B, N, 3, H, d), contiguous, of v, and of q and k before their rotation.
 
-    qkv, out, lse: of the forward. angles: cos and sin (N, d) of that rotation.
+    qkv, out, lse: of the forward. angles: cos and sin (N, d) of that rotation. spoiled: where lse is +inf neither out
+    nor dout is read, and nothing has a gradient of that row.
     """
     q, k, v = qkv
     batch, n, heads, dim = q.shape
@@ -312,7 +319,7 @@ def window_attention_backward(
         blocks = cdiv(n, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
         launch(
             kernel, (blocks * batch * heads,), *read, *angles, *given, *numbers,
-            HAS_MASK=band.mask is not None, **sizes,
+            HAS_MASK=band.mask is not None, SPOILED=spoiled, **sizes,
         )  # fmt: skip
     return dqkv
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     layer_norm: Operator
     memory: Operator
     memory_attention: Operator
+    memory_experts: Operator
     mixture: Operator
     pick: Operator
     rotary: Operator
@@ -49,6 +50,7 @@ else:
     from optimized.ops.layer_norm import layer_norm
     from optimized.ops.memory import memory
     from optimized.ops.memory_attention import memory_attention
+    from optimized.ops.memory_experts import memory_experts
     from optimized.ops.mixture import mixture
     from optimized.ops.pick import pick
     from optimized.ops.rotary import rotary

@@ -16,7 +16,7 @@ from torch import Tensor
 from optimized.ops.attention import pairs_in_window, products
 from optimized.ops.finite import largest, odd_rows
 from optimized.ops.operator import Arguments, operator
-from optimized.ops.window import attend, attend_backward, tables, turn
+from optimized.ops.window import attend, attend_backward, by_triton, tables, turn
 
 
 @operator(
@@ -36,19 +36,21 @@ class causal_window:
         turned: q and k come rotated; else they are rotated at 0 .. N-1, theta = 10000.
         backend, triton: as of `window`.
     Returns out (B, N, H, d), rotated q and k with v and without what is not finite (B, N, 3, H, d), the log-sum-exp
-    (B, H, N), and which rows are NaN (B, N, H).
+    (B, H, N), of Triton's kernel +inf where out is NaN, and which rows are (B, N, H).
     """
 
     def forward(a: Any) -> Any:
         safe, odd_q, odd_kv = _finite(a)
         out, lse = attend(_causal(a), safe[:, :, :2], safe[:, :, 2])
-        odd = odd_q | seen_in_window(odd_kv, a.mask, a.window)
+        of_ours = lse if by_triton(a) else None
         if a.triton:
             from optimized.kernels.finite import spoil
 
-            spoil(out, odd)
-        else:
-            out.masked_fill_(odd[..., None], torch.nan)
+            return out, safe, lse, spoil(out, of_ours, odd_q, odd_kv, a.mask, a.window)
+        odd = odd_q | seen_in_window(odd_kv, a.mask, a.window)
+        out.masked_fill_(odd[..., None], torch.nan)
+        if of_ours is not None:
+            of_ours.masked_fill_(odd.mT, torch.inf)
         return out, safe, lse, odd
 
     def fake(a: Any) -> Any:
@@ -58,13 +60,14 @@ class causal_window:
         return a.qkv.new_empty(batch, n, heads, dim), safe, lse, a.qkv.new_empty(batch, n, heads, dtype=torch.bool)
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        causal, hidden, zero = _causal(a), a.odd[..., None], a.out.new_zeros(())
-        causal.out = torch.where(hidden, zero, a.out)
+        causal, hidden, zero, dout = _causal(a), a.odd[..., None], a.out.new_zeros(()), g.out
+        if not by_triton(a):
+            causal.out, dout = torch.where(hidden, zero, a.out), torch.where(hidden, zero, dout)
         qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
         angles = tables(v, a.triton)
         if a.turned:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
-        return {"qkv": attend_backward(causal, torch.where(hidden, zero, g.out), qk, v, angles)}
+        return {"qkv": attend_backward(causal, dout, qk, v, angles, True)}
 
     def flops(a: Any, out: Any) -> int:
         batch, n, _, heads, dim = a.qkv.shape

@@ -53,7 +53,7 @@ class memory_attention:
         if a.triton:
             from optimized.kernels import memory_attention as kernel
 
-            return *kernel.memory_attention(_memories(a)), seed
+            return *kernel.memory_attention(memories(a)), seed
         experts, batch, _, slots, heads, _ = a.q.shape
         outs = [a.q.new_empty(experts, batch, 0, slots, heads, a.q.shape[-1])]
         sums = [_wide(a.q.new_empty(experts, batch, 0, heads, slots))]
@@ -75,7 +75,7 @@ class memory_attention:
         if a.triton:
             from optimized.kernels import memory_attention as kernel
 
-            found = kernel.memory_attention_backward(g.out, _memories(a), a.out, a.lse, needs.kv or needs.scores)
+            found = kernel.memory_attention_backward(g.out, memories(a), a.out, a.lse, needs.kv or needs.scores)
         else:
             found = _backward(a, g.out)
         dq, dkv, dscores, dnull_kv = found
@@ -93,8 +93,8 @@ def _products(a: Any) -> int:
     return products(experts * batch * blocks, heads, slots * (a.indices.shape[-1] + 1), dim)
 
 
-def _memories(a: Any) -> Any:
-    from optimized.kernels.memory_attention import Memories
+def memories(a: Any) -> Any:
+    from optimized.kernels.memory_tiles import Memories
 
     null_kv = a.null_kv.to(a.q.dtype)
     return Memories(a.q, a.kv, a.scores, null_kv, a.indices, a.counts, a.q_counts, a.seed, a.dropout)

@@ -115,7 +115,7 @@ class window_attention:
         return 2 * batch * n * projections + before * attention
 
 
-def _by_triton(a: Any) -> bool:
+def by_triton(a: Any) -> bool:
     """Compiled or interpreted."""
     return a.backend.startswith("triton")
 
@@ -129,7 +129,7 @@ def turn(qk: Tensor, triton: bool) -> None:
 
 def attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k = qk.unbind(2)
-    if _by_triton(a):
+    if by_triton(a):
         from optimized.kernels import window as kernel
 
         return kernel.window_attention(q, k, _rows(v), kernel.Band.of(v.shape[1], a.window, a.causal, a.mask))
@@ -140,15 +140,20 @@ def attend(a: Any, qk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attend_backward(a: Any, dout: Tensor, qk: Tensor, v: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """The gradient (B, N, 3, H, d) of q and k before their rotation by the angles, and of v."""
+def attend_backward(
+    a: Any, dout: Tensor, qk: Tensor, v: Tensor, angles: tuple[Tensor, Tensor], spoiled: bool = False
+) -> Tensor:
+    """The gradient (B, N, 3, H, d) of q and k before their rotation by the angles, and of v.
+
+    spoiled: rows may have an lse of +inf, and no gradient (by Triton).
+    """
     batch, n, heads, dim = v.shape
     q, k = qk.unbind(2)
-    if _by_triton(a):
+    if by_triton(a):
         from optimized.kernels import window as kernel
 
         band = kernel.Band.of(n, a.window, a.causal, a.mask)
-        return kernel.window_attention_backward(dout, (q, k, _rows(v)), a.out, a.lse, band, angles)
+        return kernel.window_attention_backward(dout, (q, k, _rows(v)), a.out, a.lse, band, angles, spoiled)
     library, dout = adapter(a.backend, v.device), dout.contiguous()
     dqkv = v.new_empty(batch, n, 3, heads, dim)
     dq, dk, dv = dqkv.unbind(2)

@@ -214,8 +214,22 @@ MEMORY_ATTENTION_TORCH = Profile(
     ("test_memory_attention.py", "test_operators.py"),
     "(test_memory_attention and not triton) or (memory_attention and (opcheck or whole_stages) and not triton)",
 )
+ADMITTED = Profile(("test_cases.py",), "is_right and admitted", interpreted=True)
+SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
+SHARED_KEYS = Profile(
+    ("test_cases.py", "test_memory_attention.py"),
+    "(is_right and memory_keys and float) or (test_memory_attention and triton)",
+    interpreted=True,
+)
+MEMORY_EXPERTS = Profile(("test_operators.py",), "memory_experts and (gradcheck or pytorch_form)", interpreted=True)
 
 PROFILES = {
+    "optimized/kernels/admitted.py": ADMITTED,
+    "optimized/kernels/admitted_rows.py": ADMITTED,
+    "optimized/kernels/finite.py": SEEN,
+    "optimized/kernels/memory_keys.py": SHARED_KEYS,
+    "optimized/kernels/memory_tiles.py": MEMORY_ATTENTION,
+    "optimized/ops/memory_experts.py": MEMORY_EXPERTS,
     "optimized/kernels/ranks.py": REMEMBERED,
     "optimized/kernels/candidates.py": BY_THRESHOLD,
     "optimized/kernels/memory.py": REMEMBERED,

@@ -137,6 +137,8 @@ EDITS: Edits = {
             "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1))",
             "missing gradient",
         ),
+    },
+    "optimized/kernels/memory_keys.py": {
         "memory-attention-keys-unscored": edit(
             "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]",
             "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)",
@@ -149,8 +151,8 @@ EDITS: Edits = {
             "done = changed & (held >= 0)", "done = changed & (held > held)", "missing gradient"
         ),
         "memory-attention-last-places-unwritten": edit(
-            "for j in range(blocks + 1):",
-            "for j in range(blocks):",
+            "for j in range(first, last + 1):",
+            "for j in range(first, last):",
             "missing gradient",
         ),
         "memory-attention-scores-of-unscored-values": edit(
@@ -171,8 +173,101 @@ EDITS: Edits = {
             "queries = (row * heads * blocks + j) * slots + i\n                kept",
             "Dao-AILab/flash-attention#314",
         ),
+        "memory-keys-old-share-lost-at-a-change": edit(
+            "_store(old_ptr, old, 2 * dim, done & (old >= 0), dk",
+            "_store(old_ptr, old, 2 * dim, done & (old > 0), dk",
+            "tail mask",
+        ),
+        "memory-keys-whole-share-of-the-own-program": edit(
+            "whole_ptr = shares_ptr + (row * heads + h) * k * 2 * dim + (chunk + 1) * every",
+            "whole_ptr = shares_ptr + (row * heads + h) * k * 2 * dim + chunk * every",
+            "stale saved tensor",
+        ),
+        "memory-keys-a-new-column-taken-for-old": edit(
+            "if (j == first) & (j > 0):\n                    stayed, _at = _listed(indices_ptr, counts_ptr, j - 1,",
+            "if (j == first) & (j > 0):\n                    stayed, _at = _listed(indices_ptr, counts_ptr, j,",
+            "stale saved tensor",
+        ),
+        "memory-keys-joined-twice": edit(
+            "mine = mine & ((first & even_before) == 0)", "mine = mine", "missing gradient"
+        ),
+        "memory-keys-joined-with-the-next-alone": edit(
+            "for later in range(chunk + 1, chunks):", "for later in range(chunk + 1, chunk + 2):", "missing gradient"
+        ),
+    },
+    "optimized/kernels/memory_tiles.py": {
         "memory-attention-experts-exchanged-with-items": edit(
             "row % batch * experts + row // batch", "row", "expert mix-up"
+        ),
+    },
+    "optimized/kernels/admitted.py": {
+        "admitted-old-columns-counted-again": edit(
+            "old = _lesser(indices_ptr + i.to(tl.int64) * k, i * block, count, earlier, STEPS)",
+            "old = _lesser(indices_ptr + i.to(tl.int64) * k, i, count, earlier, STEPS)",
+            "stale saved tensor",
+        ),
+        "admitted-listed-before-is-forgotten": edit(
+            "tl.store(columns_ptr + before + place - first, column",
+            "tl.store(columns_ptr + place - first, column",
+            "32-bit index",
+        ),
+        "admitted-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
+        "admitted-total-without-the-last": edit(
+            "tl.store(totals_ptr + row, before + listed - first)", "tl.store(totals_ptr + row, before)", "tail mask"
+        ),
+    },
+    "optimized/kernels/admitted_rows.py": {
+        "admitted-rows-scale-unapplied": edit(
+            "            out *= scale[:, None]\n", "            out *= 1.0\n", "log-sum-exp and scale"
+        ),
+        "admitted-rows-of-item-0": edit(
+            "rows = e * row_e + b * n + column", "rows = e * row_e + column", "batch mix-up"
+        ),
+        "admitted-rows-dots-unscaled": edit("tl.where(scale > 0, dot / scale, 0.0)", "dot", "log-sum-exp and scale"),
+        "admitted-rows-tile-beyond-the-total": edit(
+            "        there = at < total\n        column", "        there = at < n\n        column", "tail mask"
+        ),
+        "admitted-rows-weight-of-one-item": edit(
+            "for item in range(batch):", "for item in range(1):", "missing gradient"
+        ),
+        "admitted-rows-parts-overlap": edit("there = at < end", "there = at < total", "missing gradient"),
+        "admitted-rows-weight-of-raw-tokens": edit(
+            "x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)", "x = x", "missing gradient"
+        ),
+    },
+    "optimized/kernels/finite.py": {
+        "spoil-a-token-late": edit("(latest >= i[:, None] - window))", "(latest > i[:, None] - window))", "window"),
+        "spoil-keys-before-the-tile-forgotten": edit(
+            "for start in range(tl.maximum(first - window, 0), first, TOKENS):",
+            "for start in range(first, first, TOKENS):",
+            "window",
+        ),
+        "spoil-sees-the-future": edit("j = i - back", "j = i + 1 - back", "causality"),
+        "spoil-hidden-keys-are-seen": edit(
+            "there = tl.load(mask_ptr + b * n + j, mask=there, other=0) != 0", "there = there", "masked tokens leak"
+        ),
+        "spoil-queries-forgotten": edit(
+            "odd = odd | ((latest >= 0)", "odd = (odd & (latest >= 0)) | ((latest >= 0)", "NaN order"
+        ),
+    },
+    "optimized/ops/memory_experts.py": {
+        "memory-experts-gamma-of-weights-forgotten": edit(
+            "weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)",
+            "weight = weight",
+            "log-sum-exp and scale",
+        ),
+        "memory-experts-gradient-of-gamma-unweighted": edit(
+            "gamma = (dw * _per_expert(a.w_kv, a)).sum(1)", "gamma = dw.sum(1)", "missing gradient"
+        ),
+        "memory-experts-unlisted-keys-kept": edit(
+            "kv = kv.masked_fill(~_listed(a, n).transpose(0, 1)[..., None], 0).contiguous()",
+            "kv = kv.contiguous()",
+            "uninitialised output",
+        ),
+        "memory-experts-output-of-unscored-slots": edit(
+            'found["w_out"] = torch.bmm(dy.mT, a.out.flatten(4)',
+            'found["w_out"] = torch.bmm(dy.mT, a.q.flatten(4)',
+            "stale saved tensor",
         ),
     },
     "optimized/ops/candidates.py": {
