@@ -8,9 +8,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from optimized.autoregressive import MixtureOfAutoregressiveAttention
 from optimized.mixture import MixtureOfAttention
 from optimized.parallel import parameters
 from optimized.parallel.arguments import Over, refuse_ddp
+from optimized.parallel.causal import ContextParallelCausal
 from optimized.parallel.collectives import Ranks
 from optimized.parallel.experts import ExpertParallelMixture
 from optimized.parallel.mixture import ContextParallelMixture
@@ -56,7 +58,10 @@ class ContextParallel(_Style):
     that does not divide E with shard_experts.
     """
 
-    classes = {MixtureOfAttention: ContextParallelMixture}
+    classes = {
+        MixtureOfAttention: ContextParallelMixture,
+        MixtureOfAutoregressiveAttention: ContextParallelCausal,
+    }
 
     def __init__(self, *, shard_experts: bool = False) -> None:
         super().__init__()
