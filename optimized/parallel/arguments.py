@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Sharded
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,18 @@ from optimized.parallel.shards import Shard
 from reference import contract
 
 SEQUENCE = 1  # the dimension of tokens
+
+
+class Spread(nn.Module):
+    """What all layers in parallel are."""
+
+    over: Over
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """DistributedDataParallel asks for it first of all."""
+        self.over.refuse_sharded_in_ddp()
+        raise AttributeError("_ddp_params_and_buffers_to_ignore")
 
 
 class Over:
@@ -32,9 +44,17 @@ class Over:
         return Over(self.ranks, self.style, self.sharded)
 
     def refuse_ddp(self) -> None:
-        """DistributedDataParallel would average over ranks that hold other experts."""
+        """In a call, when the layer is a part of what DistributedDataParallel wraps."""
         if self.sharded and DistributedDataParallel._active_ddp_module is not None:
-            refuse_ddp(self.style)
+            self.refuse_sharded_in_ddp()
+
+    def refuse_sharded_in_ddp(self) -> None:
+        """It would average over ranks that hold other experts."""
+        if self.sharded:
+            raise RuntimeError(
+                "DistributedDataParallel: expected fully_shard (FSDP2) around a layer whose experts are sharded by "
+                f"{self.style}, since no two ranks hold the same parameters"
+            )
 
     def own(self, name: str, t: Any, *shape: int | str) -> tuple[Tensor, Shard]:
         """The rank's tokens (B, n, ...), and where they stand."""
@@ -85,13 +105,6 @@ class Over:
         if len(set(everyones)) > 1:
             contract.reject(name, "equally long plain shards (a DTensor may be uneven)", f"lengths {everyones} by rank")
         self.lengths.add(n)
-
-
-def refuse_ddp(style: str) -> None:
-    raise RuntimeError(
-        f"DistributedDataParallel: expected fully_shard (FSDP2) around a layer whose experts are sharded by {style}:"
-        " no two ranks hold the same parameters"
-    )
 
 
 def stand_in(x: Tensor, n: int) -> Tensor:

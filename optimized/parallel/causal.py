@@ -1,7 +1,7 @@
 """`MixtureOfAutoregressiveAttention` over a sequence in shards: every rank has some of the tokens, and all experts.
 
-The logits of all tokens are gathered, a few numbers a token, so that every rank knows the decisions of all. Of the past a
-rank needs no more than a cache holds: the K rows of each expert's memory at the start of its first block, the tokens
+The logits of all tokens are gathered, a few numbers a token, so that every rank knows the decisions of all. Of the past
+a rank needs no more than a cache holds: the K rows of each expert's memory at the start of its first block, the tokens
 between that and its own first, and those of the window. Blocks and shards need not be aligned.
 
 Letters: B batch, N tokens of the sequence, n of this rank, R ranks, D model dimension, E experts, H heads, d head
@@ -20,10 +20,10 @@ from torch.func import functional_call
 from optimized import ops
 from optimized.autoregressive import MixtureOfAutoregressiveAttention, _is
 from optimized.autoregressive_attention import Asked, MemoryAttention, _angles, _projected, _rotated
-from optimized.autoregressive_layout import Places, first_call
+from optimized.autoregressive_layout import first_call
 from optimized.autoregressive_local import CausalLocalAttention
 from optimized.autoregressive_routing import Decided, LogitsRouter, own_scores, queries_of, remember, solved_scores
-from optimized.parallel.arguments import Over, stand_in
+from optimized.parallel.arguments import Over, Spread, stand_in
 from optimized.parallel.mixture import READ as OF_MIXTURE
 from optimized.parallel.parameters import Held, held, unattached
 from optimized.parallel.shards import Shard, neighbours
@@ -48,10 +48,8 @@ class Part:
         self.begin = self.first * width if shard.size else shard.start
 
 
-class ContextParallelCausal(MixtureOfAutoregressiveAttention):
+class ContextParallelCausal(Spread, MixtureOfAutoregressiveAttention):
     """As `ContextParallel` makes it of a `MixtureOfAutoregressiveAttention`."""
-
-    over: Over
 
     def forward(
         self,
@@ -87,9 +85,11 @@ class ContextParallelCausal(MixtureOfAutoregressiveAttention):
         before = max(c.local_attn_window_size, c.routed_window_size - 1)
         among, left = neighbours(own, shard, ranks, before, 0)
         decided = self._decided(x, shard, there, plan)
-        y, slots = self._routed(x, among[:, left - (shard.start - part.begin) :], shard, part, decided, there, plan, rotary_emb)
-        near = among[:, max(left - c.local_attn_window_size, 0) :]
-        local = self._local(near, there, plan)[:, near.shape[1] - shard.size :]
+        y, slots = self._routed(
+            x, among[:, left - (shard.start - part.begin) :], shard, part, decided, there, plan, rotary_emb
+        )
+        seen = among[:, max(left - c.local_attn_window_size, 0) :]
+        local = near(self.local_attn, seen, there, plan)[:, seen.shape[1] - shard.size :]
         begin = torch.full((x.shape[0],), shard.start, device=x.device)
         assert there.null is not None
         return ops.blend(
@@ -133,7 +133,9 @@ class ContextParallelCausal(MixtureOfAutoregressiveAttention):
         stored, held_at = self._stored(x, shard, decided, there, plan, rotary_emb)
         k, columns = held_at.shape[-1], memory.columns[:, :, blocks]
         late = columns >= part.begin
-        earlier = torch.searchsorted(held_at, columns.flatten(2).contiguous()).view(columns.shape).clamp_max(max(k - 1, 0))
+        earlier = (
+            torch.searchsorted(held_at, columns.flatten(2).contiguous()).view(columns.shape).clamp_max(max(k - 1, 0))
+        )
         shown = torch.arange(columns.shape[-1], device=x.device) < memory.counts[:, :, blocks, None]
         columns = torch.where(late, k + columns - part.begin, earlier).masked_fill(~shown, 0).int()
         inverse = queries.inverse[..., shard.start : shard.end] - part.first * c.capacity
@@ -153,7 +155,7 @@ class ContextParallelCausal(MixtureOfAutoregressiveAttention):
             by_column = torch.cat((far, scores[..., part.begin : part.begin + m]), -1)
         else:
             by_column = scores[:, :, blocks]
-        y = self._called(self.attn, there, (rows, asked, by_column, stored, rotary_emb), plan)[0]
+        y = attend(self.attn, there, (rows, asked, by_column, stored, rotary_emb), plan)[0]
         local = (at - shard.start).masked_fill(~mine, 0)
         of_slots = (t.flatten(2) for t in (queries.scores[:, :, blocks], local, mine))
         return y, (*of_slots, inverse.contiguous())  # type: ignore[return-value]
@@ -161,8 +163,8 @@ class ContextParallelCausal(MixtureOfAutoregressiveAttention):
     def _stored(
         self, x: Tensor, shard: Shard, decided: Decided, there: Held, plan: Plan, rotary_emb: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Keys and values (B, E, K, H, d) of the memory at the start of the rank's first block, and its tokens (B, E, K),
-        ascending; behind them what is later than any.
+        """Keys and values (B, E, K, H, d) of the memory at the start of the rank's first block, and its tokens
+        (B, E, K), ascending; behind them what is later than any.
 
         Every rank has the rows of its own tokens for all others, and zeros: one reduce-scatter.
         """
@@ -194,23 +196,25 @@ class ContextParallelCausal(MixtureOfAutoregressiveAttention):
             keys = _rotated(keys, _angles(rotary_emb, plan), at, plan)
         return (keys.transpose(0, 1), values.transpose(0, 1)), held_at
 
-    def _local(self, rows: Tensor, there: Held, plan: Plan) -> Tensor:
-        """Of rows (B, M, D) that begin with as many tokens before the rank's as the window takes."""
-        local: Any = self.local_attn
-        given = {"plan": plan} if _is(local, CausalLocalAttention) else {}
-        if there.local is None:
-            return local(rows, **given)[0]
-        return functional_call(local, there.local, (rows,), given)[0]
 
-    def _called(self, attn: Any, there: Held, given: tuple, plan: Plan) -> Any:
-        if not self.over.sharded:
-            return attn(*given, plan=plan)
-        names = ("to_q.weight", "to_kv.weight", "to_out.weight")
-        own = dict(zip(names, there.matrices)) | {"null_kv": there.null_kv}
-        for name, gamma in (("norm.gamma", there.q_gamma), ("context_norm.gamma", there.kv_gamma)):
-            if gamma is not None:
-                own[name] = gamma
-        return functional_call(attn, own, given, {"plan": plan})
+def near(local: Any, rows: Tensor, there: Held, plan: Plan) -> Tensor:
+    """Local attention of rows (B, M, D) that come one after another."""
+    given = {"plan": plan} if _is(local, CausalLocalAttention) else {}
+    if there.local is None:
+        return local(rows, **given)[0]
+    return functional_call(local, there.local, (rows,), given)[0]
+
+
+def attend(attn: Any, there: Held, given: tuple, plan: Plan) -> Any:
+    """The routed attention, by parameters that are not its own where there are such."""
+    if there.local is None:
+        return attn(*given, plan=plan)
+    names = ("to_q.weight", "to_kv.weight", "to_out.weight")
+    own = dict(zip(names, there.matrices)) | {"null_kv": there.null_kv}
+    for name, gamma in (("norm.gamma", there.q_gamma), ("context_norm.gamma", there.kv_gamma)):
+        if gamma is not None:
+            own[name] = gamma
+    return functional_call(attn, own, given, {"plan": plan})
 
 
 def refuse(style: str, **given: Any) -> None:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from optimized import ops
 from optimized.local_attention import LocalAttention
 from optimized.mixture import MixtureOfAttention, _decision, _is
-from optimized.parallel.arguments import Over
+from optimized.parallel.arguments import Over, Spread
 from optimized.parallel.mixture import READ
 from optimized.parallel.parameters import Held, held, unattached
 from optimized.plan import Plan, bind
@@ -44,10 +44,8 @@ def as_given(out: Tensor, given: Any, over: Over) -> Tensor:
     return DTensor.from_local(out, over.ranks.mesh, (Replicate(),), run_check=False)
 
 
-class ExpertParallelMixture(MixtureOfAttention):
+class ExpertParallelMixture(Spread, MixtureOfAttention):
     """As `ExpertParallel` makes it of a `MixtureOfAttention`."""
-
-    over: Over
 
     def forward(  # type: ignore[override]
         self,
@@ -63,7 +61,7 @@ class ExpertParallelMixture(MixtureOfAttention):
         routes: tuple[Routes, Routes] | None = None,
         return_routes: bool = False,
     ) -> Any:
-        """As `MixtureOfAttention.forward`; all arguments are the same on all ranks, as tensors or replicated DTensors."""
+        """As `MixtureOfAttention.forward`; all arguments are the same on all ranks, as tensors or replicas."""
         over, c = self.over, self.config
         over.refuse_ddp()
         own = {
@@ -83,7 +81,7 @@ class ExpertParallelMixture(MixtureOfAttention):
         unattached(self, over.style, READ)
         plan = bind(self._kind(call))
         there = held(self, over.ranks, True, alone=True)
-        total, count, found = self._routed(self._own(call), there, plan)
+        total, count, found = self._of_own_experts(self._own(call), there, plan)
         mask, local = call.queries.mask, None
         out = total if self.local_attn is None else total + (local := self._local(own["x"], mask, there, plan))
         if c.average_routed:
@@ -107,7 +105,7 @@ class ExpertParallelMixture(MixtureOfAttention):
         routes: Any = call.routes
         if routes is not None:
             routes = tuple(
-                Routes(*(t.narrow(1, first, each) for t in (r.indices, r.mask, s, r.logits)))
+                Routes(*(t.narrow(1, first, each) for t in (r.indices, r.mask, s, r.logits)))  # type: ignore[union-attr]
                 for r, s in zip(routes, scores)
             )
         q_tokens, kv_tokens = (None if t is None else t.narrow(-2, first, each) for t in (q_tokens, kv_tokens))
@@ -115,13 +113,12 @@ class ExpertParallelMixture(MixtureOfAttention):
         kv = Side(x if same else context, kv.mask, kv.k, kv_tokens)  # type: ignore[arg-type]
         return Call(q, kv, call.rotary_emb, routes, call.return_routes)
 
-    def _routed(self, call: Call, there: Held, plan: Plan) -> tuple[Tensor, Tensor, tuple[Routes, Routes]]:
+    def _of_own_experts(self, call: Call, there: Held, plan: Plan) -> tuple[Tensor, Tensor, tuple[Routes, Routes]]:
         """Of all ranks: the sum over experts (B, N, D), in at least float32, and of how many terms (B, N, 1)."""
         q, kv = call.queries, call.keys_values
         options = self.query_router.options
         q_tokens, kv_tokens = (
-            own if side.tokens is None else side.tokens
-            for own, side in zip((there.q_tokens, there.kv_tokens), (q, kv))
+            own if side.tokens is None else side.tokens for own, side in zip((there.q_tokens, there.kv_tokens), (q, kv))
         )
         unit = call.routes is None and options.straight_through
         if call.routes is None and q.x is kv.x and options.solver != "sigmoid" and plan.routing == plan.dispatch:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,7 +18,7 @@ from optimized import ops
 from optimized.local_attention import LocalAttention
 from optimized.mixture import MixtureOfAttention, _is
 from optimized.parallel import routing, rows
-from optimized.parallel.arguments import Over, stand_in
+from optimized.parallel.arguments import Spread, stand_in
 from optimized.parallel.parameters import Held, held, unattached
 from optimized.parallel.routing import Decisions, Taken, Tokens
 from optimized.parallel.shards import Shard, neighbours
@@ -41,10 +40,8 @@ READ: dict[str, type[nn.Module]] = {
 }
 
 
-class ContextParallelMixture(MixtureOfAttention):
+class ContextParallelMixture(Spread, MixtureOfAttention):
     """As `ContextParallel` makes it of a `MixtureOfAttention`."""
-
-    over: Over
 
     def forward(  # type: ignore[override]
         self,
@@ -91,7 +88,7 @@ class ContextParallelMixture(MixtureOfAttention):
         if context is not None:
             kv = _tokens(other, other_shard, kv_mask, over.whole_mask(kv_mask, other_shard), call.keys_values.k)
         there = held(self, over.ranks, over.sharded, alone=False)
-        y, taken, found = self._routed(call, (q, kv), there, plan)
+        y, taken, found = self._over_shards(call, (q, kv), there, plan)
         local = None if self.local_attn is None else self._local(q, own, there, plan)
         out = ops.combine(
             y, taken.scores, taken.indices, taken.slots, taken.inverse, local, there.null, q.mask,
@@ -105,7 +102,7 @@ class ContextParallelMixture(MixtureOfAttention):
         kind = self._kind(call._replace(queries=sides[0], keys_values=sides[1]))
         return bind(kind)
 
-    def _routed(
+    def _over_shards(
         self, call: Call, sides: tuple[Tokens, Tokens], there: Held, plan: Plan
     ) -> tuple[Tensor, Taken, Any]:
         """What the experts have, (E, B, K, D), for the slots of this rank; and what tells the routes."""
@@ -118,7 +115,9 @@ class ContextParallelMixture(MixtureOfAttention):
             logits = tuple(r.logits for r in call.routes)
         else:
             passed = call.queries.tokens, call.keys_values.tokens
-            tokens: Any = [own if given is None else given for own, given in zip((there.q_tokens, there.kv_tokens), passed)]
+            tokens: Any = [
+                own if given is None else given for own, given in zip((there.q_tokens, there.kv_tokens), passed)
+            ]
             logits = routing.logits_of(sides, tuple(tokens), options, plan.routing)
             if routing.aligned(sides, options):
                 return self._own_blocks(call, sides, there, logits, units, plan)

@@ -1,7 +1,7 @@
 """Parameters of a layer as its ranks hold them, and what a call computes with.
 
-Where experts are sharded all parameters are DTensors, or clipping and foreach optimizers would meet two kinds: shards of
-what has E first (of `null_kv` second), and replicas of the others.
+Where experts are sharded all parameters are DTensors, or clipping and foreach optimizers would meet two kinds: shards
+of what has E first (of `null_kv` second), and replicas of the others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def placement_of(name: str) -> Shard | Replicate:
 
 
 def unattached(layer: nn.Module, style: str, classes: dict[str, type[nn.Module]]) -> None:
-    """Modules whose parameters are read in place of a call: nothing may be attached to them. Raises TypeError."""
+    """Modules whose parameters are read in place of a call have nothing attached, and routers the same options.
+
+    Raises TypeError or ValueError.
+    """
     for name, cls in classes.items():
         owner, _, leaf = name.rpartition(".")
         module = child(layer if not owner else child(layer, owner), leaf)
@@ -57,6 +60,9 @@ def unattached(layer: nn.Module, style: str, classes: dict[str, type[nn.Module]]
         if reason is not None:
             expected = f"a plain {cls.__name__}, whose parameters {style} reads"
             contract.reject(name, expected, f"one that {reason}", TypeError)
+    ours, theirs = (child(layer, name).options for name in ("query_router", "key_value_router"))
+    if ours is not theirs and (torch.compiler.is_compiling() or ours != theirs):
+        contract.reject("key_value_router.options", "those of the query router", theirs)
 
 
 def held(layer: nn.Module, ranks: Ranks, sharded: bool, alone: bool) -> Held:
@@ -71,7 +77,8 @@ def held(layer: nn.Module, ranks: Ranks, sharded: bool, alone: bool) -> Held:
         "kv_gamma": layer_parameter(context_norm, "gamma"),
     }
     matrices: Any = tuple(parameter(child(attn, name), "weight") for name in ("to_q", "to_kv", "to_out"))
-    null_kv, null = parameter(attn, "null_kv"), layer._parameters.get(null_name)
+    null_kv: Any = parameter(attn, "null_kv")
+    null: Any = layer._parameters.get(null_name)
     if not sharded:
         return Held(**small, matrices=matrices, null_kv=null_kv, null=null, local=None)
     matrices, null_kv = tuple(_local(w) for w in matrices), _local(null_kv)

@@ -74,7 +74,9 @@ def decide(
     count = -(-batch * experts // ranks.size)  # c
     parts = [_by_rank(t, side.shard.each, count, ranks.size) for t, side in zip(logits, sides)]
     came = ranks.swap(torch.cat([t.flatten(1) for t in parts], 1)).split([t[0].numel() for t in parts], 1)
-    item = (torch.arange(count, device=logits[0].device) + ranks.rank * count).div(max(experts, 1), rounding_mode="floor")
+    item = (torch.arange(count, device=logits[0].device) + ranks.rank * count).div(
+        max(experts, 1), rounding_mode="floor"
+    )
     found = []
     for side, t in zip(sides, came):
         rows = t.view(ranks.size, count, side.shard.each).transpose(0, 1).flatten(1)[:, : side.shard.n].unsqueeze(1)

@@ -24,7 +24,7 @@ class Units(NamedTuple):
 
     experts: int
     pieces: int  # S
-    count: int  # u
+    each: int  # u
     rank: int
 
     @classmethod
@@ -35,16 +35,16 @@ class Units(NamedTuple):
     @property
     def own(self) -> list[int]:
         """Expert of each."""
-        return [(self.rank * self.count + i) // self.pieces for i in range(self.count)]
+        return [(self.rank * self.each + i) // self.pieces for i in range(self.each)]
 
     @property
     def own_pieces(self) -> list[int]:
-        return [(self.rank * self.count + i) % self.pieces for i in range(self.count)]
+        return [(self.rank * self.each + i) % self.pieces for i in range(self.each)]
 
     def pick(self, t: Tensor, dim: int) -> Tensor:
         """Of a tensor with E along dim, those of the rank's units, contiguous."""
         if self.pieces == 1:
-            return t.narrow(dim, self.rank * self.count, self.count).contiguous()
+            return t.narrow(dim, self.rank * self.each, self.each).contiguous()
         return torch.stack([t.select(dim, e) for e in self.own], dim)  # whose gradient is added up in one order
 
     def matrix(self, w: Tensor) -> Tensor:
@@ -106,15 +106,13 @@ def bring(
     """
     q, kv = units.queries_by_unit(queries), units.keys_by_unit(keys_values)
     parts = [t.unflatten(0, (ranks.size, -1)) for t in (q, kv)]
-    came = _scattered(parts, ranks)
+    q_rows, kv_rows = _scattered(parts, ranks)
     lengths = None
     if kv_mask is not None:
         lengths = units.pick(kv_mask, 1).sum(-1, dtype=torch.int32).t().flatten()
     q_taken, kv_taken = taken
-    return Attended(
-        *came, units.pick(kv_taken.scores, 1), lengths, units.own_queries(q_taken.positions),
-        units.pick(kv_taken.positions, 1),
-    )  # fmt: skip
+    at = units.own_queries(q_taken.positions), units.pick(kv_taken.positions, 1)
+    return Attended(q_rows, kv_rows, units.pick(kv_taken.scores, 1), lengths, *at)
 
 
 def _scattered(parts: list[Tensor], ranks: Ranks) -> list[Tensor]:

@@ -1,8 +1,8 @@
-"""How a layer is spread over the ranks of a mesh, in PyTorch's terms: `parallelize_module(layer, mesh["cp"], style)`."""
+"""How a layer is spread over the ranks of a mesh: `parallelize_module(layer, mesh["cp"], style)`."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,8 +11,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from optimized.autoregressive import MixtureOfAutoregressiveAttention
 from optimized.mixture import MixtureOfAttention
 from optimized.parallel import parameters
-from optimized.parallel.arguments import Over, refuse_ddp
+from optimized.parallel.arguments import Over
 from optimized.parallel.causal import ContextParallelCausal
+from optimized.parallel.causal_experts import ExpertParallelCausal
 from optimized.parallel.collectives import Ranks
 from optimized.parallel.experts import ExpertParallelMixture
 from optimized.parallel.mixture import ContextParallelMixture
@@ -22,7 +23,7 @@ from reference import contract
 class _Style(ParallelStyle):
     """Puts another class in place of a layer's own, as FSDP2 does; keys of the state dict stay."""
 
-    classes: dict[type[nn.Module], type[nn.Module]]
+    classes: ClassVar[dict[type[nn.Module], type[nn.Module]]]
     shard_experts: bool
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -58,7 +59,7 @@ class ContextParallel(_Style):
     that does not divide E with shard_experts.
     """
 
-    classes = {
+    classes: ClassVar = {
         MixtureOfAttention: ContextParallelMixture,
         MixtureOfAutoregressiveAttention: ContextParallelCausal,
     }
@@ -76,5 +77,8 @@ class ExpertParallel(_Style):
     Raises TypeError or ValueError as `ContextParallel(shard_experts=True)`.
     """
 
-    classes = {MixtureOfAttention: ExpertParallelMixture}
+    classes: ClassVar = {
+        MixtureOfAttention: ExpertParallelMixture,
+        MixtureOfAutoregressiveAttention: ExpertParallelCausal,
+    }
     shard_experts = True
