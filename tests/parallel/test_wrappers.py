@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parallel.cases import STYLES, Case, alone, assert_equal, part, run_one, together
+from parallel.cases import STYLES, Case, alone, assert_equal, called, part, together
 from programs.ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -231,8 +231,10 @@ DROPPING = Case(24, {**LOCAL, "dropout": 0.5}, ("mask",))
 
 
 def drop(rank: int, seeds: tuple[int, int]) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    layer = spread(DROPPING, mesh)
     torch.manual_seed(seeds[rank])
-    return run_one(DROPPING, init_device_mesh("cpu", (dist.get_world_size(),)))
+    return called(layer, DROPPING, mesh)
 
 
 def test_dropout(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
