@@ -17,16 +17,16 @@ from torch.func import functional_call
 from optimized import ops
 from optimized.local_attention import LocalAttention
 from optimized.mixture import MixtureOfAttention, _is
-from optimized.parallel import routing, rows
+from optimized.parallel import fused, routing, rows
 from optimized.parallel.arguments import Spread, stand_in
 from optimized.parallel.parameters import Held, held, unattached
 from optimized.parallel.routing import Decisions, Taken, Tokens
 from optimized.parallel.shards import Shard, neighbours
 from optimized.plan import Plan, bind
 from optimized.routed_attention import ExpertProjection, RMSNorm, RoutedAttention, pack, rotation
-from optimized.routing import Router, in_order, restrict, with_zero_gradient
+from optimized.routing import Router, cosine_scale, in_order, restrict, solver_of, with_zero_gradient
 from reference import contract
-from reference.contract import Call, Routes
+from reference.contract import Call, RouterOptions, Routes
 
 READ: dict[str, type[nn.Module]] = {
     "query_router": Router,
@@ -112,14 +112,28 @@ class ContextParallelMixture(Spread, MixtureOfAttention):
         unit_scores = call.routes is None and options.straight_through
         if call.routes is not None:
             decided = self._injected(call.routes, sides, there)
-            logits = tuple(r.logits for r in call.routes)
+            logits = tuple(r.logits[..., s.shard.start : s.shard.end] for r, s in zip(call.routes, sides))
         else:
             passed = call.queries.tokens, call.keys_values.tokens
             tokens: Any = [
                 own if given is None else given for own, given in zip((there.q_tokens, there.kv_tokens), passed)
             ]
-            logits = routing.logits_of(sides, tuple(tokens), options, plan.routing)
-            if routing.aligned(sides, options):
+            own_blocks = routing.aligned(sides, options)
+            one_step = q.x is kv.x and options.solver != "sigmoid" and plan.routing == plan.dispatch
+            if one_step and not own_blocks:
+                how = fused.How(
+                    q.shard, (q.k, kv.k), options.route_block_size, cosine_scale(options), solver_of(options), units,
+                    ranks.name, ranks.size, ranks.rank, plan.dtype, plan.dispatch,
+                )  # fmt: skip
+                there_are = fused.routed_rows(q, (tokens[0], tokens[1]), (there.q_gamma, there.kv_gamma), how)
+                decided, taken, logits = there_are.decided, there_are.taken, there_are.logits
+                kv_slots = decided[1].mask if plan.masked else None
+                attended = rows.arrived(there_are.q_rows, there_are.kv_rows, taken, kv_slots, units)
+                y = self._attended(attended, call, there, units, unit_scores, plan)
+                y = rows.spread(y, taken[0].indices.shape[-1], units, ranks)
+                return y, taken[0], lambda: _routes(decided, logits, sides, options)
+            logits = routing.logits_of(sides, (tokens[0], tokens[1]), options, plan.routing)
+            if own_blocks:
                 return self._own_blocks(call, sides, there, logits, units, plan)
             decided = routing.decide(sides, logits, options, ranks, plan.routing)
         taken = routing.taken_here(decided[0], q), routing.taken_here(decided[1], kv)
@@ -128,7 +142,7 @@ class ContextParallelMixture(Spread, MixtureOfAttention):
         attended = rows.bring(*made, taken, kv_slots, units, ranks)
         y = self._attended(attended, call, there, units, unit_scores, plan)
         y = rows.spread(y, taken[0].indices.shape[-1], units, ranks)
-        return y, taken[0], lambda: _routes(decided, logits, sides)
+        return y, taken[0], lambda: _routes(decided, logits, sides, options)
 
     def _injected(
         self, routes: tuple[Routes, Routes], sides: tuple[Tokens, Tokens], there: Held
@@ -212,10 +226,13 @@ def _tokens(x: Tensor, shard: Shard, mask: Tensor | None, whole: Tensor | None, 
     return Tokens(x, shard, mask, whole, k)
 
 
-def _routes(decided: tuple[Decisions, Decisions], logits: Any, sides: tuple[Tokens, Tokens]) -> tuple[Routes, Routes]:
+def _routes(
+    decided: tuple[Decisions, Decisions], logits: Any, sides: tuple[Tokens, Tokens], options: RouterOptions
+) -> tuple[Routes, Routes]:
     found = []
     for made, own, side in zip(decided, logits, sides):
-        everyones = own[..., :1].expand(-1, -1, side.shard.n)  # of which the number counts
-        ordered = in_order(Routes(*made, everyones), side.whole, side.k)
-        found.append(ordered._replace(logits=own[..., : side.shard.size]))
+        n = side.shard.n
+        ordered = in_order(Routes(*made, own[..., :1].expand(-1, -1, n)), side.whole, side.k)  # whose number counts
+        own = own[..., : side.shard.size]
+        found.append(ordered._replace(logits=own if n > side.k or options.solver == "sigmoid" else own.detach()))
     return found[0], found[1]

@@ -72,16 +72,13 @@ def decide(
     """One exchange of logits, one gather of decisions."""
     batch, experts, _ = logits[0].shape
     count = -(-batch * experts // ranks.size)  # c
-    parts = [_by_rank(t, side.shard.each, count, ranks.size) for t, side in zip(logits, sides)]
+    parts = [by_rank(t, side.shard.each, count, ranks.size) for t, side in zip(logits, sides)]
     came = ranks.swap(torch.cat([t.flatten(1) for t in parts], 1)).split([t[0].numel() for t in parts], 1)
-    item = (torch.arange(count, device=logits[0].device) + ranks.rank * count).div(
-        max(experts, 1), rounding_mode="floor"
-    )
     found = []
-    for side, t in zip(sides, came):
-        rows = t.view(ranks.size, count, side.shard.each).transpose(0, 1).flatten(1)[:, : side.shard.n].unsqueeze(1)
-        mask = None if side.whole is None else side.whole[item.clamp_max(max(batch - 1, 0))]
-        found.append(_pick(rows.contiguous(), mask, side.k, options, triton))
+    for side, t, part in zip(sides, came, parts):
+        rows = rows_of(t.view(part.shape), side.shard.n)
+        mask = masks_of(side.whole, count, (batch, experts), ranks.rank)
+        found.append(_pick(rows, mask, side.k, options, triton))
     signed = torch.cat([torch.where(slots, i, -1 - i).int()[:, 0] for i, slots, _ in found], 1)
     scores, ints = ranks.gather_decisions(torch.cat([s[:, 0] for _, _, s in found], 1), signed)
     widths = [i.shape[-1] for i, _, _ in found]
@@ -92,11 +89,25 @@ def decide(
     return made[0], made[1]
 
 
-def _by_rank(logits: Tensor, each: int, count: int, size: int) -> Tensor:
+def by_rank(logits: Tensor, each: int, count: int, size: int) -> Tensor:
     """(R, c, L) of (B, E, max(n, 1)): the rows that each rank solves, zeros where there are none."""
     n = min(logits.shape[2], each)
     rows = logits[:, :, :n].flatten(0, 1)
     return F.pad(rows, (0, each - n, 0, size * count - rows.shape[0])).unflatten(0, (size, count))
+
+
+def rows_of(came: Tensor, n: int) -> Tensor:
+    """(c, 1, N) of (R, c, L): whole rows, side by side."""
+    return came.transpose(0, 1).flatten(1)[:, :n].unsqueeze(1).contiguous()
+
+
+def masks_of(whole: Tensor | None, count: int, sizes: tuple[int, int], rank: int) -> Tensor | None:
+    """(c, N): of each row its batch item's, from (B, N)."""
+    if whole is None:
+        return None
+    batch, experts = sizes
+    row = torch.arange(count, device=whole.device) + rank * count
+    return whole[row.div(max(experts, 1), rounding_mode="floor").clamp_max(max(batch - 1, 0))]
 
 
 def _pick(
@@ -113,10 +124,16 @@ def _pick(
 
 def taken_here(made: Decisions, side: Tokens) -> Taken:
     """Those of the slots that hold tokens of this rank."""
-    local = made.indices - side.shard.start
-    here = made.mask & (local >= 0) & (local < side.shard.size)
-    indices = local.masked_fill(~here, 0)
-    return Taken(indices, here, _inverse(indices, here, side.x.shape[1]), made.scores, made.indices)
+    local = local_slots(made.indices, made.mask, side.shard, side.x.shape[1])
+    return Taken(*local, made.scores, made.indices)
+
+
+def local_slots(indices: Tensor, mask: Tensor, shard: Shard, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices among the rank's n tokens, slot mask, and inverse map, of slots of the sequence."""
+    local = indices - shard.start
+    here = mask & (local >= 0) & (local < shard.size)
+    local = local.masked_fill(~here, 0)
+    return local, here, _inverse(local, here, n)
 
 
 def _inverse(indices: Tensor, here: Tensor, n: int) -> Tensor:

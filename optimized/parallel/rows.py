@@ -66,6 +66,10 @@ class Units(NamedTuple):
         """(E S, B, K, D) of (E, B, K, D)."""
         return rows if self.pieces == 1 else rows.unsqueeze(1).expand(-1, self.pieces, -1, -1, -1).flatten(0, 1)
 
+    def summed(self, rows: Tensor) -> Tensor:
+        """(E, B, K, D): the transpose of `keys_by_unit`."""
+        return rows if self.pieces == 1 else rows.unflatten(0, (self.experts, self.pieces)).sum(1)
+
     def by_expert(self, rows: Tensor, k: int) -> Tensor:
         """(E, B, K, D) of (E S, B, P, D)."""
         if self.pieces == 1:
@@ -107,6 +111,13 @@ def bring(
     q, kv = units.queries_by_unit(queries), units.keys_by_unit(keys_values)
     parts = [t.unflatten(0, (ranks.size, -1)) for t in (q, kv)]
     q_rows, kv_rows = _scattered(parts, ranks)
+    return arrived(q_rows, kv_rows, taken, kv_mask, units)
+
+
+def arrived(
+    q_rows: Tensor, kv_rows: Tensor, taken: tuple[Taken, Taken], kv_mask: Tensor | None, units: Units
+) -> Attended:
+    """Rows (u, B, P, D) and (u, B, K, Dc) of slots that all know."""
     lengths = None
     if kv_mask is not None:
         lengths = units.pick(kv_mask, 1).sum(-1, dtype=torch.int32).t().flatten()

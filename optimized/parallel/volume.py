@@ -88,6 +88,16 @@ def context_parallel(c: Config, s: Setting) -> dict[str, Sent]:
     return found
 
 
+def sharded_experts(c: Config, s: Setting) -> dict[str, Sent]:
+    """Besides: routing tokens and scales of all experts for all ranks, and the gradients of what is not by expert."""
+    kinds = (not c.options.learned_routing_tokens) + c.prenorm
+    by_expert = s.others(kinds * c.num_experts * (c.dim + c.dim_context) * s.number)
+    common = c.dim
+    if c.local_attn_window_size is not None:
+        common = 4 * c.heads * c.dim_head * c.dim + 2 * c.dim * c.prenorm
+    return {"parameters": Sent(by_expert, by_expert + 2 * s.others(common * s.number))}
+
+
 def expert_parallel(c: Config | AutoregressiveConfig, s: Setting) -> dict[str, Sent]:
     """One all-reduce either way: forward in at least float32, with the number of terms where somebody asks for it."""
     numbers = s.batch * s.n * c.dim

@@ -207,7 +207,22 @@ MEMORY_ATTENTION_TORCH = Profile(
     "(test_memory_attention and not triton) or (memory_attention and (opcheck or whole_stages) and not triton)",
 )
 
+# Processes start slowly, and their tests are chosen by what two of them see.
+SHARDS = Profile(
+    ("parallel/test_context.py", "parallel/test_experts.py"),
+    "inputs-2 or neighbours-2 or blocks-2 or nan or (divide and 2) or (test_experts.py and one_process and 2)",
+)
+SPREAD_EXPERTS = Profile(("parallel/test_experts.py",), "2")
+CAUSAL_SHARDS = Profile(("parallel/test_causal.py",), "one_process and 2")
+
 PROFILES = {
+    **{
+        f"optimized/parallel/{name}.py": SHARDS
+        for name in ("collectives", "shards", "routing", "rows", "fused", "mixture")
+    },
+    "optimized/parallel/experts.py": SPREAD_EXPERTS,
+    "optimized/parallel/causal_experts.py": SPREAD_EXPERTS,
+    "optimized/parallel/causal.py": CAUSAL_SHARDS,
     "optimized/kernels/ranks.py": REMEMBERED,
     "optimized/kernels/candidates.py": BY_THRESHOLD,
     "optimized/kernels/memory.py": REMEMBERED,

@@ -20,6 +20,7 @@ from reference.contract import Config
 pytestmark = pytest.mark.cpu
 
 LOCAL = {"local_attn": True, "local_attn_window_size": 3}
+TOKENS = ("query_routing_tokens", "key_value_routing_tokens")
 CASES = [
     Case(21),
     Case(10, LOCAL, ("mask",)),
@@ -29,6 +30,8 @@ CASES = [
     Case(32, {"route_block_size": 4, "solver": "sigmoid", "cosine_sim_routing": True}, experts=3),
     Case(21, experts=3),
     Case(5, experts=5),
+    Case(21, LOCAL, style="sharded", experts=4),
+    Case(21, {"learned_routing_tokens": True, "prenorm": False}, TOKENS, style="sharded"),
     Case(20, style="experts", experts=4),
     Case(20, LOCAL, style="experts", experts=4),
     Case(21, causal=True, style="experts", experts=4),
@@ -61,10 +64,15 @@ def count(rank: int, cases: list[Case]) -> list[Sent]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_bytes_are_those_of_the_formulas(ranks: Ranks, world: int) -> None:
-    for rank, counted in enumerate(ranks.run(count, CASES, world=world)):
-        for case, sent in zip(CASES, counted):
+    cases = [case for case in CASES if case.style == "context" or case.experts % world == 0]
+    for rank, counted in enumerate(ranks.run(count, cases, world=world)):
+        for case, sent in zip(cases, counted):
             setting = Setting(world, 2, case.n, 8, "mask" in case.given, rank)
-            assert sent == volume.total(formula_of(case)(case.layer().config, setting)), (case, rank)
+            config = case.layer().config
+            found = formula_of(case)(config, setting)
+            if case.style == "sharded":
+                found |= volume.sharded_experts(config, setting)
+            assert sent == volume.total(found), (case, rank)
 
 
 def formula_of(case: Case):  # type: ignore[no-untyped-def]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from parallel.cases import Case, check, styled
+import torch
+import torch.distributed as dist
+from parallel.cases import STYLES, Case, assert_equal, check, part, styled
 from programs.ranks import Ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 
 pytestmark = pytest.mark.cpu
 
@@ -88,3 +92,35 @@ def test_sharded_experts(ranks: Ranks, world: int) -> None:
         world,
         styled([Case(**{**vars(case), "experts": 4}) for case in cases if case is not ROUTERS[5]], "sharded"),
     )
+
+
+def with_nan(rank: int, cases: list[Case]) -> list[torch.Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    outs = []
+    for case in cases:
+        layer = parallelize_module(case.layer(), mesh, STYLES[case.style]())
+        outs.append(layer(part(poisoned(case), mesh)).detach())
+    return outs
+
+
+def poisoned(case: Case) -> torch.Tensor:
+    """The first item's first token, which is in the first shard."""
+    x = case.call()["x"].detach()
+    x[0, 0] = torch.nan
+    return x
+
+
+def test_nan_poisons_what_it_does_in_one_process(ranks: Ranks) -> None:
+    """The scores of its rows, on all ranks; where they route by themselves, too. No other item."""
+    cases = [
+        Case(32, {"route_block_size": 4, **SOFT}),
+        Case(32, {"route_block_size": 4, "solver": "exact"}),
+        Case(32, {"route_block_size": 4, "solver": "sigmoid", "cosine_sim_routing": True}),
+        Case(32, SOFT),
+    ]
+    parts = ranks.run(with_nan, cases, world=2)
+    for i, case in enumerate(cases):
+        found, expected = torch.cat([p[i] for p in parts], 1), case.layer()(poisoned(case)).detach()
+        assert torch.equal(found.isnan(), expected.isnan()), case
+        assert expected[0, 16:].isnan().any() == (case.arguments.get("solver") != "sigmoid"), case
+        assert_equal({"out": found.nan_to_num()}, {"out": expected.nan_to_num()}, case)

@@ -26,17 +26,21 @@ class Ranks:
         self.most = most
         self.folder = tempfile.TemporaryDirectory()
         self.calls = 0
-        self._start()
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
+        """As many processes as are asked for, and are not there yet."""
         context = torch.multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(self.most)]
-        self.pipes = [ours for ours, _ in pairs]
-        self.processes = [
-            context.Process(target=serve, args=(rank, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+        new = range(len(self.processes), world)
+        pairs = [context.Pipe() for _ in new]
+        self.pipes += [ours for ours, _ in pairs]
+        started = [
+            context.Process(target=serve, args=(rank, theirs), daemon=True) for rank, (_, theirs) in zip(new, pairs)
         ]
-        for process in self.processes:
+        for process in started:
             process.start()
+        self.processes += started
         for _, theirs in pairs:
             theirs.close()  # so that the end of a process is seen
 
@@ -44,6 +48,7 @@ class Ranks:
         """What each rank returned; of the first `world` processes. AssertionError with the tracebacks of who failed."""
         self.calls += 1
         world = self.most if world is None else world
+        self._start(world)
         meeting = Path(self.folder.name, str(self.calls)).as_uri()
         for pipe in self.pipes[:world]:
             pipe.send((function, args, meeting, world))
@@ -51,7 +56,6 @@ class Ranks:
         silent = set(range(world)) - answers.keys()
         if silent or not all(process.is_alive() for process in self.processes):
             self._stop()
-            self._start()
         failed = [f"rank {rank}:\n{answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
         if failed or silent:
             raise AssertionError("\n".join(failed) or f"no answer of ranks {silent}")
@@ -79,6 +83,7 @@ class Ranks:
         for process in self.processes:
             process.terminate()
             process.join()
+        self.pipes, self.processes = [], []
 
     def close(self) -> None:
         self._stop()
