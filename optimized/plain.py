@@ -38,7 +38,7 @@ def attached(module: nn.Module | None, cls: type[nn.Module]) -> str | None:
     """As `plain`, whatever the class of the parameters."""
     if module is None:
         return None
-    if type(module) is not cls:
+    if cls is not type(module):
         return f"is of class {type(module).__name__}"
     if nn_module._has_any_global_hook():
         return "meets a hook of all modules"
