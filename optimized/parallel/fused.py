@@ -149,13 +149,15 @@ class _Rows(torch.autograd.Function):
         )
         split = dscores.split((dq_scores.shape[2], dkv_scores.shape[2]), 1)
         grads = [torch.cat(split)[:, None]] if ctx.picked == 1 else [t[:, None].contiguous() for t in split]
-        drows = []
+        drows, pick_backward, rows_backward = [], ops.pick.backward, ops.routed_rows.backward
+        assert pick_backward is not None
+        assert rows_backward is not None
         for i, grad in enumerate(grads):
             inverse, soft, a, counts = rest[4 * i : 4 * i + 4]
             rows, rows_mask = rest[4 * ctx.picked + 2 * i :][:2]
             k = how.ks[i]
             given = (grad, rows, None, rows_mask, inverse, soft, a, counts, k, how.block, *how.solver, how.triton, 1)
-            drows.append(ops.pick.backward(*given))
+            drows.append(pick_backward(*given))
         # (2 c, 1, N) to (R, 2, c, L), and back to the ranks whose tokens they are
         both = torch.cat(drows).view(2, count, how.shard.n)
         both = torch.nn.functional.pad(both, (0, how.ranks * how.shard.each - how.shard.n))
@@ -169,7 +171,7 @@ class _Rows(torch.autograd.Function):
         dlogits = (came + dlogits).contiguous()
         nothing = logits.new_empty(0)
         needs = sum(want << i for i, want in enumerate(ctx.needs_input_grad[:5]))
-        found = ops.routed_rows.backward(
+        found = rows_backward(
             dq_rows, dkv_rows, None, None, dlogits, x, q_tokens, kv_tokens, q_gamma, kv_gamma, mask, logits, *of_sides,
             norms, factors, nothing, nothing, nothing, 0, 0, None, how.scale, *how.solver, how.triton, needs,
         )  # fmt: skip

@@ -51,6 +51,7 @@ class Case:
     style: str = "context"
     plain: bool = False  # plain shards, no DTensors
     inject: bool = False  # routes of the layer's own, as decisions from outside
+    hide: bool = False  # NaN in masked tokens
     seed: int = 0
 
     def layer(self, **more: Any) -> Any:
@@ -64,6 +65,8 @@ class Case:
 
     def call(self) -> dict[str, Any]:
         call: dict[str, Any] = dict(call_of(Call(self.arguments, self.given), self.n, self.seed))
+        if self.hide:
+            call["x"] = call["x"].masked_fill(~call["mask"][..., None], torch.nan)
         for name, t in call.items():
             if t.is_floating_point() and name != "rotary_emb":
                 call[name] = t.requires_grad_()
@@ -99,10 +102,10 @@ def called(layer: nn.Module, case: Case, mesh: DeviceMesh) -> dict[str, Tensor]:
             call[name].requires_grad_(t.requires_grad)
     if case.style != "experts":
         cotangent = part(cotangent, mesh)
-    out = layer(**call)
+    out, found = answered(layer, case, call)
     local = out.to_local() if isinstance(out, DTensor) else out
     (local * cotangent).sum().backward()
-    found = {"out": local.detach()}
+    found["out"] = local.detach()
     for name, t in call.items():
         if isinstance(t, Tensor) and t.requires_grad:
             assert t.grad is not None, name
@@ -111,6 +114,18 @@ def called(layer: nn.Module, case: Case, mesh: DeviceMesh) -> dict[str, Tensor]:
         assert p.grad is not None, f"{name}: no gradient"
         found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
     return found
+
+
+def answered(layer: nn.Module, case: Case, call: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The output, and what the routers decided, which all ranks know."""
+    if case.causal:
+        return layer(**call), {}
+    out, pair = layer(**call, return_routes=True)
+    found = {}
+    for side, routes in zip(("queries", "keys"), pair):
+        for name in ("indices", "mask", "scores"):
+            found[f"{side}: {name}"] = getattr(routes, name).detach().double()
+    return out, found
 
 
 def part(t: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -130,9 +145,9 @@ def alone(case: Case) -> dict[str, Tensor]:
     if case.inject:
         with torch.no_grad():
             call["routes"] = layer(**call, return_routes=True)[1]
-    out = layer(**call)
+    out, found = answered(layer, case, call)
     (out * case.cotangent()).sum().backward()
-    found = {"out": out.detach()}
+    found["out"] = out.detach()
     found |= {f"d {name}": t.grad for name, t in call.items() if isinstance(t, Tensor) and t.requires_grad}
     return found | {name: p.grad for name, p in layer.named_parameters()}
 
@@ -144,7 +159,7 @@ def together(case: Case, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Ten
         each = [p[name] for p in parts]
         if case.style != "experts" and name in ("out", *(f"d {name}" for name in SHARDED)):
             found[name] = torch.cat(each, 1)
-        elif case.style == "experts" or (case.style == "sharded" and not name.startswith("d ")):
+        elif ": " in name or case.style == "experts" or (case.style == "sharded" and not name.startswith("d ")):
             assert all(torch.equal(t, each[0]) for t in each[1:]), f"{name}: differs between ranks"
             found[name] = each[0]
         else:

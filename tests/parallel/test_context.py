@@ -35,7 +35,9 @@ INPUTS = [
     Case(arguments={"dim_context": 12}, given=("context", "mask", "context_mask")),
     Case(6, {"dim_context": 12, **SOFT}, given=("context", "context_mask")),
     Case(arguments={"average_routed": True, "prenorm": False}, given=("mask",)),
-    Case(24, given=("mask",), plain=True),
+    Case(24, given=("mask",), plain=True, hide=True),
+    Case(24, LOCAL, given=("mask",), hide=True),
+    Case(32, {"route_block_size": 8, **SOFT}, given=("mask",), hide=True),
     Case(inject=True),
     Case(given=("mask",), inject=True, arguments=SOFT),
 ]
@@ -85,7 +87,7 @@ def test_experts_that_ranks_do_not_divide(ranks: Ranks, world: int) -> None:
 @WORLDS
 def test_sharded_experts(ranks: Ranks, world: int) -> None:
     """All parameters are DTensors, and have the sum over the ranks."""
-    cases = [LENGTHS[0], LENGTHS[5], *ROUTERS[:2], ROUTERS[5], *INPUTS[:2], *INPUTS[4:7], INPUTS[8], *NEIGHBOURS[:3]]
+    cases = [LENGTHS[0], LENGTHS[5], *ROUTERS[:2], ROUTERS[5], *INPUTS[:2], *INPUTS[4:7], INPUTS[10], *NEIGHBOURS[:3]]
     cases += BLOCKS[1:3]
     check(
         ranks,
@@ -94,12 +96,13 @@ def test_sharded_experts(ranks: Ranks, world: int) -> None:
     )
 
 
-def with_nan(rank: int, cases: list[Case]) -> list[torch.Tensor]:
+def with_nan(rank: int, cases: list[Case]) -> list[tuple[torch.Tensor, ...]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     outs = []
     for case in cases:
         layer = parallelize_module(case.layer(), mesh, STYLES[case.style]())
-        outs.append(layer(part(poisoned(case), mesh)).detach())
+        out, routes = layer(part(poisoned(case), mesh), return_routes=True)
+        outs.append((out.detach(), *(r.scores.detach() for r in routes)))
     return outs
 
 
@@ -120,7 +123,10 @@ def test_nan_poisons_what_it_does_in_one_process(ranks: Ranks) -> None:
     ]
     parts = ranks.run(with_nan, cases, world=2)
     for i, case in enumerate(cases):
-        found, expected = torch.cat([p[i] for p in parts], 1), case.layer()(poisoned(case)).detach()
+        out, routes = case.layer()(poisoned(case), return_routes=True)
+        found, expected = torch.cat([p[i][0] for p in parts], 1), out.detach()
         assert torch.equal(found.isnan(), expected.isnan()), case
+        for j, r in enumerate(routes):
+            assert all(torch.equal(p[i][1 + j].isnan(), r.scores.isnan()) for p in parts), case
         assert expected[0, 16:].isnan().any() == (case.arguments.get("solver") != "sigmoid"), case
         assert_equal({"out": found.nan_to_num()}, {"out": expected.nan_to_num()}, case)
