@@ -26,6 +26,10 @@ class Spread(nn.Module):
 
     over: Over
 
+    def kind_of_call(self, x: Any, **forward_arguments: Any) -> Any:
+        """For `explain`, which is to be asked before: stages and their backends stay the same."""
+        contract.reject("module", "a layer before parallelize_module", f"one under {self.over.style}", TypeError)
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> Any:
         """DistributedDataParallel asks for it first of all."""

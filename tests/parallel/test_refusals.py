@@ -67,6 +67,7 @@ def refused(rank: int) -> None:
     expect(ValueError, "x: expected shape", lambda: context(x[..., 1:]))
     expect(ValueError, "rotary_emb: expected shape", lambda: context(x, rotary_emb=torch.zeros(9, 8)))
     expect(ValueError, "context_mask: expected None without", lambda: context(x, context_mask=torch.ones(2, 8) > 0))
+    expect(TypeError, "module: expected a layer before parallelize_module", lambda: optimized.explain(context, x))
     hooked = spread(ContextParallel())
     hooked.query_router.register_forward_pre_hook(lambda *_: None)
     expect(

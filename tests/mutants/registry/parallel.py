@@ -49,7 +49,7 @@ EDITS: Edits = {
         ),
         "pieces-at-other-positions": edit(
             "[(self.rank * self.each + i) % self.pieces for i in range(self.each)]",
-            "[(self.rank + i) % self.pieces for i in range(self.each)]",
+            "[i % self.pieces for i in range(self.each)]",
             "rotary",
         ),
         "keys-gradient-of-one-piece": edit(
