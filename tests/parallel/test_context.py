@@ -57,6 +57,7 @@ BLOCKS = [
     Case(32, {"route_block_size": 4, "solver": "sigmoid", "cosine_sim_routing": True}, ("mask",)),
     Case(32, {"route_block_size": 4, "num_routed_queries": 31}, ("mask",)),
     Case(9, {"route_block_size": 2, **SOFT}),
+    Case(30, {"route_block_size": 5, "num_routed_key_values": 20, **SOFT}, ("mask",), hide=True),  # takes masked tokens
 ]
 
 
