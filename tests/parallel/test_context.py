@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from parallel.cases import STYLES, Case, assert_equal, check, part, styled
+from parallel.cases import STYLES, Case, alone, assert_equal, check, part, run, styled, together
 from programs.ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
+
+import optimized
 
 pytestmark = pytest.mark.cpu
 
@@ -131,3 +133,17 @@ def test_nan_poisons_what_it_does_in_one_process(ranks: Ranks) -> None:
             assert all(torch.equal(p[i][1 + j].isnan(), r.scores.isnan()) for p in parts), case
         assert expected[0, 16:].isnan().any() == (case.arguments.get("solver") != "sigmoid"), case
         assert_equal({"out": found.nan_to_num()}, {"out": expected.nan_to_num()}, case)
+
+
+def interpreted(rank: int, cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    with optimized.use_backends(**dict.fromkeys(("routing", "dispatch", "mixture"), "triton_interpreted")):
+        return run(rank, cases)
+
+
+@pytest.mark.slow
+def test_kernels_of_ours(ranks: Ranks) -> None:
+    """In Triton's interpreter, on rows of which most are another rank's."""
+    cases = [Case(9, SOFT, ("mask",), experts=3), Case(9, causal=True)]
+    parts = ranks.run(interpreted, cases, world=2)
+    for i, case in enumerate(cases):
+        assert_equal(together(case, [p[i] for p in parts]), alone(case), case)
