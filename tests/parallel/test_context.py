@@ -42,6 +42,9 @@ INPUTS = [
     Case(32, {"route_block_size": 8, **SOFT}, given=("mask",), hide=True),
     Case(inject=True),
     Case(given=("mask",), inject=True, arguments=SOFT),
+    Case(
+        24, {"num_routed_queries": 23, "num_routed_key_values": 23, **SOFT}, ("mask",), hide=True
+    ),  # takes masked ones
 ]
 NEIGHBOURS = [
     Case(arguments=LOCAL),
