@@ -268,6 +268,13 @@ class MixtureOfAutoregressiveAttention(nn.Module):
 
         Without block 0 of a sequence.
         """
+        asked, scores = self._asked(places, decided, cache, kept)
+        stored = None if cache is None else (cache.keys, cache.values)
+        given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
+        return self.attn(places.x, asked, scores, stored, rotary_emb, **given)
+
+    def _asked(self, places: Places, decided: Decided, cache: Cache | None, kept: bool) -> tuple[Asked, Tensor]:
+        """What the routed attention is asked, and the scores of the keys. kept: these are wanted, of all columns."""
         m = places.x.shape[1]
         queries, memory, scores = decided.queries, decided.memory, decided.scores
         inverse, by_block = queries.inverse[..., :m], slice(_skipped(cache), None)
@@ -287,9 +294,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if places.filled is not None:  # what has a slot already is not asked again
             new = torch.arange(m, device=inverse.device) >= places.filled[:, None]
             asked = asked._replace(inverse=inverse.masked_fill(~new[:, None], -1))
-        stored = None if cache is None else (cache.keys, cache.values)
-        given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
-        return self.attn(places.x, asked, scores, stored, rotary_emb, **given)
+        return asked, scores
 
     def _blend(
         self,

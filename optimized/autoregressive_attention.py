@@ -124,7 +124,7 @@ class MemoryAttention(RoutedAttention):
         return q.unflatten(3, (self.heads, self.dim_head))
 
     def _keys_values(self, x: Tensor, plan: Plan) -> Float[Tensor, "E B M 2 H d"]:
-        norm, heads = self.context_norm, (2, self.heads, self.dim_head)
+        norm, heads, experts = self.context_norm, (2, self.heads, self.dim_head), self.null_kv.shape[1]
         if plain(norm, RMSNorm) is None and plain(self.to_kv, ExpertProjection) is None:
             # The scale of the norm goes into the weights, so that all experts share the rows, and one product them all.
             weight = self.to_kv.weight.squeeze(-1)
@@ -132,10 +132,10 @@ class MemoryAttention(RoutedAttention):
                 x = _unit_rows(x, plan)
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 gamma = norm.gamma.squeeze(-1).to(wide)[:, None]
-                weight = (weight.to(wide).unflatten(0, (self.num_experts, -1)) * gamma).flatten(0, 1)
+                weight = (weight.to(wide).unflatten(0, (experts, -1)) * gamma).flatten(0, 1)
             kv = F.linear(x.to(plan.dtype), weight.to(plan.dtype))
-            return kv.unflatten(2, (self.num_experts, *heads)).permute(2, 0, 1, 3, 4, 5).contiguous()
-        rows = x.expand(self.num_experts, *x.shape)
+            return kv.unflatten(2, (experts, *heads)).permute(2, 0, 1, 3, 4, 5).contiguous()
+        rows = x.expand(experts, *x.shape)
         return project(self.to_kv, rows if norm is None else norm(rows)).to(plan.dtype).unflatten(3, heads)
 
     def obstacle_to_fusion(self) -> str | None:

@@ -34,6 +34,21 @@ def obstacle_to_fusion(**modules: tuple[nn.Module | None, type[nn.Module]]) -> s
     return None if found is None else " ".join(found)
 
 
+def attached(module: nn.Module | None, cls: type[nn.Module]) -> str | None:
+    """As `plain`, whatever the class of the parameters."""
+    if module is None:
+        return None
+    if cls is not type(module):
+        return f"is of class {type(module).__name__}"
+    if nn_module._has_any_global_hook():
+        return "meets a hook of all modules"
+    state = module.__dict__
+    if state["_parameters"].get("bias") is not None:
+        return "has a bias"
+    found = [what for name, what in _HOOKS.items() if state[name]] + ["a replaced forward"] * ("forward" in state)
+    return f"has {found[0]}" if found else None
+
+
 def _first(modules: dict[str, tuple[nn.Module | None, type[nn.Module]]], bias: bool) -> tuple[str, str] | None:
     """Name and obstacle. In one loop without a call, since every call of the layer asks."""
     hooked = nn_module._has_any_global_hook()

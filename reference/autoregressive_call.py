@@ -17,6 +17,7 @@ def check_call(
     config: AutoregressiveConfig, x: Any, mask: Any, rotary_emb: Any, cache: Any, use_cache: Any, return_routes: Any
 ) -> Tensor | None:
     """The mask (B, N); raises TypeError or ValueError naming the argument."""
+    contract.whole_sequence()
     contract.tensor("x", x, "B", "N", config.dim)
     mask = contract.token_mask("mask", mask, x)
     flag("use_cache", use_cache)

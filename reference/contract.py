@@ -748,6 +748,17 @@ class Call(NamedTuple):
     return_routes: bool
 
 
+def whole_sequence() -> None:
+    """No call inside of PyTorch's `context_parallel()`: it cuts x, and each part would be routed as if alone."""
+    if torch.compiler.is_compiling():
+        return
+    if str(getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", "")).startswith("torch.distributed"):
+        reject(
+            "x", "a call outside of torch's context_parallel() (optimized.parallel.ContextParallel shards a sequence)",
+            "one inside, whose tokens are a part of the sequence", RuntimeError,
+        )  # fmt: skip
+
+
 def _like_a_mask(context: Any, x: Tensor) -> bool:
     """Passed by position, where the context has its place."""
     if not isinstance(context, Tensor) or context.is_nested or context.dtype not in MASKS or context.ndim != 2:
@@ -761,6 +772,7 @@ def check_call(config: Config, given: dict[str, Any]) -> Call:
     Raises TypeError or ValueError naming the argument.
     """
     x, context, decided = given["x"], given["context"], given["routes"]
+    whole_sequence()
     tensor("x", x, "B", "N", config.dim)
     # What is not there is not checked: a call of a check takes the host longer than what it does.
     mask = given["mask"]

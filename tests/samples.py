@@ -131,6 +131,14 @@ def routed_rows(s: Sample) -> dict[str, Any]:
     return {**given, "mask": s.token_mask(), "k_q": 3, "k_kv": 2, "block": None, "scale": 8.0, **solver(s)}
 
 
+def taken_rows(s: Sample) -> dict[str, Any]:
+    x, found = s.floats(s.batch, s.n, DIM), {}
+    for i, side in enumerate(("q", "kv")):
+        found[f"{side}_gamma"] = s.floats(s.experts, DIM, seed=3 + i)[..., None]
+        found |= {f"{side}_{name}": t for name, t in s.routing().items()}
+    return {"x": x, "norms": torch.linalg.vector_norm(x.to(s.wide), dim=-1), **found}
+
+
 def combine(s: Sample) -> dict[str, Any]:
     routing = s.routing()
     k = routing["indices"].shape[-1]
@@ -312,7 +320,7 @@ SAMPLES: dict[str, Callable[[Sample], dict[str, Any]]] = {
     for function in (
         blend, causal_window, gathered, router_logits, pick, select, coordinate_descent, capped_simplex, gather_norm,
         routed_rows, combine, rotary, attention, expert_attention, mixture, window, window_attention, layer_norm,
-        candidates, memory, memory_attention, memory_experts,
+        candidates, memory, memory_attention, memory_experts, taken_rows,
     )
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # mypy does not see that the decorator makes an Operator of a
     routed_rows: Operator
     router_logits: Operator
     select: Operator
+    taken_rows: Operator
     window: Operator
     window_attention: Operator
 else:
@@ -57,4 +58,5 @@ else:
     from optimized.ops.routed_rows import routed_rows
     from optimized.ops.router_logits import router_logits
     from optimized.ops.select import select
+    from optimized.ops.taken_rows import taken_rows
     from optimized.ops.window import window, window_attention

@@ -62,6 +62,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, text.Text]:
     add("--device", choices=("cpu", "cuda"), help="(default: cuda if there is one)")
     add("--dtype", nargs="+", choices=DTYPES, help="(default: float32, and on cuda bfloat16 too)")
     add("--causal", action="store_true", help="the strictly causal layer: replace the future, and see the past unmoved")
+    add("--processes", type=positive, metavar="R", help="shard the text over R processes (gloo, or NCCL on GPUs), and "
+        "hold them against one")  # fmt: skip
     add("--plot", type=Path, metavar="IMAGE", help="draw the routing map (.png, .pdf, .svg); needs matplotlib")
     add("--no-color", action="store_true", help="mark routed words by numbers in place of colours")
     args = parser.parse_args(argv)
@@ -74,6 +76,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, text.Text]:
         parser.error(f"--plot: {reason}")
     if args.causal and args.plot is not None:
         parser.error("--plot: expected without --causal, which draws none")
+    if args.processes is not None:
+        if args.causal or args.plot is not None:
+            parser.error("--processes: expected without --causal and --plot")
+        if args.device != "cpu" and torch.cuda.is_available() and args.processes > torch.cuda.device_count():
+            parser.error(f"--processes: expected at most the {torch.cuda.device_count()} GPUs, got {args.processes}")
     if args.tokens < MIN_TOKENS:
         parser.error(f"--tokens: expected at least {MIN_TOKENS}, got {args.tokens}")
     try:
@@ -85,6 +92,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, text.Text]:
     n = len(read.tokens)
     if n < MIN_TOKENS:
         parser.error(f"FILE: expected at least {MIN_TOKENS} tokens, got {n} in {read.name}")
+    if args.processes is not None and n % args.processes:  # plain shards are equal
+        read = text.read(args.file, n - n % args.processes)
+        n = len(read.tokens)
     args.slots = args.slots or n // 8
     # Near N nothing is left to choose, and the solver sits on its kinks.
     if args.slots > n // 2:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.progress import Progress
 
-from optimized.prove import causal, plot, report
+from optimized.prove import causal, plot, processes, report
 from optimized.prove.arguments import parse
 from optimized.prove.interpreter import run_kernels
 from optimized.prove.setup import prepare
@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = report.make_console(not args.no_color)
     if args.causal:
         return causal.run(args, text, console)
+    if args.processes is not None:
+        return processes.run(args, text, console)
     console.print(report.header(args, text, report.described(args)))
     console.print()
     setup = prepare(args, text)

@@ -223,6 +223,14 @@ SHARED_KEYS = Profile(
 )
 MEMORY_EXPERTS = Profile(("test_operators.py",), "memory_experts and (gradcheck or pytorch_form)", interpreted=True)
 
+# Processes start slowly, and their tests are chosen by what two of them see.
+SHARDS = Profile(
+    ("parallel/test_context.py", "parallel/test_experts.py"),
+    "inputs-2 or neighbours-2 or blocks-2 or nan or (divide and 2) or (test_experts.py and one_process and 2)",
+)
+SPREAD_EXPERTS = Profile(("parallel/test_experts.py",), "2")
+CAUSAL_SHARDS = Profile(("parallel/test_causal.py",), "one_process and 2")
+
 PROFILES = {
     "optimized/kernels/admitted.py": ADMITTED,
     "optimized/kernels/admitted_rows.py": ADMITTED,
@@ -230,6 +238,13 @@ PROFILES = {
     "optimized/kernels/memory_keys.py": SHARED_KEYS,
     "optimized/kernels/memory_tiles.py": MEMORY_ATTENTION,
     "optimized/ops/memory_experts.py": MEMORY_EXPERTS,
+    **{
+        f"optimized/parallel/{name}.py": SHARDS
+        for name in ("collectives", "shards", "routing", "rows", "fused", "mixture")
+    },
+    "optimized/parallel/experts.py": SPREAD_EXPERTS,
+    "optimized/parallel/causal_experts.py": SPREAD_EXPERTS,
+    "optimized/parallel/causal.py": CAUSAL_SHARDS,
     "optimized/kernels/ranks.py": REMEMBERED,
     "optimized/kernels/candidates.py": BY_THRESHOLD,
     "optimized/kernels/memory.py": REMEMBERED,

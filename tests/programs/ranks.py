@@ -1,4 +1,4 @@
-"""Two processes that run functions side by side, in a process group of gloo: what a cluster does, on one machine."""
+"""Processes that run functions side by side, in a process group of gloo: what a cluster does, on one machine."""
 
 from __future__ import annotations
 
@@ -22,45 +22,51 @@ PATIENCE, GRACE = 1500, 5
 class Ranks:
     """`run(function, *args)` calls function(rank, *args) in each process; functions of modules, picklable arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = WORLD) -> None:
+        self.most = most
         self.folder = tempfile.TemporaryDirectory()
         self.calls = 0
-        self._start()
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
+        """As many processes as are asked for, and are not there yet."""
         context = torch.multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(WORLD)]
-        self.pipes = [ours for ours, _ in pairs]
-        self.processes = [
-            context.Process(target=serve, args=(rank, theirs), daemon=True) for rank, (_, theirs) in enumerate(pairs)
+        new = range(len(self.processes), world)
+        pairs = [context.Pipe() for _ in new]
+        self.pipes += [ours for ours, _ in pairs]
+        started = [
+            context.Process(target=serve, args=(rank, theirs), daemon=True) for rank, (_, theirs) in zip(new, pairs)
         ]
-        for process in self.processes:
+        for process in started:
             process.start()
+        self.processes += started
         for _, theirs in pairs:
             theirs.close()  # so that the end of a process is seen
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What each rank returned. AssertionError with the tracebacks of those that failed."""
+    def run(self, function: Callable[..., Any], *args: Any, world: int | None = None) -> list[Any]:
+        """What each rank returned; of the first `world` processes. AssertionError with the tracebacks of who failed."""
         self.calls += 1
+        world = self.most if world is None else world
+        self._start(world)
         meeting = Path(self.folder.name, str(self.calls)).as_uri()
-        for pipe in self.pipes:
-            pipe.send((function, args, meeting))
-        answers = self._answers()
-        silent = set(range(WORLD)) - answers.keys()
+        for pipe in self.pipes[:world]:
+            pipe.send((function, args, meeting, world))
+        answers = self._answers(world)
+        silent = set(range(world)) - answers.keys()
         if silent or not all(process.is_alive() for process in self.processes):
             self._stop()
-            self._start()
         failed = [f"rank {rank}:\n{answer}" for rank, (fine, answer) in sorted(answers.items()) if not fine]
         if failed or silent:
             raise AssertionError("\n".join(failed) or f"no answer of ranks {silent}")
-        return [answers[rank][1] for rank in range(WORLD)]
+        return [answers[rank][1] for rank in range(world)]
 
-    def _answers(self) -> dict[int, tuple[bool, Any]]:
+    def _answers(self, world: int) -> dict[int, tuple[bool, Any]]:
         """(whether it returned, what it returned or its traceback), by rank. Once one failed, others may hang."""
         answers: dict[int, tuple[bool, Any]] = {}
         patience = PATIENCE
-        while len(answers) < WORLD:
-            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
+        while len(answers) < world:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:world]) if rank not in answers}
             ready = wait(list(waiting), patience)
             if not ready:
                 break
@@ -77,6 +83,7 @@ class Ranks:
         for process in self.processes:
             process.terminate()
             process.join()
+        self.pipes, self.processes = [], []
 
     def close(self) -> None:
         self._stop()
@@ -85,7 +92,13 @@ class Ranks:
 
 @contextmanager
 def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
+    with several_ranks(WORLD) as ranks:
+        yield ranks
+
+
+@contextmanager
+def several_ranks(most: int) -> Iterator[Ranks]:
+    ranks = Ranks(most)
     try:
         yield ranks
     finally:
@@ -96,10 +109,10 @@ def serve(rank: int, pipe: Connection) -> None:
     """Of a child process: a process group for each function, so that none sees what another left."""
     torch.set_num_threads(1)
     while True:
-        function, args, meeting = pipe.recv()
+        function, args, meeting, world = pipe.recv()
         patience = datetime.timedelta(seconds=PATIENCE / 2)
         try:
-            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=patience)
+            dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=patience)
             answer = True, function(rank, *args)
         except Exception:
             answer = False, traceback.format_exc()

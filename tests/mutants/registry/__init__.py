@@ -1,9 +1,35 @@
 """All mutants, by the stage that they damage."""
 
 from ..mutant import Mutant
-from . import attention, causal, combination, dispatch, gpu, layer, local_attention, rows, selection, solvers, window
+from . import (
+    attention,
+    causal,
+    combination,
+    dispatch,
+    gpu,
+    layer,
+    local_attention,
+    parallel,
+    rows,
+    selection,
+    solvers,
+    window,
+)
 
-STAGES = (selection, solvers, dispatch, rows, attention, local_attention, combination, layer, window, causal, gpu)
+STAGES = (
+    selection,
+    solvers,
+    dispatch,
+    rows,
+    attention,
+    local_attention,
+    combination,
+    layer,
+    window,
+    causal,
+    parallel,
+    gpu,
+)
 MUTANTS: tuple[Mutant, ...] = tuple(
     edit(name, file) for stage in STAGES for file, edits in stage.EDITS.items() for name, edit in edits.items()
 )

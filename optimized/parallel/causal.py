@@ -1,0 +1,233 @@
+"""`MixtureOfAutoregressiveAttention` over a sequence in shards: every rank has some of the tokens, and all experts.
+
+The logits of all tokens are gathered, a few numbers a token, so that every rank knows the decisions of all. Of the past
+a rank needs no more than a cache holds: the K rows of each expert's memory at the start of its first block, the tokens
+between that and its own first, and those of the window. Blocks and shards need not be aligned.
+
+Letters: B batch, N tokens of the sequence, n of this rank, R ranks, D model dimension, E experts, H heads, d head
+dimension, W block size, J blocks of the sequence, K slots of memory, C slots for queries in a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from optimized import ops
+from optimized.autoregressive import MixtureOfAutoregressiveAttention, _is
+from optimized.autoregressive_attention import Asked, MemoryAttention, _angles, _projected, _rotated
+from optimized.autoregressive_layout import first_call
+from optimized.autoregressive_local import CausalLocalAttention
+from optimized.autoregressive_routing import Decided, LogitsRouter, own_scores, queries_of, remember, solved_scores
+from optimized.parallel.arguments import Over, Spread, stand_in
+from optimized.parallel.mixture import READ as OF_MIXTURE
+from optimized.parallel.parameters import Held, held, unattached
+from optimized.parallel.shards import Shard, neighbours
+from optimized.plan import Plan, bind
+from optimized.routing import cosine_scale
+from reference import contract
+from reference.autoregressive_call import check_call
+
+READ: dict[str, type[nn.Module]] = OF_MIXTURE | {
+    "query_router": LogitsRouter,
+    "key_value_router": LogitsRouter,
+    "attn": MemoryAttention,
+}
+
+
+class Part:
+    """Which blocks and tokens concern a rank: blocks [first, last), whose first starts at token `begin`."""
+
+    def __init__(self, shard: Shard, width: int) -> None:
+        self.first = shard.start // width
+        self.last = -(-shard.end // width) if shard.size else self.first
+        self.begin = self.first * width if shard.size else shard.start
+
+
+class ContextParallelCausal(Spread, MixtureOfAutoregressiveAttention):
+    """As `ContextParallel` makes it of a `MixtureOfAutoregressiveAttention`."""
+
+    def forward(
+        self,
+        x: Any,
+        mask: Any = None,
+        rotary_emb: Tensor | None = None,
+        cache: Any = None,
+        use_cache: bool = False,
+        return_routes: bool = False,
+    ) -> Any:
+        """As `MixtureOfAutoregressiveAttention.forward`, of this rank's tokens: (B, n, D), as x was given.
+
+        x: a DTensor with placements (Shard(1),), or plain shards of equal lengths. rotary_emb: of the whole sequence.
+        Neither masks, nor caches, nor routes: positions count valid tokens, so with a mask which rank has a token's
+        neighbours would be known on the device alone; to decode, load the checkpoint on one device.
+        """
+        over, c = self.over, self.config
+        over.refuse_ddp()
+        refuse(over.style, mask=mask, cache=cache, use_cache=use_cache, return_routes=return_routes)
+        own, shard = over.own("x", x, "B", "N", c.dim)
+        check_call(c, stand_in(own, shard.n), None, rotary_emb, None, False, False)
+        unattached(self, over.style, READ)
+        plan = bind(self._kind(own, False))
+        there = held(self, over.ranks, over.sharded, alone=False)
+        if over.sharded:
+            there = _of_all(there, over)
+        return over.out(self._computed(own, shard, there, rotary_emb, plan), x)
+
+    def _computed(self, own: Tensor, shard: Shard, there: Held, rotary_emb: Tensor | None, plan: Plan) -> Tensor:
+        c, ranks = self.config, self.over.ranks
+        part = Part(shard, c.routed_window_size)
+        x = own if shard.size else F.pad(own, (0, 0, 0, 1))  # so that all ranks do the same
+        before = max(c.local_attn_window_size, c.routed_window_size - 1)
+        among, left = neighbours(own, shard, ranks, before, 0)
+        decided = self._decided(x, shard, there, plan)
+        y, slots = self._routed(
+            x, among[:, left - (shard.start - part.begin) :], shard, part, decided, there, plan, rotary_emb
+        )
+        seen = among[:, max(left - c.local_attn_window_size, 0) :]
+        local = near(self.local_attn, seen, there, plan)[:, seen.shape[1] - shard.size :]
+        begin = torch.full((x.shape[0],), shard.start, device=x.device)
+        assert there.null is not None
+        return ops.blend(
+            y, *slots, local, there.null, begin, c.routed_window_size, c.average_routed, own.dtype, plan.mixture
+        )
+
+    def _decided(self, x: Tensor, shard: Shard, there: Held, plan: Plan) -> Decided:
+        """What the routers make of the whole sequence, on every rank."""
+        c, ranks = self.config, self.over.ranks
+        tokens: Any = (there.q_tokens, there.kv_tokens)
+        logits = ops.router_logits(x, torch.cat(tokens), None, cosine_scale(c.options), plan.routing)[0]
+        n = min(logits.shape[2], shard.each)
+        parts = ranks.gather(F.pad(logits[..., :n], (0, shard.each - n)))
+        q, kv = parts.permute(1, 2, 0, 3).flatten(2)[..., : shard.n].chunk(2, 1)
+        places = first_call(stand_in(x, shard.n), (q, kv), None, c.blocks(shard.n, False), c.routed_window_size)
+        queries, limits = queries_of(places, None, c, tokens[0], plan)
+        memory = remember(places, None, c, plan, False)
+        if c.options.solver == "sigmoid":
+            return Decided(queries, limits, memory, own_scores(places, None, c.options))
+        return Decided(queries, limits, memory, solved_scores(places, None, memory, c, tokens[1], plan))
+
+    def _routed(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        shard: Shard,
+        part: Part,
+        decided: Decided,
+        there: Held,
+        plan: Plan,
+        rotary_emb: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """What the experts have for the queries of this rank, (E, B, Q, D), and scores, indices, slot mask and inverse.
+
+        rows: from the first block's start to the rank's last token.
+        """
+        c, (queries, _, memory, scores) = self.config, decided
+        blocks, m = slice(part.first, part.last), rows.shape[1]
+        at = queries.places[:, :, blocks]
+        mine = queries.filled[:, :, blocks] & (at >= shard.start) & (at < shard.end)
+        stored, held_at = self._stored(x, shard, decided, there, plan, rotary_emb)
+        k, columns = held_at.shape[-1], memory.columns[:, :, blocks]
+        late = columns >= part.begin
+        earlier = (
+            torch.searchsorted(held_at, columns.flatten(2).contiguous()).view(columns.shape).clamp_max(max(k - 1, 0))
+        )
+        shown = torch.arange(columns.shape[-1], device=x.device) < memory.counts[:, :, blocks, None]
+        columns = torch.where(late, k + columns - part.begin, earlier).masked_fill(~shown, 0).int()
+        inverse = queries.inverse[..., shard.start : shard.end] - part.first * c.capacity
+        inverse = inverse.masked_fill(queries.inverse[..., shard.start : shard.end] < 0, -1)
+        given = (at - part.begin).masked_fill(~mine, 0)
+        asked = Asked(
+            given,
+            mine,
+            F.pad(inverse, (shard.start - part.begin, 0), value=-1).contiguous(),
+            columns,
+            memory.counts[:, :, blocks],
+            queries.filled[:, :, blocks].sum(-1, dtype=torch.int32),
+            torch.full((x.shape[0],), part.begin, device=x.device),
+            None,
+        )
+        if scores.ndim == 3:
+            far = scores.gather(-1, held_at.clamp(0, max(scores.shape[-1] - 1, 0)).long())
+            by_column = torch.cat((far, scores[..., part.begin : part.begin + m]), -1)
+        else:
+            by_column = scores[:, :, blocks]
+        y = attend(self.attn, there, (rows, asked, by_column, stored, rotary_emb), plan)[0]
+        local = (at - shard.start).masked_fill(~mine, 0)
+        of_slots = (t.flatten(2) for t in (queries.scores[:, :, blocks], local, mine))
+        return y, (*of_slots, inverse.contiguous())  # type: ignore[return-value]
+
+    def _stored(
+        self, x: Tensor, shard: Shard, decided: Decided, there: Held, plan: Plan, rotary_emb: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Keys and values (B, E, K, H, d) of the memory at the start of the rank's first block, and its tokens
+        (B, E, K), ascending; behind them what is later than any.
+
+        Every rank has the rows of its own tokens for all others, and zeros: one reduce-scatter.
+        """
+        c, ranks, memory = self.config, self.over.ranks, decided.memory
+        batch, experts, _, k = memory.columns.shape
+        tokens = []
+        for r in range(ranks.size):
+            first = Part(Shard.of(shard.n, ranks.size, r), c.routed_window_size).first
+            j = min(first, memory.columns.shape[2] - 1)
+            empty = torch.arange(k, device=x.device) >= memory.counts[:, :, j, None] if j >= 0 else None
+            tokens.append(
+                memory.columns[:, :, j].masked_fill(empty, shard.n)
+                if empty is not None
+                else memory.columns.new_full((batch, experts, k), shard.n)
+            )
+        every = torch.cat(tokens, 1).long()  # (B, R E, K)
+        local = every - shard.start
+        here = (local >= 0) & (local < shard.size)
+        local = local.masked_fill(~here, 0)
+        inverse = ops.inverse_map(local.masked_fill(~here, x.shape[1]), here, x.shape[1] + 1)[..., :-1].contiguous()
+        gamma = None if there.kv_gamma is None else there.kv_gamma.repeat(ranks.size, 1, 1)
+        rows = ops.gather_norm.first(x, gamma, local, here, inverse, plan.dispatch).to(plan.dtype)
+        rows = ranks.scatter(rows.unflatten(0, (ranks.size, experts)))
+        kv = _projected(rows, there.matrices[1], plan).unflatten(-1, (2, c.heads, c.dim_head))
+        keys, values = kv.unbind(3)
+        held_at = tokens[ranks.rank].contiguous()
+        if rotary_emb is not None:
+            at = held_at.clamp(0, max(shard.n - 1, 0)).long().transpose(0, 1)
+            keys = _rotated(keys, _angles(rotary_emb, plan), at, plan)
+        return (keys.transpose(0, 1), values.transpose(0, 1)), held_at
+
+
+def near(local: Any, rows: Tensor, there: Held, plan: Plan) -> Tensor:
+    """Local attention of rows (B, M, D) that come one after another."""
+    given = {"plan": plan} if _is(local, CausalLocalAttention) else {}
+    if there.local is None:
+        return local(rows, **given)[0]
+    return functional_call(local, there.local, (rows,), given)[0]
+
+
+def attend(attn: Any, there: Held, given: tuple, plan: Plan) -> Any:
+    """The routed attention, by parameters that are not its own where there are such."""
+    if there.local is None:
+        return attn(*given, plan=plan)
+    names = ("to_q.weight", "to_kv.weight", "to_out.weight")
+    own = dict(zip(names, there.matrices)) | {"null_kv": there.null_kv}
+    for name, gamma in (("norm.gamma", there.q_gamma), ("context_norm.gamma", there.kv_gamma)):
+        if gamma is not None:
+            own[name] = gamma
+    return functional_call(attn, own, given, {"plan": plan})
+
+
+def refuse(style: str, **given: Any) -> None:
+    """What a causal layer in parallel does not take."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            contract.reject(name, f"nothing under {style} (one device decodes, with the gathered checkpoint)", value)
+
+
+def _of_all(there: Held, over: Over) -> Held:
+    """Matrices and null keys of all experts: a rank's tokens are for any of them."""
+    ranks = over.ranks
+    matrices: Any = tuple(ranks.gather(w).flatten(0, 1) for w in there.matrices)
+    null_kv = ranks.gather(there.null_kv.transpose(0, 1).contiguous()).flatten(0, 1).transpose(0, 1).contiguous()
+    return there._replace(matrices=matrices, null_kv=null_kv)
