@@ -270,10 +270,17 @@ def tails(case: CausalCase, x: Tensor, cut: int) -> Iterator[tuple[str, Tensor]]
         yield name, torch.cat((x[:, :cut], tail), 1)
 
 
+# Finite scores that are so large that weights made anew from them, in a backward, would be infinite.
+LARGE = {**SMALL, "prenorm": False, "num_routed_queries": 1, "num_routed_key_values": 1, "local_attn_window_size": 1}
+
+
 @EVERY_KERNEL
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(case=causal_cases())
 @example(case=EIGHTS)
+@example(case=CausalCase({**LARGE, "routed_window_size": 4, "heads": 2, "num_experts": 1}, 1, 7, 262, cut=0.25))
+@example(case=CausalCase({**LARGE, "routed_window_size": 16, "heads": 1, "num_experts": 1}, 1, 15, 1, cut=0.25))
+@example(case=CausalCase({**LARGE, "routed_window_size": 2, "heads": 1}, 2, 3, 1, cut=0.25))
 @counted
 def test_later_tokens_change_nothing_in_any_dtype(
     kernels: str, deterministic: None, case: CausalCase, dtype: torch.dtype, device: torch.device

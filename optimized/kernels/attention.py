@@ -29,6 +29,7 @@ from torch import Tensor
 
 from optimized.kernels.launch import arithmetic, cdiv, contiguous, double_bits, from_bits, launch, next_power_of_2, wide
 from optimized.kernels.partial_sums import Sum, add_up
+from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
 
 SIZES = ["queries", "keys", "heads", "rows_per_null", "scale_bits", "kept_bits"]
@@ -187,7 +188,7 @@ def _step_queries(
     k = _tile(k_ptr, j, stride_k, shown, DIM, BLOCK_D, MASKED)
     v = _tile(v_ptr, j, stride_v, shown, DIM, BLOCK_D, MASKED)
     s = _product(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), DTYPE), HALF, DTYPE)
-    p = tl.exp2(s * to_base_2 - lse[:, None])
+    p = at_most_one(s * to_base_2 - lse[:, None])
     if MASKED:
         p = tl.where(shown[None, :], p, 0.0)
     dp = _product(dout, tl.trans(v), tl.zeros((q.shape[0], BLOCK_N), DTYPE), HALF, DTYPE)
@@ -228,7 +229,7 @@ def _attention_queries_kernel(
         null_k, null_v, z = _null_slot(
             null_k_ptr, null_v_ptr, keep_ptr + item * queries, at, i, here, DIM, DTYPE, DROPOUT, BLOCK_D
         )
-        p0 = tl.exp2(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
+        p0 = at_most_one(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
         p0 = tl.where(here, p0, 0.0)
         ds0 = p0 * (z * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta)
         dq = ds0[:, None] * null_k[None, :]
@@ -279,7 +280,7 @@ def _step_keys(
     lse = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2_E
     delta = tl.load(delta_ptr + start + i, mask=here, other=0.0)
     s = _product(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-    p = tl.exp2(s * to_base_2 - lse[None, :])
+    p = at_most_one(s * to_base_2 - lse[None, :])
     dp = _product(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
     dropped = p
     if DROPOUT:

@@ -37,6 +37,7 @@ from torch import Tensor
 from optimized.kernels.launch import from_bits, launch, wide
 from optimized.kernels.memory_keys import keys_gradient
 from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
+from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
 
 
@@ -142,7 +143,7 @@ def _memory_queries_kernel(
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
     lse = lse * LOG2_E
     null_k, null_v = _null(null_ptr, row // batch, h, experts, heads, dim, DTYPE, BLOCK_D)
-    p0 = tl.exp2(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
+    p0 = at_most_one(tl.sum(q.to(DTYPE) * null_k[None, :], 1) * to_base_2 - lse)
     weight = tl.full((BLOCK_M,), 1.0, DTYPE)
     seed = tl.full((), 0, tl.int64)
     if DROPOUT:
@@ -167,7 +168,7 @@ def _memory_queries_kernel(
         values = _tile(kv_ptr + stride, columns, 2 * stride, seen, dim, BLOCK_D)
         score = tl.load(scores_ptr + columns, mask=seen, other=0.0).to(DTYPE)
         s = _product(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        p = tl.exp2(s * to_base_2 - lse[:, None])
+        p = at_most_one(s * to_base_2 - lse[:, None])
         dp = _product(dout, tl.trans(values), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE) * score[None, :]
         if DROPOUT:
             dp = dp * _kept(seed, queries[:, None], columns[None, :].to(tl.int64), n, drop, keep_bits, DTYPE)

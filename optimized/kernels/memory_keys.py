@@ -19,6 +19,7 @@ from optimized.kernels.admitted import _lesser
 from optimized.kernels.launch import cdiv, from_bits, launch
 from optimized.kernels.memory_places import memory_places
 from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
+from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LOG2_E, _product, _rounded
 
 PROGRAMS = 1024  # that fill a GPU
@@ -127,7 +128,7 @@ def _memory_keys_kernel(
             dout = tl.where(live[:, None], _tile(dout_ptr + start, i, stride, i < filled, dim, BLOCK_D), 0.0)
             pairs = there[:, None] & live[None, :]
             s = _product(keys, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-            p = tl.where(pairs, tl.exp2(s * to_base_2 - (lse * LOG2_E)[None, :]), 0.0)
+            p = tl.where(pairs, at_most_one(s * to_base_2 - (lse * LOG2_E)[None, :]), 0.0)
             dp = _product(values, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]
             weighted = p
             if DROPOUT:

@@ -39,6 +39,7 @@ from optimized.kernels.launch import (
     next_power_of_2,
     wide,
 )
+from optimized.kernels.probability import at_most_one
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -200,7 +201,7 @@ def _window_queries_kernel(
         k = _tile(k_ptr + offset, j, stride_n, j < n, half, BLOCK_HALF)
         v = _tile(v_ptr, j, v_n, j < n, half, BLOCK_HALF)
         s = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
-        p = tl.exp2(s * (scale * LOG2_E) - lse[:, None])
+        p = at_most_one(s * (scale * LOG2_E) - lse[:, None])
         if _cut(first, start, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
             valid_j = _valid(mask_ptr, j, n, HAS_MASK)
             seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
@@ -247,7 +248,7 @@ def _window_keys_kernel(
         if SPOILED:
             dout = tl.where((lse < float("inf"))[:, None], dout, 0.0)
         s = _product(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
-        p = tl.exp2(s * (scale * LOG2_E) - lse[None, :])
+        p = at_most_one(s * (scale * LOG2_E) - lse[None, :])
         if _cut(start, first, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
             valid_i = _valid(mask_ptr, i, n, HAS_MASK)
             seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after)

@@ -18,7 +18,7 @@ from torch import Tensor
 from optimized import ops
 from optimized.parallel.collectives import Ranks
 from optimized.parallel.shards import Shard
-from optimized.routing import _alone, cosine_scale, solver_of
+from optimized.routing import cosine_scale, solver_of
 from reference.contract import RouterOptions, Routes
 
 
@@ -114,11 +114,8 @@ def _pick(
     logits: Tensor, mask: Tensor | None, k: int, options: RouterOptions, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, slot mask and scores of rows (B, E, N)."""
-    if options.solver == "sigmoid":
-        indices, slots, scores, _ = _alone(logits, mask, k, options, triton)
-    else:
-        how = options.route_block_size, *solver_of(options)
-        indices, slots, _, scores, *_ = ops.pick(logits, None, mask, k, *how, triton)
+    how = options.route_block_size, *solver_of(options)
+    indices, slots, _, scores, *_ = ops.pick(logits, None, mask, k, *how, triton)
     return indices, slots, scores
 
 
