@@ -19,7 +19,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from runs import BASELINE_OF, LayerRun, cast, compare, watch_attention
 from strategies import generator
-from test_autoregressive import SMALL, SOLVERS, Case, in_pieces, output_and_gradient
+from test_autoregressive import RAW, SMALL, SOLVERS, Case, in_pieces, output_and_gradient
 from torch import Tensor
 
 import optimized
@@ -271,7 +271,7 @@ def tails(case: CausalCase, x: Tensor, cut: int) -> Iterator[tuple[str, Tensor]]
 
 
 # Finite scores that are so large that weights made anew from them, in a backward, would be infinite.
-LARGE = {**SMALL, "prenorm": False, "num_routed_queries": 1, "num_routed_key_values": 1, "local_attn_window_size": 1}
+LARGE = {**RAW, "dim_head": 2, "solver": "sigmoid", "straight_through": False, "capacity_factor": 1.0}
 
 
 @EVERY_KERNEL
