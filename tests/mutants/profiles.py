@@ -214,7 +214,11 @@ MEMORY_ATTENTION_TORCH = Profile(
     ("test_memory_attention.py", "test_operators.py"),
     "(test_memory_attention and not triton) or (memory_attention and (opcheck or whole_stages) and not triton)",
 )
-ADMITTED = Profile(("test_cases.py",), "is_right and admitted", interpreted=True)
+ADMITTED = Profile(
+    ("test_cases.py", "test_operators.py"),
+    "(is_right and admitted) or (memory_experts and pytorch_form)",
+    interpreted=True,
+)
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
 SHARED_KEYS = Profile(
     ("test_cases.py", "test_memory_attention.py"),

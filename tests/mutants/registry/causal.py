@@ -212,9 +212,6 @@ EDITS: Edits = {
             "32-bit index",
         ),
         "admitted-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
-        "admitted-total-without-the-last": edit(
-            "tl.store(totals_ptr + row, before + listed - first)", "tl.store(totals_ptr + row, before)", "tail mask"
-        ),
     },
     "optimized/kernels/admitted_rows.py": {
         "admitted-rows-scale-unapplied": edit(
