@@ -94,7 +94,7 @@ def test_lengths_and_windows(kernels: str, n: int, window: int, device: torch.de
         (1, 1, 2, False, False),
         (17, 16, 24, True, True),
         (33, 15, 2, False, True),
-        (48, 30, 2, False, False),
+        (50, 30, 2, False, False),
         (48, 15, 2, True, False),
         (50, 17, 32, True, False),
         (50, 2**31, 24, False, True),
