@@ -339,4 +339,4 @@ def _exact_dual(s: Tensor, mass: float, eps: float) -> Tensor:
     stays = (left > 0) & (left.clamp_min(torch.finfo(s.dtype).tiny).log() <= rest - best / eps)
     full = stays.int().argmax(-1, keepdim=True)
     free = s <= best.gather(-1, full)
-    return eps * ((mass - full).log() - torch.where(free, s / eps, -torch.inf).logsumexp(-1, keepdim=True))
+    return eps * ((mass - full.to(s.dtype)).log() - torch.where(free, s / eps, -torch.inf).logsumexp(-1, keepdim=True))

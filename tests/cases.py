@@ -935,7 +935,7 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     from optimized.kernels import admitted_rows as kernel
     from optimized.kernels.admitted import Admitted
 
-    width = max(s.dim // 2, 1)
+    width = min(max(s.dim // 2, 1), 300)  # as many again would be gigabytes
     tokens, weight = x.normal(s.batch, s.n, s.dim, seed=50), x.normal(s.experts, width, s.dim, seed=51)
     g, projected = (x.normal(s.experts, s.batch, s.n, width, seed=seed) for seed in (52, 53))
     norms = x.lay(x.drawn((s.batch, s.n), 54).abs().add(0.5).to(x.device, x.wide)) if norm else None

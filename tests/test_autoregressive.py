@@ -552,7 +552,9 @@ def test_a_library_attends_where_it_was_chosen(kernels: str, case: Case, device:
 @BOTH
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("straight_through", [False, True])
-def test_gradcheck(implementation: ModuleType, solver: str, straight_through: bool, device: torch.device) -> None:
+def test_gradcheck(
+    implementation: ModuleType, deterministic: None, solver: str, straight_through: bool, device: torch.device
+) -> None:
     """With the scores' own values; where they are 1, against the gradient of the soft ones. Steps are far apart."""
     options = {**SMALL, "solver": solver, "cosine_sim_routing": True, "heads": 1, "num_experts": 2}
     case = Case(options | ({"eps": 2.0} if solver != "sigmoid" else {}), 1, 11, 1)

@@ -60,10 +60,12 @@ def test_every_kernel_has_a_case() -> None:
 
 @TRITON
 def test_every_kernel_is_launched(kernels: str) -> None:
-    x, seen = Inputs(torch.device("cpu"), torch.float32, blank=True), set()
+    seen: set[str] = set()
     with launching_by(lambda kernel, *_, **__: seen.add(name_of(kernel))):
-        for _, case, switches in each(("rows", "channels", "heads"), all_on):
-            case.results(x, SMALL, **switches)
+        for dtype in (torch.float32, torch.bfloat16):  # of one kernel half precision alone
+            x = Inputs(torch.device("cpu"), dtype, blank=True)
+            for _, case, switches in each(("rows", "channels", "heads"), all_on):
+                case.results(x, SMALL, **switches)
     assert seen == all_kernels()
 
 

@@ -62,7 +62,7 @@ def test_no_two_queries_and_no_two_keys_are_related(kernels: str, dropout: float
         products = t @ t.mT / math.sqrt(t.shape[-1])
         off = products - torch.diag_embed(products.diagonal(dim1=1, dim2=2))
         variance = off.square().sum() / (heads * t.shape[1] * (t.shape[1] - 1))
-        assert abs(variance - 1) < 0.02
+        assert abs(variance - 1) < 0.05  # of independent ones it has a standard deviation of 0.01
     for i in (1, 2, 5, 64):
         for j in (1, 2, 3, 100):
             corners = kept * kept.roll(i, 1) * kept.roll(j, 2) * kept.roll((i, j), (1, 2))

@@ -96,10 +96,11 @@ def test_other_numbers_of_warps(name: str, warps: int, stages: int, device: torc
 @TRITON
 def test_forcing_reaches_every_kernel(kernels: str) -> None:
     """The cases launch them all. Nothing runs: what is launched here has no effect."""
-    x = Inputs(torch.device("cpu"), torch.float32, blank=True)
     with mock.patch.object(launching, "launch"), forced(1, 1) as seen:
-        for _, case, switches in each(AXES, all_on):
-            case.results(x, Sizes(), **switches)
+        for dtype in (torch.float32, torch.bfloat16):  # of one kernel half precision alone
+            x = Inputs(torch.device("cpu"), dtype, blank=True)
+            for _, case, switches in each(AXES, all_on):
+                case.results(x, Sizes(), **switches)
     assert seen == all_kernels()
 
 

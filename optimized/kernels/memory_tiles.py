@@ -94,7 +94,7 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
     elif not half:
-        rows, warps = ((16, 32) if role == "keys" else (32, 32)) if block_d <= 64 else (16, 16), 8
+        rows, warps = ((32, 32) if role == "forward" else (16, 32)) if block_d <= 64 else (16, 16), 8
     else:
         # Of wide heads larger tiles spill, some on one GPU and some on another.
         rows, warps = ((64, 64), 4) if block_d <= 64 else ((32, 32), 8)
