@@ -37,7 +37,7 @@ from torch import Tensor
 from optimized.kernels.launch import from_bits, launch, wide
 from optimized.kernels.memory_keys import keys_gradient
 from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
-from optimized.kernels.probability import at_most_one
+from optimized.kernels.probability import along, at_most_one
 from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
 
 
@@ -137,7 +137,7 @@ def _memory_queries_kernel(
     q = _tile(q_ptr + start, i, stride, live, dim, BLOCK_D)
     dout = _tile(dout_ptr + start, i, stride, live, dim, BLOCK_D)
     out = _tile(out_ptr + start, i, stride, live, dim, BLOCK_D)
-    delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
+    delta = along(dout.to(DTYPE), out.to(DTYPE))
     tl.store(delta_ptr + place, delta, mask=inside)
     scale = from_bits(scale_bits).to(DTYPE)
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)

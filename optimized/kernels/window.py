@@ -39,7 +39,7 @@ from optimized.kernels.launch import (
     next_power_of_2,
     wide,
 )
-from optimized.kernels.probability import at_most_one
+from optimized.kernels.probability import along, at_most_one
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -191,7 +191,7 @@ def _window_queries_kernel(
         live = here & (lse < float("inf"))
     dout = _tile(dout_ptr + result, i, heads * 2 * half, live, half, BLOCK_HALF)
     out = _tile(out_ptr + result, i, heads * 2 * half, live, half, BLOCK_HALF)
-    delta = tl.sum(dout.to(DTYPE) * out.to(DTYPE), 1)
+    delta = along(dout.to(DTYPE), out.to(DTYPE))
     tl.store(delta_ptr + row, delta, mask=here)
     scale = from_bits(scale_bits).to(DTYPE)
     dq = tl.zeros((BLOCK_M, 2 * BLOCK_HALF), DTYPE)

@@ -63,12 +63,13 @@ class causal_window:
         causal, hidden, zero, dout = _causal(a), a.odd[..., None], a.out.new_zeros(()), g.out
         qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
         if not by_triton(a):
-            causal.out, dout = torch.where(hidden, zero, a.out), torch.where(hidden, zero, dout)
-            # A library makes weights anew from the log-sum-exp, and of large scores they may be infinite: times the
-            # gradient of a query that nobody asked, 0, that is NaN for the keys before it. It may as well be 0 itself.
+            dout = torch.where(hidden, zero, dout)
+            # A library makes weights anew from the log-sum-exp, and of large scores they may be infinite, as may be
+            # out: times the gradient of a query that nobody asked, 0, that is NaN for the keys before it. Such a query
+            # may as well be 0.
             idle = (dout == 0).all(-1)
             qk = torch.stack((qk[:, :, 0].masked_fill(idle[..., None], 0), qk[:, :, 1]), 2)
-            causal.lse = a.lse.masked_fill(idle.mT, 0)
+            causal.lse, causal.out = a.lse.masked_fill(idle.mT, 0), torch.where(idle[..., None], zero, a.out)
         angles = tables(v, a.triton)
         if a.turned:
             angles = torch.ones_like(angles[0]), torch.zeros_like(angles[1])
