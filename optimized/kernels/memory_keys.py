@@ -4,7 +4,8 @@ A program has some places of memory (`memory_places`) of one row and head, and g
 the sums of the columns in its places until another column takes the place. Where rows, heads and places are too few to
 fill a GPU, several programs share the blocks; then a column may be listed in the blocks of several. Of such a column
 each writes its share, and another kernel adds these up, blocks ascending, one program for a column. A share is found by
-the place of its column in the list of the first block of a program, where places are those of the list.
+the place of its column in the list of the first block of a program, where places are those of the list. Which of the
+two kernels writes a column hangs on later tokens, so both write the same bits.
 
 Blind spots: the sums of 64 columns and heads of 64 channels take half of the registers that there are.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from optimized.kernels.admitted import _lesser
 from optimized.kernels.launch import cdiv, from_bits, launch
 from optimized.kernels.memory_places import memory_places
-from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
+from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _row_products, _store, _tile
 from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LOG2_E, _product, _rounded
 
@@ -35,7 +36,7 @@ def _write(
     score = tl.where(_finite(score), score, 0.0)
     values = _tile(kv_ptr + stride, held, 2 * stride, done, dim, BLOCK_D).to(DTYPE)
     values = tl.where(_finite(values), values, 0.0)
-    tl.store(dscores_ptr + held, tl.sum(u * values, 1), mask=done)
+    tl.store(dscores_ptr + held, _row_products(u, values), mask=done)
     _store(dkv_ptr, held, 2 * stride, done, dk, dim, BLOCK_D)
     _store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)
 

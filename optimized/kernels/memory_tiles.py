@@ -40,6 +40,19 @@ def _tile(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _row_products(a, b):
+    """<a, b> of rows (M, D), with the same bits in any kernel: by halves, which are the same in any layout, and of
+    products that no compiler can fuse into a sum. D is a power of 2.
+    """
+    t = a * b
+    t = tl.maximum(t, 0.0) + tl.minimum(t, 0.0)
+    for _ in tl.static_range(12):
+        if t.shape[1] > 1:
+            t = tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)), 2)
+    return tl.reshape(t, (t.shape[0],))
+
+
+@triton.jit
 def _store(ptr, rows, stride, shown, tile, dim, BLOCK_D: tl.constexpr):
     channels = tl.arange(0, BLOCK_D)
     at = rows[:, None].to(tl.int64) * stride + channels[None, :]

@@ -1,8 +1,8 @@
 """Weights of a softmax, made again in a backward from a score and the log-sum-exp of its row.
 
 No weight exceeds 1, yet of scores beyond 2**24 the difference to the log-sum-exp is no more than its rounding error:
-where that is 128 and more, 2 to its power is infinite, and times a gradient of 0 that is NaN, for all keys of the tile. So is
-a result that overflowed.
+where that is 128 and more, 2 to its power is infinite, and times a gradient of 0 that is NaN, for all keys of the tile.
+So is what a result that overflowed makes of it.
 """
 
 from __future__ import annotations
