@@ -315,6 +315,27 @@ def test_a_backend_is_handed_rows_that_it_can_load(
         assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
 
 
+def test_a_backend_is_handed_lengths_side_by_side(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """flash-attn 4 refuses others. One row of a transposed table has the stride of its columns."""
+    backend, strides = adapter("math"), []
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*given: Any) -> Any:
+            strides.extend(s.visible.lengths.stride() for s in given if isinstance(s, Setting))
+            return call(*given)
+
+        return made
+
+    for direction in ("forward", "backward"):
+        monkeypatch.setattr(backend, direction, noted(getattr(backend, direction)))
+    case = Case(dim_head=8, null=False)
+    t = {n: x.float().to(device).requires_grad_() for n, x in case.leaves().items()}
+    lengths = torch.ones(len(t["q"]), 3, dtype=torch.int32, device=device)[:, 1]
+    out = ops.attention(*t.values(), None, None, lengths, None, 0.0, -1, False, "math", False)[0]
+    torch.autograd.grad(out, list(t.values()), cotangent(case).float().to(device))
+    assert strides == [(1,), (1,)]
+
+
 @EVERY_KERNEL
 def test_rows_without_keys_are_the_null_value(kernels: str, device: torch.device) -> None:
     """Whatever a kernel leaves in their output and log-sum-exp."""

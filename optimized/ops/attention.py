@@ -138,7 +138,8 @@ def pairs_in_window(n: int, window: int, causal: bool) -> int:
 
 
 def _call(a: Any) -> Call:
-    visible = Visible(a.lengths, a.window, a.causal, a.mask)
+    lengths = None if a.lengths is None else a.lengths.contiguous()  # which a library may ask for
+    visible = Visible(lengths, a.window, a.causal, a.mask)
     return Call(adapter(a.backend, a.q.device), Setting(a.q.shape[-1] ** -0.5, a.dropout, visible), a.triton)
 
 
