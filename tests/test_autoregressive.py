@@ -24,8 +24,11 @@ from torch import Tensor
 
 import optimized
 import reference
+from optimized.autoregressive_routing import _exact_dual
 from reference import autoregressive
 from reference.autoregressive_oracle import mixture_of_autoregressive_attention
+from reference.contract import RouterOptions
+from reference.routing import dual_of
 
 SMALL: dict[str, Any] = {
     "dim": 6,
@@ -657,3 +660,14 @@ def test_bad_calls(implementation: ModuleType, device: torch.device) -> None:
     other = Case({**SMALL, "num_routed_key_values": 6}, 2, 6, 1).layer(implementation, device)
     with pytest.raises(ValueError, match=r"^cache: expected one for the layer"):
         other(x, rotary_emb=torch.zeros(20, 4, device=device), cache=cache)
+
+
+# --- duals
+
+
+def test_duals_are_in_the_dtype_of_the_logits(device: torch.device) -> None:
+    """The mass that saturated tokens leave was a logarithm in float32: a whole number less an integer tensor."""
+    options = RouterOptions(solver="exact", eps=0.3)
+    logits = Case(SMALL, 1, 1, 0).normal(5, 9, seed=3, device=device)
+    for mass in (2.25, 4.7):
+        same(_exact_dual(logits, mass, options.eps), dual_of(logits, mass, options))

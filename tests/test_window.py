@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from harness import check_identical
 from strategies import draw, draw_mask
 from torch import Tensor
 
+from optimized import ops
 from optimized.ops.rotary import rotary_tables
 
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
@@ -147,3 +150,24 @@ def test_runs_are_bitwise_equal(kernels: str, device: torch.device) -> None:
     for run in runs[1:]:
         for a, b in zip(run, runs[0]):
             check_identical(a, b)
+
+
+def test_a_query_that_nobody_asked_is_nothing_to_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of huge scores a weight made anew, or the result, may be infinite: times a gradient of 0 NaN for other tokens."""
+    module, handed = sys.modules["optimized.ops.causal_window"], []
+
+    def noted(a: Any, dout: Tensor, qk: Tensor, *rest: Any) -> Tensor:
+        handed.append((qk, a.lse, a.out, dout))
+        return attend_backward(a, dout, qk, *rest)
+
+    attend_backward = module.attend_backward
+    monkeypatch.setattr(module, "attend_backward", noted)
+    qkv = draw((1, 9, 3, 2, 8), "normal", 1).requires_grad_()
+    out = ops.causal_window(qkv, None, 3, False, "banded_math", False)[0]
+    out[:, :5].sum().backward()
+    ((qk, lse, found, dout),) = handed
+    assert (dout[:, :5] != 0).all()
+    assert qk[:, :5, 0].any(-1).all()
+    for t in (dout[:, 5:], qk[:, 5:, 0], lse[:, :, 5:], found[:, 5:]):
+        assert (t == 0).all()
+    assert qk[:, :, 1].any(-1).all()
