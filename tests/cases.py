@@ -337,15 +337,18 @@ def _blocks(n: int) -> Iterator[tuple[int, int, int]]:
         yield k, width, n % width
 
 
-def remembered(logits: Tensor, shown: Tensor, k: int, width: int, prior: int) -> tuple[Tensor, Tensor]:
-    """Indices and counts of the k best before each block: number before NaN, the larger, the later."""
+def remembered(
+    logits: Tensor, shown: Tensor, k: int, width: int, prior: int, until: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices and counts of the k best before each block that begins before `until` (default: the last column's end):
+    number before NaN, the larger, the later."""
     ranked = (
         torch.where(logits.isnan(), -torch.inf, logits + 0.0).flip(-1).argsort(dim=-1, descending=True, stable=True)
     )
     order = logits.shape[-1] - 1 - ranked
     order = order.gather(-1, logits.isnan().gather(-1, order).byte().argsort(dim=-1, stable=True))
     indices, counts = [], []
-    for end in range(prior, logits.shape[-1], width):
+    for end in range(prior, until or logits.shape[-1], width):
         there = (order < end) & shown[:, None].expand_as(logits).gather(-1, order)
         chosen = there & (there.cumsum(-1) <= k)
         columns = torch.where(chosen, order, logits.shape[-1]).sort(-1).values[..., :k]
@@ -434,10 +437,11 @@ def admitted(x: Inputs, s: Sizes) -> Yielded:
 
     logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
     shown = torch.rand(s.batch, s.n, generator=generator(s.n)) < 0.9
-    given = [(k, width, remembered(logits, shown, k, width, width)) for k, width, _ in _blocks(s.n) if width < s.n]
-    found = [kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width) for _, width, lists in given]
+    # Also the list of a block that begins behind the last column, as of a sequence that goes on.
+    given = [(width, remembered(logits, shown, k, width, width, s.n + 1)) for k, width, _ in _blocks(s.n)]
+    found = [kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width) for width, lists in given]
     places, results, truths = torch.arange(s.n), {}, {}
-    for i, (listed, (_, _, (indices, counts))) in enumerate(zip(found, given)):
+    for i, (listed, (_, (indices, counts))) in enumerate(zip(found, given)):
         there = torch.arange(indices.shape[-1]) < counts[..., None]
         at = torch.where(there, indices.long(), s.n).flatten(2)
         ever = torch.zeros(*at.shape[:2], s.n + 1, dtype=torch.bool).scatter_(-1, at, True)[..., : s.n]
