@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--interpreted", action="store_true", help="on the CPU: all properties of our kernels, in Triton's interpreter"
     )
+    group.addoption("--thorough", action="store_true", help="on the CPU: every combination, where some stand for all")
     group.addoption(
         "--max-examples",
         type=integer(1),
@@ -68,6 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
     config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing")
     config.addinivalue_line("markers", "interpreted: on the CPU our kernels too, without --interpreted")
+    config.addinivalue_line("markers", "thorough: a combination that others stand for: on a GPU, or with --thorough")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "nightly: hours; selected by -m nightly only")
     config.addinivalue_line("markers", "mutants: half an hour; selected by --mutants only")
@@ -123,6 +125,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, wanted in (
             ("gpu", config.option.device == "cuda"),
             ("cpu", config.option.device == "cpu"),
+            ("thorough", config.option.device == "cuda" or config.option.thorough or _asks_for("nightly", config)),
             ("nightly", _asks_for("nightly", config)),
             ("speed", _asks_for("speed", config)),
             ("mutants", config.option.mutants),

@@ -5,7 +5,7 @@ gives those of its backward. Shared by the tests of what all operators must stan
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -246,14 +246,15 @@ def memory(s: Sample) -> dict[str, Any]:
 
 
 def memory_attention(s: Sample) -> dict[str, Any]:
-    """Of blocks of three columns, as many as tokens."""
-    remembered = memory(s)
+    """Of blocks of three columns, half as many as tokens."""
+    blocks = (s.n + 1) // 2
+    remembered = memory(replace(s, n=blocks))
     indices, counts = ops.memory(*(remembered[name] for name in ("logits", "valid", "k", "block", "prior")), False)
-    shape = (s.experts, s.batch, s.n, 2, HEADS, DIM_HEAD)
+    shape = (s.experts, s.batch, blocks, 2, HEADS, DIM_HEAD)
     return {
         "q": s.floats(*shape, seed=1),
-        "kv": s.floats(s.experts, s.batch, 3 * s.n + 2, 2, HEADS, DIM_HEAD, seed=2),
-        "scores": s.floats(s.batch, s.experts, 3 * s.n + 2, seed=3, dtype=s.wide),
+        "kv": s.floats(s.experts, s.batch, 3 * blocks + 2, 2, HEADS, DIM_HEAD, seed=2),
+        "scores": s.floats(s.batch, s.experts, 3 * blocks + 2, seed=3, dtype=s.wide),
         "null_kv": s.floats(2, s.experts, HEADS, 1, DIM_HEAD, seed=4),
         "indices": indices,
         "counts": counts,
@@ -263,8 +264,9 @@ def memory_attention(s: Sample) -> dict[str, Any]:
 
 
 def memory_experts(s: Sample) -> dict[str, Any]:
-    """Of blocks of two columns, as many as tokens; from the second on both have a slot."""
-    n, blocks = 2 * s.n, max(s.n - 1, 0)
+    """Of blocks of two columns, as many as fit; from the second on both have a slot."""
+    n = 2 * ((s.n + 1) // 2)
+    blocks = max(n // 2 - 1, 0)
     logits = s.floats(s.batch, s.experts, n, dtype=s.wide)
     indices, counts = (t[:, :, 1:] for t in ops.memory(logits, None, 3, 2, 0, False))
     places = torch.arange(2, 2 + 2 * blocks).view(blocks, 2).expand(s.batch, s.experts, -1, -1)

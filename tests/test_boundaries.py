@@ -5,6 +5,7 @@ added brings its own tests, or a reason why not. Every case of cases.py, in floa
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ NO_SIZE = {  # entries of a table, warps, bits; chunks of a row are few only whe
 BYTES = {"launch.ROWS_IN_REGISTERS": 8, "selection.ALONE": 8}  # constants that count bytes: of a float64
 
 
+@functools.cache
 def constants() -> dict[str, int]:
     """Integers that the kernels' modules, and that of the banded attention, assign to a name in capitals."""
     found = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BOTH, check_identical
+from harness import BOTH, KERNELS, check_identical
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -59,6 +59,9 @@ def build(implementation: ModuleType, device: torch.device, **options: Any) -> A
 
 # Steps of the solver, each of which the reference puts into a graph by itself.
 TRACED = {"n_iters": 2}
+IN_GRAPHS = pytest.mark.parametrize(
+    "implementation", [pytest.param("reference", marks=pytest.mark.thorough), *KERNELS], indirect=True
+)
 
 
 def tokens(device: torch.device, n: int = N, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -439,7 +442,7 @@ def test_undecided_routing_tokens_get_zeros_in_transforms(implementation: Module
         assert_agrees(each[name].sum(0), g)
 
 
-@BOTH
+@IN_GRAPHS
 def test_undecided_routing_tokens_get_zeros_compiled(implementation: ModuleType, device: torch.device) -> None:
     layer = build(implementation, device, **TRACED)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -543,7 +546,7 @@ def test_large_angles_of_float64(implementation: ModuleType, device: torch.devic
     assert own < 0.05 * rounded
 
 
-@BOTH
+@IN_GRAPHS
 @KINDS
 @pytest.mark.parametrize("injected", [False, True])
 def test_tensors_without_data(
@@ -580,7 +583,7 @@ class HalfOfTheTokens(nn.Module):
         return self.called(x, num_routed_queries=k, num_routed_key_values=k + 1)
 
 
-@BOTH
+@IN_GRAPHS
 def test_slots_computed_from_a_compiled_length(implementation: ModuleType, device: torch.device) -> None:
     half = HalfOfTheTokens(build(implementation, device, **LOCAL, **TRACED))
     compiled = torch.compile(half, fullgraph=True, dynamic=True, backend="eager")

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -61,17 +61,18 @@ MASKED = pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"
 
 def every_sample() -> Iterator[Any]:
     """Every pair of dtype, mask and layout, and every variant; the kernels, which take long where they are interpreted,
-    on contiguous float32, on half precision in the other layouts, and where there is nothing to compute.
+    on contiguous float32, on half precision in the other layouts, and where there is nothing to compute. By day every
+    dtype, mask and layout, not every pair.
     """
-    every = [
-        Sample(),
-        Sample(torch.float32, True),
+    pairs = [
         Sample(torch.float32, False, "transposed"),
         Sample(torch.float64, True, "transposed", triton=False),
         Sample(torch.float64, False, "sliced"),
-        Sample(torch.float32, True, "sliced", triton=False),
+        Sample(torch.float16, True, "sliced", triton=True),
+        Sample(n=0),
     ]
-    edges = [Sample(batch=0, masked=True), Sample(n=0), Sample(n=0, masked=True)]
+    every = [Sample(), Sample(torch.float32, True), *pairs[:3], Sample(torch.float32, True, "sliced", triton=False)]
+    edges = [Sample(batch=0, masked=True), pairs[4], Sample(n=0, masked=True)]
     edges.append(Sample(n=1, masked=True, triton=False))
     small = [Sample(n=n, variant="blocks", masked=n > 0, triton=False) for n in (0, 1)]
     for name in OPERATORS:
@@ -83,7 +84,8 @@ def every_sample() -> Iterator[Any]:
         for s in every + half + edges + variants:
             if of == "select" and s.n == 0:  # takes k of at least as many tokens
                 continue
-            yield pytest.param(name, s, id=f"{name}-{label(s)}")
+            thorough = s in pairs or replace(s, masked=True) == pairs[3]
+            yield pytest.param(name, s, id=f"{name}-{label(s)}", marks=pytest.mark.thorough if thorough else ())
         for s in small if "blocks" in VARIANTS.get(of, {}) else []:
             yield pytest.param(name, s, id=f"{name}-{label(s)}")
 
@@ -120,24 +122,36 @@ def test_no_operator_is_missed() -> None:
 
 @EVERY_SAMPLE
 def test_opcheck(name: str, sample: Sample, device: torch.device) -> None:
-    """Schema, autograd registration, fake kernel (strides too), and eager against AOTAutograd with dynamic shapes.
+    """Schema, autograd registration, and fake kernel (strides too)."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    check_operator(name, sample, device, checks)
 
-    AOTAutograd knows dtypes and strides from the fake kernel alone, which every sample compares with the real one; it
-    is asked where there is something to compute, and of a backward in the graph of its forward.
-    """
-    arguments = arguments_of(name, sample, device)
-    operator = OPERATORS[name]
+
+def check_operator(name: str, sample: Sample, device: torch.device, checks: list[str]) -> None:
+    arguments, operator = arguments_of(name, sample, device), OPERATORS[name]
     if operator.wrt:
         arguments[operator.names.index(operator.wrt[0])].requires_grad_()
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    traced = name in SAMPLES and sample.n > 1 and sample.batch > 0
-    if traced and sample.dtype != torch.float32 and sample.layout == "contiguous":
-        if name == "pick":  # opcheck adds all results to the first, which holds integers: floats go first
-            aot_autograd_check(lambda *given: operator.op(*given)[::-1], arguments, {}, dynamic=True)
-        else:
-            checks.append("test_aot_dispatch_dynamic")
+    if name == "pick" and checks == TRACED:  # opcheck adds all results to the first, which holds integers
+        aot_autograd_check(lambda *given: operator.op(*given)[::-1], arguments, {}, dynamic=True)
+        return
     result = opcheck(getattr(torch.ops.moa, name).default, arguments, test_utils=checks)
     assert result == dict.fromkeys(checks, "SUCCESS")
+
+
+TRACED = ["test_aot_dispatch_dynamic"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        pytest.param(name, v, marks=pytest.mark.thorough if v else ())
+        for name in SAMPLES
+        for v in ("", *VARIANTS.get(name, {}))
+    ],
+)
+def test_traced_with_its_gradient(name: str, variant: str, device: torch.device) -> None:
+    """Eager against AOTAutograd with dynamic shapes, which knows dtypes and strides from the fake kernel alone."""
+    check_operator(name, Sample(variant=variant, triton=False), device, TRACED)
 
 
 @EVERY_SAMPLE
@@ -204,7 +218,8 @@ def test_pytorch_form_equals_the_kernels(name: str, sample: Sample, kernels: str
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None:
     """vmap of an operator equals a loop, with the new dimension first or last, and with every other argument shared;
-    of the registered operator and of the function, which has a rule of its own. Kernels, with all arguments batched.
+    of the registered operator and of the function, which has a rule of its own. Kernels by the function alone, with all
+    arguments batched.
     """
     op = getattr(torch.ops.moa, name)
     calls = [arguments_of(name, replace(sample, seed=seed), device) for seed in range(2 if sample.masked else 3)]
@@ -213,7 +228,8 @@ def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None
     for batched in (tensors, *halves):
         loop = [outputs(op(*(c[i] if i in batched else a for i, a in enumerate(calls[0])))) for c in calls]
         expected = tuple(torch.stack(parts) for parts in zip(*loop))
-        for call, place in ((op, 0), (OPERATORS[name], -1))[: 2 if batched is tensors else 1]:
+        calls_of = ((op, 0), (OPERATORS[name], -1))
+        for call, place in calls_of[1:] if sample.masked else calls_of[: 2 if batched is tensors else 1]:
             in_dims = tuple(place if i in batched else None for i in range(len(calls[0])))
             stacked = [torch.stack([c[i] for c in calls], place) if i in batched else a for i, a in enumerate(calls[0])]
             found = outputs(vmap(call, in_dims=in_dims)(*stacked))
@@ -321,28 +337,30 @@ EVERY_VARIANT = pytest.mark.parametrize(("name", "variant"), [(n, v) for n in DI
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @EVERY_VARIANT
 def test_gradcheck_of_whole_stages(name: str, variant: str, kernels: str, masked: bool, device: torch.device) -> None:
-    """In float64, all differentiable arguments at once; scores are handed on as they are, not straight-through."""
+    """In float64, all differentiable arguments at once; scores are handed on as they are, not straight-through.
+
+    The function without masks, the registered operator with them; kernels by the function.
+    """
     operator = OPERATORS[name]
     named = named_arguments(name, Sample(masked=masked, variant=variant), device, triton=kernels == "triton")
     if "straight_through" in named:
         named["straight_through"] = False
     # Unit scores are promised, so they don't vary.
     wrt = [key for key in with_gradients(operator, named) if not (key == "scores" and named.get("unit_scores"))]
-    forms = (operator, operator.op) if kernels == "torch" else (operator,)
-    for form in forms:
+    form = operator.op if masked and kernels == "torch" else operator
 
-        def call(*leaves: Tensor, form: Any = form) -> tuple[Tensor, ...]:
-            results = results_of(form, operator, named | dict(zip(wrt, leaves)))
-            if name == "routed_rows":  # see the next test
-                halves = zip(results.pop("logits").chunk(2, 1), (named["k_q"], named["k_kv"]))
-                results |= {f"logits {k}": half for half, k in halves if half.shape[-1] > k}
-            return tuple(results.values())
+    def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+        results = results_of(form, operator, named | dict(zip(wrt, leaves)))
+        if name == "routed_rows":  # see the next test
+            halves = zip(results.pop("logits").chunk(2, 1), (named["k_q"], named["k_kv"]))
+            results |= {f"logits {k}": half for half, k in halves if half.shape[-1] > k}
+        return tuple(results.values())
 
-        leaves = [named[key].detach().clone().requires_grad_() for key in wrt]
-        # Where its fast mode fails, gradcheck goes on to the slow one for the message: minutes of interpreted kernels.
-        module = sys.modules["torch.autograd.gradcheck"]
-        with mock.patch.object(module, "_run_slow_mode_and_get_error", create=True, return_value=""):
-            assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
+    leaves = [named[key].detach().clone().requires_grad_() for key in wrt]
+    # Where its fast mode fails, gradcheck goes on to the slow one for the message: minutes of interpreted kernels.
+    module = sys.modules["torch.autograd.gradcheck"]
+    with mock.patch.object(module, "_run_slow_mode_and_get_error", create=True, return_value=""):
+        assert gradcheck(call, leaves, fast_mode=True, eps=1e-7, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("triton", [False, True], ids=["torch", "triton"])
@@ -386,9 +404,10 @@ def test_straight_through_has_the_gradient_of_soft_scores(
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
 
 
-def subsets(keys: list[str]) -> Iterator[tuple[str, ...]]:
-    """All of up to five; of more: each, pairs, all but one, all. Of ten there would be a thousand."""
-    sizes = range(1, len(keys) + 1) if len(keys) <= 5 else (1, 2, len(keys) - 1, len(keys))
+def subsets(keys: list[str], few: bool = False) -> Iterator[tuple[str, ...]]:
+    """All of up to five; of more: each, pairs, all but one, all. Ten have a thousand. few: each, and all."""
+    sizes: Iterable[int] = range(1, len(keys) + 1) if len(keys) <= 5 else (1, 2, len(keys) - 1, len(keys))
+    sizes = {1, len(keys)} if few else sizes
     return itertools.chain.from_iterable(itertools.combinations(keys, size) for size in sizes)
 
 
@@ -410,7 +429,7 @@ def counted(work: Callable[[], Any]) -> int:
 @MASKED
 @EVERY_VARIANT
 def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torch.device) -> None:
-    """Every subset of gradients is the same as among all of them, the others are empty; through autograd too.
+    """Every subset of gradients (of a variant each) is the same as among all, the others are empty; by autograd too.
 
     But for the order in which a product of matrices sums, which depends on its size.
     """
@@ -421,7 +440,7 @@ def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torc
     backward = operator.backward
     assert backward is not None
     full = run(backward, given)
-    for wanted in subsets(possible):
+    for wanted in subsets(possible, few=bool(variant)):
         found = run(backward, given | {"needs": bits(operator, wanted)})
         for key in operator.wrt:
             if key in wanted:
@@ -883,7 +902,7 @@ def test_compiled_layer_equals_eager(name: str, device: torch.device) -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     before = counters["stats"]["unique_graphs"]
     # Other sizes cost seconds where the compiler unrolls: once each with them, and for the simplest one twice.
-    lengths = {"self": (27, 30), "cross": (24,), "injected": (23,)}.get(name, ())
+    lengths = {"self": (27, 30), "injected": (23,)}.get(name, ())
     for step, n in enumerate((case.n, case.n, *lengths)):
         now = replace(case, seed=step, n=n, context=case.context and n - 5)
         results = []

@@ -1,12 +1,14 @@
-"""Triton's interpreter without what it does again and again, which is half of the time of a small kernel.
+"""Triton's interpreter without what it does again and again, which is more than half of the time of a small kernel.
 
 It replaces the functions of triton.language at each launch, and asks for what is left to replace at each call of one
-jitted function by another: it looks through all members of six namespaces. And it makes a table of dtypes at each
-operation. Here both are looked up once.
+jitted function by another: it looks through all members of six namespaces. It makes a table of dtypes at each
+operation, and checks and prints the shape of each result. Here all are looked up once. And it computes whether a sum
+overflows, for an assertion that it makes in debug mode alone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
@@ -15,7 +17,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 _find_dtype = getattr(interpreter, "_get_np_dtype", None)
+_patch_lang = getattr(interpreter, "_patch_lang", None)
+_make_block, _make_tensor = tl.block_type.__init__, tl.tensor.__init__
 _dtypes: dict[str, Any] = {}  # NumPy's, by the name of Triton's
+_blocks: dict[Any, dict[str, Any]] = {}  # attributes of a type, by its elements' and its shape
+_tensors: dict[tuple[Any, str], tuple[Any, ...]] = {}  # what a tensor knows of its type, by the type
 
 
 @functools.cache
@@ -24,12 +30,33 @@ def builtins_of(namespace: Any) -> list[tuple[str, Any]]:
     return [(name, member) for name, member in inspect.getmembers(namespace) if tl.core.is_builtin(member)]
 
 
-def _replace(namespace: Any, builder: Any, scope: Any) -> None:
+def _is_replaced(namespace: Any) -> bool:
     known = builtins_of(namespace)
-    if known and getattr(namespace, known[0][0]) is not known[0][1]:
+    return bool(known) and getattr(namespace, known[0][0]) is not known[0][1]
+
+
+def _replace(namespace: Any, builder: Any, scope: Any) -> None:
+    if _is_replaced(namespace):
         return  # all are, by the launch or by an earlier call
-    for name, member in known:
+    for name, member in builtins_of(namespace):
         interpreter._patch_attr(namespace, name, member, builder, scope)
+
+
+@functools.cache
+def _languages(function: Any) -> list[Any]:
+    """What it knows of triton.language: its functions are there too, where its own file is of Triton's."""
+    return [
+        tl.tensor,
+        *(value for value in function.__globals__.values() if any(value is known for known in (tl, tl.core))),
+    ]
+
+
+def _replace_all(function: Any) -> Any:
+    """Nothing where the launch, or an earlier call, has replaced all that the function knows."""
+    if all(_is_replaced(language) for language in _languages(function)):
+        return interpreter._LangPatchScope()
+    assert _patch_lang is not None
+    return _patch_lang(function)
 
 
 def _dtype(dtype: Any) -> Any:
@@ -40,9 +67,40 @@ def _dtype(dtype: Any) -> Any:
     return _dtypes[scalar.name]
 
 
+def _block(self: Any, element_ty: Any, shape: Any) -> None:
+    """Of a type that is known, what was found of the first of its kind."""
+    if any(type(size) is not int for size in shape):
+        _make_block(self, element_ty, shape)
+        return
+    key = type(element_ty), element_ty.name, tuple(shape)
+    known = _blocks.get(key)
+    if known is None:
+        _make_block(self, element_ty, shape)
+        known = _blocks[key] = dict(vars(self))
+    vars(self).update(known)
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002 - as there
+    key = type.__class__, type.name
+    known = _tensors.get(key)
+    if known is None:
+        _make_tensor(self, handle, type)
+        _tensors[key] = self.shape, self.numel, self.dtype
+        return
+    self.handle, self.type = handle, type
+    self.shape, self.numel, self.dtype = known
+
+
 def look_up_once() -> None:
-    """For this process, as far as its Triton has these two: it may look up as often as it likes in another version."""
+    """For this process, as far as its Triton has these: it may look up as often as it likes in another version."""
     if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
         interpreter._patch_builtin = _replace
+        if _patch_lang is not None and hasattr(interpreter, "_LangPatchScope"):
+            interpreter._patch_lang = _replace_all
     if _find_dtype is not None:
         interpreter._get_np_dtype = _dtype
+    tl.block_type.__init__, tl.tensor.__init__ = _block, _tensor
+    builder: Any = getattr(interpreter, "interpreter_builder", None)
+    options: Any = getattr(builder, "options", None)
+    if getattr(options, "sanitize_overflow", False) and not options.debug:
+        builder.options = dataclasses.replace(options, sanitize_overflow=False)

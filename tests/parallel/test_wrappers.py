@@ -186,10 +186,15 @@ def again(rank: int, case: Case) -> None:
     assert_equal({n.removeprefix("_orig_mod."): g for n, g in compiled.items()}, eager, case)
 
 
-COMPILED = [MIXTURE, replace(SHORT, n=16, style="sharded"), CAUSAL, replace(CAUSAL, style="experts")]
+COMPILED = [
+    pytest.param(MIXTURE, id="mixture", marks=pytest.mark.thorough),
+    pytest.param(replace(SHORT, n=16, style="sharded"), id="sharded"),
+    pytest.param(CAUSAL, id="causal"),
+    pytest.param(replace(CAUSAL, style="experts"), id="experts", marks=pytest.mark.thorough),
+]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=["mixture", "sharded", "causal", "experts"])
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled(ranks: Ranks, case: Case) -> None:
     if case.style == "experts":
         ranks.run(again_whole, case, world=2)

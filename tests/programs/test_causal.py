@@ -64,11 +64,10 @@ def test_state_dict(package: str) -> None:
 
 
 @PACKAGES
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled(package: str, backend: str) -> None:
+def test_compiled(package: str) -> None:
     """In one graph, with gradients."""
     layer, x = layer_of(package), tokens()
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(gradients(compiled, layer, x), gradients(layer, layer, x)):
         assert torch.equal(actual, expected)
 

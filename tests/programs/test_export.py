@@ -75,6 +75,7 @@ def test_saved(tmp_path: Path) -> None:
         assert_same(program(**given), layer(**given).detach(), f"B = {batch}, N = {n}")
 
 
+@pytest.mark.thorough  # by day machine code is that of torch.compile
 @pytest.mark.slow
 def test_machine_code(tmp_path: Path) -> None:
     """AOTInductor, with a C++ compiler: in float64, so that another order of sums is all that differs."""
