@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 def test_bands_of_one_property(tmp_path: Path) -> None:
     """Correct results within the budget, faults beyond it; resumed, nothing is measured again; the table has a row."""
     out, page = tmp_path / "bands.json", tmp_path / "page.md"
-    command = [sys.executable, "-m", "tests.bands", "--out", str(out), "--fault-examples", "100"]
-    wanted = ["--examples", "100", "--only", r"combine\w+ 0 (-|last slot)"]
+    command = [sys.executable, "-m", "tests.bands", "--out", str(out), "--fault-examples", "40"]
+    wanted = ["--examples", "40", "--only", r"combine\w+ 0 (-|last slot)"]
     subprocess.run([*command, *wanted], cwd=ROOT, check=True, capture_output=True)
     first = json.loads(out.read_text())
     assert len(first["chunks"]) == 3

@@ -358,7 +358,7 @@ def test_a_fault_of_a_layer_is_shrunk_kept_and_tried_first(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_a_leak_is_found_where_no_budget_shows_it(
     dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,8 +32,14 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # Below, at and above the K of either router and its multiple by fetch_k_ratio, a window, a block.
 LENGTHS = (17, 2, WINDOW, K_Q, K_Q + 1, K_KV, 8, 9, 33)
-LONG_FIRST = [(option, LENGTHS) for option in COMPILED]
-SHORT_FIRST = [(option, (3, *LENGTHS)) for option in ("default", "local mask")]
+BY_DAY = ("local mask", "exact")
+LONG_FIRST = [
+    pytest.param(option, LENGTHS, marks=() if option in BY_DAY else pytest.mark.thorough) for option in COMPILED
+]
+SHORT_FIRST = [
+    pytest.param("default", (3, *LENGTHS)),
+    pytest.param("local mask", (3, *LENGTHS), marks=pytest.mark.thorough),
+]
 
 
 @pytest.fixture
