@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # Below, at and above the K of either router and its multiple by fetch_k_ratio, a window, a block.
 LENGTHS = (17, 2, WINDOW, K_Q, K_Q + 1, K_KV, 8, 9, 33)
-BY_DAY = ("local mask", "exact")
+BY_DAY = ("local mask", "cross")
 LONG_FIRST = [
     pytest.param(option, LENGTHS, marks=() if option in BY_DAY else pytest.mark.thorough) for option in COMPILED
 ]
