@@ -25,13 +25,13 @@ def draw(path: Path, text: Text, queries: Routes, keys_values: Routes, soft: Ten
 
     experts, n = queries.logits[0].shape
     slots = queries.indices.shape[-1]
-    figure = Figure(figsize=(14, 3.6 + 0.75 * min(experts, 12) + 2.4), dpi=120, layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), height_ratios=(0.75 * min(experts, 12) + 0.8, 2.6))
+    figure = Figure(figsize=(10.5, 5.4 + 0.7 * min(experts, 12)), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(5, 2), height_ratios=(0.75 * min(experts, 12) + 0.8, 2.6))
     reached = 100 * picked(queries)[0].any(0).double().mean().item()
     figure.suptitle(
         f"{text.name}: {n} tokens, {experts} experts with {slots} slots each\n"
-        f"{reached:.0f} % of the tokens are picked as a query by at least one expert",
-        fontsize=13,
+        f"Seeded routers, not trained: {reached:.0f} % of the tokens are picked as a query by at least one expert",
+        fontsize=11,
     )
     raster = figure.add_subplot(grid[0, 0])
     _raster(raster, queries, keys_values)
