@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
 Report = dict[str, Any]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the kind of K by the line's style besides.
-BLUE, SKY, ORANGE, BLACK = "#0072B2", "#56B4E9", "#E69F00", "#000000"
+BLUE, SKY, ORANGE, YELLOW, PURPLE, BLACK = "#0072B2", "#56B4E9", "#E69F00", "#F0E442", "#CC79A7", "#000000"
 LINES = {  # device: (label, competitor, group, colour, style, marker)
     "cuda": [
         ("dense attention", "dense", "sweep K = N/8", BLACK, ":", "s"),
@@ -45,11 +44,11 @@ LINES = {  # device: (label, competitor, group, colour, style, marker)
         ("this layer, K = 128, local attention", "optimized", "fixed K, local", BLUE, "-", "o"),
     ],
 }
-# Paul Tol's muted colours, libraries' kernels in the two strongest; hatched where they begin again.
+# Libraries' kernels in blue; hatched where the colours begin again. No red beside green.
 STAGES = {
-    "GEMM": ("#332288", ""), "attention": ("#88CCEE", ""), "router": ("#CC6677", ""), "solver": ("#DDCC77", ""),
-    "selection": ("#117733", ""), "gather": ("#AA4499", ""), "null slot": ("#44AA99", ""), "combine": ("#882255", ""),
-    "dx": ("#999933", ""), "rotary": ("#CC6677", "///"), "norm": ("#DDCC77", "///"), "copies": ("#777777", ""),
+    "GEMM": (BLUE, ""), "attention": (SKY, ""), "router": (ORANGE, ""), "solver": (YELLOW, ""),
+    "selection": (PURPLE, ""), "gather": ("#777777", ""), "null slot": (ORANGE, "///"), "combine": (PURPLE, "///"),
+    "dx": (YELLOW, "///"), "rotary": (SKY, "///"), "norm": (BLUE, "///"), "copies": (BLACK, ""),
     "other": ("#DDDDDD", ""),
 }  # fmt: skip
 OURS = ("as a CUDA graph", "this layer")  # the first that was measured stands beside the floor
@@ -298,9 +297,10 @@ def draw_against_n(path: Path, reports: list[Report], key: str, label: str) -> N
     drawn = [report for report in reports if has_lines(report)]
     if not drawn:
         return
-    figure = Figure(figsize=(14, 5.0 * len(drawn)), dpi=120, layout="constrained")
-    axes = figure.subplots(len(drawn), 2, squeeze=False, sharey="row")
-    for row, report in zip(axes, drawn):
+    figure = Figure(figsize=(10, 4.6 * len(drawn)), dpi=100, layout="constrained")
+    parts = figure.subfigures(len(drawn), 1, squeeze=False).flat
+    for part, report in zip(parts, drawn):
+        row = part.subplots(1, 2, sharey=True)
         for axis, direction in zip(row, DIRECTIONS):
             for line in LINES[report["device"]]:
                 _line(axis, report, line, direction, key)
@@ -313,9 +313,20 @@ def draw_against_n(path: Path, reports: list[Report], key: str, label: str) -> N
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.grid(alpha=0.3, which="major")
         row[0].set_ylabel(label)
-        place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "alignment": "left", "frameon": False}
-        row[1].legend(fontsize=9, title=textwrap.fill(report["hardware"]["name"], 34), title_fontsize=9, **place)
+        part.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+        where = f"{report['hardware']['name']}, torch {report['versions']['torch']}"
+        part.suptitle(f"{where}\n{swept(report)}", fontsize=11)
     figure.savefig(path)
+
+
+def swept(report: Report) -> str:
+    """What the cases of the lines have in common: their shape but for N and K; and their windows."""
+    of = {line[2] for line in LINES[report["device"]]}
+    cases = [case for case in report["cases"].values() if case["group"] in of]
+    shapes = {shape(case | {"n": "N", "slots": "K", "window": None}) for case in cases}
+    windows = sorted({case["window"] for case in cases} - {None})
+    said = " or ".join(sorted(shapes)).replace("N N, ", "").replace("K K, ", "")
+    return said + "".join(f"; local attention: window {window}" for window in windows)
 
 
 def _line(axis: Axes, report: Report, line: tuple[str, ...], direction: str, key: str) -> None:
@@ -354,7 +365,7 @@ def draw_stages(path: Path, report: Report) -> None:
     cases = [case for case in standard if "stage_ms" in find(report, case, "optimized", BOTH)]
     if not cases:
         return
-    figure = Figure(figsize=(2.3 * len(cases) + 0.6, 8.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(1.75 * len(cases) + 0.5, 8.0), dpi=100, layout="constrained")
     axes = figure.subplots(2, len(cases), squeeze=False)
     used: set[str] = set()
     for row, direction in zip(axes, DIRECTIONS):
@@ -370,21 +381,19 @@ def draw_stages(path: Path, report: Report) -> None:
                         axis.bar(x, height, 0.7, bottom, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                         used.add(stage)
                     bottom += height
-            if "p50" in layer:
-                axis.plot([-0.42, 0.42], [layer["p50"]] * 2, color="black", linewidth=1.6, linestyle="--")
             axis.set_xticks([0, 1], ["layer", "floor"])
-            axis.set_title(case, fontsize=10)
+            whole = f"\ncalled: {milliseconds(layer['p50'])}" if "p50" in layer else ""
+            axis.set_title(case + whole, fontsize=10)
             axis.margins(x=0.15)
             axis.grid(axis="y", alpha=0.3)
             axis.set_axisbelow(True)
         row[0].set_ylabel(f"{direction.replace('+', ' + ')}, ms")
-    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=c, hatch=h, edgecolor="white", label=s) for s, (c, h) in STAGES.items() if s in used]
-    handles.append(Line2D([], [], color="black", linestyle="--", label="measured whole, caches cold"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    figure.suptitle(f"Time of the kernels by stage, {report['hardware']['name']}", fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9, frameon=False)
+    said = "called: the layer as it is called, which also waits for the host, and whose caches are cold"
+    figure.suptitle(f"Time of the kernels by stage, ms, {report['hardware']['name']}\n{said}", fontsize=11)
     figure.savefig(path)
 
 

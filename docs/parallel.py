@@ -11,36 +11,38 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import NullFormatter
 
 from optimized.parallel import volume
 from optimized.parallel.volume import Setting
 from reference.contract import Config
 
+BLUE, SKY, ORANGE, PURPLE = "#0072B2", "#56B4E9", "#E69F00", "#CC79A7"  # Okabe and Ito's: no red beside green
 PICTURES = Path(__file__).parent / "pictures"
 N, DIM, EXPERTS, NUMBER = 2**20, 1024, 4, 2
 RANKS = (2, 4, 8, 16, 32)
 STEPS = (
-    ("x", "n tokens of each rank"),
-    ("logits", "all-to-all: a row whole to one rank,\nwhich solves and selects"),
-    ("decisions", "all-gather: indices, scores"),
-    ("rows", "reduce-scatter: K rows an expert,\nto the rank that has it"),
-    ("outputs", "all-gather: what the experts have"),
-    ("out", "n tokens of each rank"),
+    ("x", "n tokens\nof each rank"),
+    ("logits", "all-to-all:\na row whole\nto one rank, which\nsolves and selects"),
+    ("decisions", "all-gather:\nindices, scores"),
+    ("rows", "reduce-scatter:\nK rows an expert,\nto the rank that\nhas it"),
+    ("outputs", "all-gather:\nwhat the experts\nhave"),
+    ("out", "n tokens\nof each rank"),
 )
 
 
 def diagram() -> None:
-    figure, axes = plt.subplots(figsize=(11, 4.4), layout="constrained")
-    axes.set(xlim=(-0.2, 6.2), ylim=(-0.9, 4.6))
+    figure, axes = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
+    axes.set(xlim=(-0.2, 6.2), ylim=(-1.3, 4.6))
     axes.axis("off")
-    colours = ("#3b8fd9", "#e8842c", "#3fa34d", "#c44fc4")
+    colours = (BLUE, ORANGE, SKY, PURPLE)
     for i, (name, what) in enumerate(STEPS):
         axes.text(i + 0.3, 4.35, name, ha="center", weight="bold")
-        axes.text(i + 0.3, -0.75, what, ha="center", fontsize=7)
+        axes.text(i + 0.3, -0.15, what, ha="center", va="top", fontsize=9)
         for rank, colour in enumerate(colours):
             y = 3 - rank
             if i == 0:
-                axes.text(-0.12, y + 0.4, f"rank {rank}", ha="right", va="center", fontsize=8)
+                axes.text(-0.12, y + 0.4, f"rank {rank}", ha="right", va="center", fontsize=9)
             height = 0.8 / 4
             for part in range(4):
                 shown = colour if name in ("x", "out") else colours[part]
@@ -65,21 +67,22 @@ def gigabytes(slots: int, ranks: int, block: int | None = None) -> float:
 
 
 def volumes() -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     inner = N * DIM * NUMBER
     axes.plot(RANKS, [6 * inner * (r - 1) / r / 1e9 for r in RANKS], "k--", label="ring attention")
     axes.plot(RANKS, [8 * inner * (r - 1) / r**2 / 1e9 for r in RANKS], "k:", label="Ulysses")
-    for slots, colour in ((1024, "tab:blue"), (8192, "tab:green"), (32768, "tab:orange"), (N // 8, "tab:red")):
+    for slots, colour in ((1024, SKY), (8192, BLUE), (32768, PURPLE), (N // 8, ORANGE)):
         found = [gigabytes(slots, r) for r in RANKS]
         axes.plot(RANKS, found, "o-", color=colour, label=f"this layer, K = {slots}")
         print(slots, [f"{g:.3g}" for g in found])
     aligned = [gigabytes(N // 8, r, N // r) for r in RANKS]
-    axes.plot(RANKS, aligned, "s--", color="tab:red", label=f"the same, K = {N // 8}, blocks aligned")
+    axes.plot(RANKS, aligned, "s--", color=ORANGE, label=f"the same, K = {N // 8}, blocks aligned")
     print("aligned", [f"{g:.3g}" for g in aligned])
     axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GB that a rank sends, forward + backward")
     axes.set_xticks(RANKS, [str(r) for r in RANKS])
-    axes.set_title(f"N = {N} tokens, D {DIM}, E {EXPERTS}, bfloat16", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(f"What a rank sends, computed: N = {N} tokens, D {DIM}, E {EXPERTS}, bfloat16", fontsize=10)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=3, frameon=False)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(PICTURES / "volumes.png", dpi=110)
 

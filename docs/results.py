@@ -1,4 +1,4 @@
-"""Rewrites the table of proof in README.md and draws docs/pictures/error_bands.png from tests/reports/*.json.
+"""Rewrites the table of proof in docs/testing.md and draws docs/pictures/error_bands.png from tests/reports/*.json.
 
 Run from the repository root after `pytest --report=tests/reports/cpu.json` and, on a GPU,
 `pytest --device cuda --report=tests/reports/h200.json`, and once more with each flash-attn installed. The bands of the
@@ -113,7 +113,7 @@ def draw_properties(axis: Axes, name: str, report: dict[str, Any]) -> None:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     reports = load()
-    write_between(ROOT / "README.md", "worst", table(reports))
+    write_between(ROOT / "docs" / "testing.md", "worst", table(reports))
     draw(reports, read(REPORTS / "bands-cpu.json"))
     for name, report in reports.items():
         print(f"{name}: {report['hardware']['name']}, {report['outcomes']}, {report['seconds']} s")

@@ -14,13 +14,13 @@ import torch
 from reference import capped_simplex, coordinate_descent
 
 N, K = 8192, 1024 * 9 / 8
-SPREADS = {1.0: "tab:blue", 8.0: "tab:orange", 32.0: "tab:red"}
+SPREADS = {1.0: "#0072B2", 8.0: "#E69F00", 32.0: "#CC79A7"}  # Okabe and Ito's
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     unit = torch.randn(1, 1, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 5.0), layout="constrained")
     iterations = [*range(1, 31), 35, 40, 50, 70, 100, 150, 200, 300, 500, 1000]
     for spread, colour in SPREADS.items():
         logits = spread * unit
@@ -34,7 +34,7 @@ def main() -> None:
         print(f"std {spread:g}: mass {scores.sum():.1f} of {K:g}, {saturated} saturated")
     left.plot([], [], color="grey", ls=":", label='solver="exact": mass 1152')
     left.set(xlabel="token, best first", ylabel="soft score", title="Soft scores after 20 iterations")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     right.axhline(K, color="grey", ls=":", label="target mass")
     right.axvline(20, color="grey", lw=0.8)
     right.set(xscale="log", xlabel="iterations (default 20)", ylabel="mass", title="Total mass against iterations")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,16 @@ from harness import check_identical
 from markdown_it import MarkdownIt
 from record import ROOT, table, write_between
 
-import optimized
+import optimized.parallel
 import reference
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+API = {optimized: "optimized", reference: "reference", optimized.parallel: "parallel", optimized.attention: "attention"}
 SOURCES = sorted(p for folder in ("reference", "optimized", "tests", "docs") for p in (ROOT / folder).rglob("*.py"))
+CHECKS = runpy.run_path(str(ROOT / "docs" / "site_checks.py"))
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
@@ -54,6 +60,51 @@ def test_index_leads_to_every_page() -> None:
     reached = {(index.parent / path).resolve() for path, _ in links(index.read_text())}
     assert set(PAGES) <= reached | {index}
     assert "docs/index.md" in {path for path, _ in links((ROOT / "README.md").read_text())}
+
+
+def test_the_site_shows_every_page_once() -> None:
+    listed = re.findall(r"^ *- (?:[\w ]+: )?([\w./-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(ROOT).as_posix() for page in PAGES)
+
+
+@pytest.mark.parametrize(
+    ("text", "loads"),
+    [
+        ('<script src="https://a/b.js"></script><a href="https://c">c</a>', 1),
+        ('<link rel=stylesheet href=//a/b.css><link rel="canonical" href="https://a">', 1),
+        ("@import 'https://a/b.css'; p {background: url(https://a/b.png)}", 2),
+        ('<img src="../a.png"><script src="assets/b.js"></script>p {background: url("data:image/png;base64,AA")}', 0),
+    ],
+)
+def test_what_a_page_loads_from_elsewhere_is_seen(text: str, loads: int) -> None:
+    assert len(list(CHECKS["loaded"](text))) == loads
+
+
+def test_a_page_that_is_rendered_otherwise_is_seen() -> None:
+    text = "a\n- b\n- c\n"
+    assert CHECKS["differences"](text, "<p>a\n- b\n- c</p>") == {"ul": (1, 0), "li": (2, 0)}
+    assert CHECKS["differences"](text, "<p>a</p><ul><li>b</li><li>c</li></ul>") == {}
+
+
+def test_one_version_everywhere() -> None:
+    """In the project's metadata, how it is cited, and at the top of what changed."""
+    places = {
+        "pyproject.toml": r'^version = "(.*)"$',
+        "CITATION.cff": r"^version: (.*)$",
+        "CHANGELOG.md": r"^## (\S+) - ",
+    }
+    found = {file: re.findall(said, (ROOT / file).read_text(), re.MULTILINE)[:1] for file, said in places.items()}
+    assert len(set(map(tuple, found.values()))) == 1, found
+    assert all(found.values())
+
+
+@pytest.mark.parametrize(("package", "page"), API.items(), ids=API.values())
+def test_every_public_name_is_on_a_page_of_the_api(package: ModuleType, page: str) -> None:
+    """By where it is found: a function that has a file of its name stands in the package as that file."""
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / f"docs/api/{page}.md").read_text(), re.MULTILINE)
+    files = {file.stem for file in Path(package.__file__).parent.glob("*.py")}
+    expected = {f"{package.__name__}.{name}" + f".{name}" * (name in files) for name in package.__all__}
+    assert expected <= set(named)
 
 
 def test_files_of_docs_that_are_named_exist() -> None:

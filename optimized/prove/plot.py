@@ -25,13 +25,13 @@ def draw(path: Path, text: Text, queries: Routes, keys_values: Routes, soft: Ten
 
     experts, n = queries.logits[0].shape
     slots = queries.indices.shape[-1]
-    figure = Figure(figsize=(14, 3.6 + 0.75 * min(experts, 12) + 2.4), dpi=120, layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), height_ratios=(0.75 * min(experts, 12) + 0.8, 2.6))
+    figure = Figure(figsize=(10.5, 5.4 + 0.7 * min(experts, 12)), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(5, 2), height_ratios=(0.75 * min(experts, 12) + 0.8, 2.6))
     reached = 100 * picked(queries)[0].any(0).double().mean().item()
     figure.suptitle(
         f"{text.name}: {n} tokens, {experts} experts with {slots} slots each\n"
-        f"{reached:.0f} % of the tokens are picked as a query by at least one expert",
-        fontsize=13,
+        f"Seeded routers, not trained: {reached:.0f} % of the tokens are picked as a query by at least one expert",
+        fontsize=11,
     )
     raster = figure.add_subplot(grid[0, 0])
     _raster(raster, queries, keys_values)
@@ -81,7 +81,7 @@ def _logits(axes: Any, logits: Tensor, slots: int) -> None:
         threshold = row.topk(slots).values[-1].item()
         axes.stairs(counts.tolist(), edges.tolist(), color=colour(e), linewidth=1.4, label=f"> {threshold:.2f}")
         axes.axvline(threshold, color=colour(e), linestyle="--", linewidth=1)
-    axes.set(xlabel="query routing logit", ylabel="tokens")
+    axes.set(xlabel="query routing logit", ylabel="tokens", ylim=(0, 1.5 * axes.dataLim.ymax))  # room for the legend
     axes.set_title(f"Logits; the top {slots} are picked", fontsize=10)
     axes.legend(fontsize=8, title="picked by expert 1, ...", title_fontsize=8)
 
@@ -92,5 +92,5 @@ def _soft(axes: Any, soft: Tensor, slots: int, mass: float) -> None:
         axes.plot(row.sort(descending=True).values.tolist(), color=colour(e), linewidth=1.4, label=label)
     axes.axvline(slots, color="0.3", linestyle="--", linewidth=1, label=f"{slots} slots")
     axes.set(xlabel="token, best first", ylabel="soft score", xlim=(0, min(3 * slots, soft.shape[-1])), ylim=(0, 1.05))
-    axes.set_title("Soft scores: what the router's gradient sees", fontsize=10)
+    axes.set_title("Soft scores, of which gradients are", fontsize=10)
     axes.legend(fontsize=8)

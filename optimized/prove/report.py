@@ -22,7 +22,8 @@ from optimized.prove.text import Text, typical
 from optimized.routing import Routes
 
 EXCERPT = 120  # tokens
-COLOURS = ("#3b8fd9", "#e8842c", "#3fa34d", "#c44fc4", "#d64550", "#1fa3a0", "#a8870a", "#8a6de9")
+# No red beside green; the first four differ in lightness, too, and are seen on a dark terminal.
+COLOURS = ("#2f7fd0", "#e69f00", "#c44fc4", "#8c8c8c", "#7cc6f2", "#f0e442", "#8a6de9", "#a8870a")
 SUPERSCRIPT = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
 
 

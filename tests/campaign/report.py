@@ -21,7 +21,7 @@ body { font: 14px/1.45 sans-serif; max-width: 70em; margin: 2em auto; padding: 0
 table { border-collapse: collapse; margin: 0.7em 0 }
 td, th { border: 1px solid #ccc; padding: 2px 8px; text-align: left }
 td.n { text-align: right; font-variant-numeric: tabular-nums } code { font-size: 11px; word-break: break-all }
-img { max-width: 100% } .bad { color: #c00 } details { margin: 0.5em 0 }
+img { max-width: 100% } details { margin: 0.5em 0 }
 """
 
 
@@ -170,7 +170,7 @@ def html(runs: Sequence[Run]) -> str:
     )
     parts += ["<h2>Counts</h2>", counts_table(runs), "<h2>Failures</h2>", failures(runs)]
     parts += ["<h2>Where</h2>", environments(runs), "<h2>Error bands</h2>"]
-    parts.append("<p>The darker, the more cases; red: the worst.</p>")
+    parts.append("<p>The darker, the more cases; the line is at the worst, a diamond at a failure.</p>")
     for kind in KINDS:
         tally = merged(runs, kind)
         if not tally.cases:
@@ -186,7 +186,7 @@ def html(runs: Sequence[Run]) -> str:
         if tally.notes:
             parts.append(table(("of these cases", "number"), tally.notes.items()))
         parts.append(plots.inline(plots.marginals_figure(tally)))
-        parts.append(f"<h3>Pairs of levels</h3><p>{len(never)} never met (red).</p>")
+        parts.append(f"<h3>Pairs of levels</h3><p>{len(never)} never met (dots).</p>")
         parts.append(plots.inline(plots.pairs_figure(tally)))
         if never:
             parts.append(f"<details><summary>which</summary><p>{escape('; '.join(never))}</p></details>")

@@ -15,14 +15,16 @@ from .mutant import Mutant
 from .runner import OUTCOMES, Result
 
 COLOURS = {"killed": "green", "survived": "red", "raised": "yellow", "broken": "magenta", "crashed": "magenta"}
+# Blue and orange, told apart by colour-blind readers; what should not be is dark.
 SHADES = {
-    "killed": "#2e8b57",
-    "survived": "#c0392b",
-    "raised": "#e0a030",
-    "equivalent": "#9aa5b1",
-    "needs a GPU": "#dfe4ea",
-    "not run": "#b9a3d6",
+    "killed": ("#0072B2", ""),
+    "raised": ("#E69F00", ""),
+    "equivalent": ("#BBBBBB", ""),
+    "survived": ("#000000", ""),
+    "needs a GPU": ("#DDDDDD", "///"),
+    "not run": ("#DDDDDD", "..."),
 }
+OTHER = ("#CC79A7", "xxx")
 
 WITHOUT_RESULT = ("needs a GPU", "not run")
 
@@ -103,42 +105,54 @@ def joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in reports[0]["mutants"]:
         others = [other for found in reports for other in found["mutants"] if other["name"] == row["name"]]
         rows.append(next((other for other in others if other["outcome"] not in WITHOUT_RESULT), row))
-    return reports[0] | {"totals": dict(sorted(Counter(row["outcome"] for row in rows).items())), "mutants": rows}
+    totals = dict(sorted(Counter(row["outcome"] for row in rows).items()))
+    also = [found["hardware"]["name"] for found in reports[1:]]
+    return reports[0] | {"totals": totals, "mutants": rows, "also": also}
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Mutants by class against the files of tests: which one noticed first."""
+    """Mutants by class: how many each file of tests noticed first, and what became of all. Read at a page's width."""
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
 
-    rows = sorted(found["mutants"], key=lambda row: CLASSES.index(row["bug"]))
-    files = sorted({row["test"].split("::")[0].removeprefix("tests/test_").removesuffix(".py") for row in rows} - {""})
-    half = -(-len(rows) // 2)
-    figure, axes = plt.subplots(1, 2, figsize=(15, 0.155 * half + 2.2), layout="constrained")
-    for axis, part in zip(axes, (rows[:half], rows[half:])):
-        bug = None
-        for i, row in enumerate(part):
-            if row["bug"] != bug:
-                bug = row["bug"]
-                axis.axhline(i - 0.5, color="#34495e", lw=0.6)
-                axis.text(len(files) + 0.6, i, bug, fontsize=7, va="center", fontweight="bold")
-            shade = SHADES.get(row["outcome"], "#8e44ad")
-            file = row["test"].split("::")[0].removeprefix("tests/test_").removesuffix(".py")
-            if file:
-                axis.barh(i, 0.9, left=files.index(file) - 0.45, height=0.8, color=shade)
-            else:
-                axis.barh(i, len(files) - 0.1, left=-0.45, height=0.5, color=shade, alpha=0.8)
-        names = [row["name"] for row in part]
-        axis.set_yticks(range(len(part)), names, fontsize=6.5)
-        axis.set_xticks(range(len(files)), [f.replace("_", " ") for f in files], rotation=35, ha="left", fontsize=8)
-        axis.xaxis.tick_top()
-        axis.set(xlim=(-0.6, len(files) + 4.2), ylim=(half - 0.5, -0.5))
-        axis.tick_params(length=0)
-        for side in axis.spines.values():
-            side.set_visible(False)
-    present = [kind for kind in SHADES if found["totals"].get(kind)]
-    handles = [Patch(color=SHADES[k], label=f"{k}: {found['totals'][k]}") for k in present]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
-    figure.suptitle("Which file of tests noticed a mutant first", fontsize=11)
-    figure.savefig(path, dpi=130)
+    rows = found["mutants"]
+    files = [file for file, _ in Counter(map(noticed_by, rows)).most_common() if file]
+    bugs = [bug for bug in CLASSES if any(row["bug"] == bug for row in rows)]
+    counts = Counter((row["bug"], noticed_by(row)) for row in rows)
+    outcomes = Counter((row["bug"], row["outcome"]) for row in rows)
+    figure, (cells, bars) = plt.subplots(
+        1, 2, figsize=(10, 0.29 * len(bugs) + 2.0), width_ratios=(5, 2), sharey=True, layout="constrained"
+    )
+    most = max(counts[bug, file] for bug in bugs for file in files)
+    cells.imshow(
+        [[counts[bug, file] for file in files] for bug in bugs], cmap="Blues", vmin=0, vmax=most, aspect="auto"
+    )
+    for y, bug in enumerate(bugs):
+        for x, file in enumerate(files):
+            if number := counts[bug, file]:
+                cells.text(x, y, number, ha="center", va="center", color="white" if number > most / 2 else "black")
+    cells.set_yticks(range(len(bugs)), bugs)
+    cells.set_xticks(range(len(files)), [file.replace("_", " ") for file in files], rotation=40, ha="left")
+    cells.xaxis.tick_top()
+    cells.tick_params(length=0)
+    cells.set_xlabel("file of tests that noticed first, and how many")
+    left = [0] * len(bugs)
+    for outcome in dict.fromkeys((*SHADES, *found["totals"])):
+        width = [outcomes[bug, outcome] for bug in bugs]
+        if any(width):
+            shade, hatch = SHADES.get(outcome, OTHER)
+            label = f"{outcome}: {sum(width)}"
+            bars.barh(range(len(bugs)), width, left=left, color=shade, hatch=hatch, edgecolor="white", label=label)
+            left = [a + b for a, b in zip(left, width)]
+    bars.set_xlabel("what became of them")
+    bars.grid(axis="x", alpha=0.3)
+    bars.set_axisbelow(True)
+    bars.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    where = " and ".join(dict.fromkeys((found["hardware"]["name"], *found.get("also", ()))))
+    figure.suptitle(f"{len(rows)} faults put into the layer, by class ({where})", fontsize=11)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def noticed_by(row: dict[str, Any]) -> str:
+    """The file of the test that failed, in short; empty where none did."""
+    return row["test"].split("::")[0].rpartition("/")[2].removeprefix("test_").removesuffix(".py")

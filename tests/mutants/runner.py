@@ -34,7 +34,17 @@ from .profiles import Profile
 OUTCOMES = ("killed", "survived", "raised", "broken", "crashed", "timeout")
 SECONDS = 600  # of one core for a mutant: it loops. A profile takes a tenth of that
 IGNORED = shutil.ignore_patterns(
-    ".git", ".*cache", ".hypothesis", ".mutants", ".campaign", "__pycache__", "*.png", "*.egg-info", ".venv"
+    ".git",
+    ".*cache",
+    ".hypothesis",
+    ".mutants",
+    ".campaign",
+    "__pycache__",
+    "*.png",
+    "*.egg-info",
+    ".venv",
+    "build",
+    "dist",
 )
 CHILD = Path(__file__).with_name("child.py")
 

@@ -177,11 +177,14 @@ def test_corrupt_results_are_named(
     assert state.read_bytes() == content.encode("latin-1")
 
 
+CPU, GPU = ({"device": device, "hardware": {"name": device}} for device in ("cpu", "cuda"))
+
+
 def test_what_needs_a_gpu_comes_from_its_report() -> None:
     """And only that: what the first report says of another stands."""
     gpu = replace(KILLED, name="gpu", device="cuda")
-    cpu = report([KILLED, gpu], {"killed": Result("killed", "tests/test_toy.py::test_twice")}, {"device": "cpu"})
-    cuda = report([KILLED, gpu], {"gpu": Result("survived"), "killed": Result("raised")}, {"device": "cuda"})
+    cpu = report([KILLED, gpu], {"killed": Result("killed", "tests/test_toy.py::test_twice")}, CPU)
+    cuda = report([KILLED, gpu], {"gpu": Result("survived"), "killed": Result("raised")}, GPU)
     assert [row["outcome"] for row in joined([cpu])["mutants"]] == ["killed", "needs a GPU"]
     both = joined([cpu, cuda])
     assert [row["outcome"] for row in both["mutants"]] == ["killed", "survived"]
@@ -192,7 +195,7 @@ def test_report_and_picture(tmp_path: Path) -> None:
     results = {"killed": Result("killed", "tests/test_a.py::test_b[c]", "AssertionError: no", 1.5)}
     mutants = (KILLED, replace(SURVIVES, device="cuda"))
     assert [verdict(m, None) for m in (SURVIVES, mutants[1])] == ["not run", "needs a GPU"]
-    found = report(mutants, results, {"device": "cpu"})
+    found = report(mutants, results, CPU)
     assert found["kind"] == "mutants"
     assert found["totals"] == {"killed": 1, "needs a GPU": 1}
     assert found["mutants"][0]["test"] == "tests/test_a.py::test_b[c]"
