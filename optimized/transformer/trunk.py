@@ -119,7 +119,7 @@ class Trunk(nn.Module):
         mask = contract.token_mask("mask", mask, tokens)
         for name, value in (("use_cache", use_cache), ("return_loads", return_loads), ("last", last)):
             contract.flag(name, value)
-        _within(tokens, mask, self.config.vocab_size)
+        _within(tokens, mask, getattr(self.embedding, "num_embeddings", self.config.vocab_size))  # it may be resized
         if cache is not None:
             if not isinstance(cache, DecoderCache):
                 contract.reject(
