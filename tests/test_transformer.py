@@ -69,6 +69,14 @@ def test_the_future_is_not_seen(package: str, rotary: bool) -> None:
             assert not torch.equal(found[:, cut], expected[:, cut])
 
 
+def test_no_gradient_from_the_future() -> None:
+    model, rows = model_of(), []
+    model.embedding.register_forward_hook(lambda module, given, out: rows.append(out.retain_grad() or out))
+    model(tokens_of())[:, :7].square().sum().backward()
+    assert not rows[0].grad[:, 7:].any()
+    assert rows[0].grad[:, :7].any(-1).all()
+
+
 def test_an_encoder_sees_the_future() -> None:
     model, tokens = model_of(Encoder), tokens_of()
     changed = torch.cat((tokens[:, :-1], (tokens[:, -1:] + 1) % V), 1)
