@@ -83,7 +83,8 @@ class MixtureOfAttentionModel(_Pretrained):
         """Hidden states after the last norm, (B, N, D); 0 where masked.
 
         Args:
-            input_ids: (B, N). attention_mask: (B, P + N), of earlier calls too, 0 or False for padding anywhere.
+            input_ids: (B, N). attention_mask: (B, P + N), 0 or False for padding anywhere; of tokens of earlier calls
+                as those were told.
             cache: what it holds is continued, and it holds this call afterwards. use_cache: begin one (default False).
         Raises TypeError or ValueError naming the argument, for any other argument too.
         """
