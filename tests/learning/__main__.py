@@ -87,14 +87,14 @@ def _runs(given: argparse.Namespace) -> list[Settings]:
 
 def table(task: str, runs: list[dict[str, Any]]) -> Table:
     headings = ("model", "N", "P", "E", "K", "Kq", "seeds", "steps", "parameters", "accuracy", "bits", "spread",
-                "at equal MACs", "at equal seconds", "whole / prefixes", "10% before the end", "seconds")  # fmt: skip
+                "at equal MACs", "at equal seconds", "whole / prefixes", "fell in a tenth", "seconds")  # fmt: skip
     shown = Table(*headings, title=task)
     for row in summary.rows(runs):
         bits = [f"{summary.bits(row[name]):.3f}" if name in row else "-" for name in
                 ("loss", "spread", "at_equal_macs", "at_equal_seconds")]  # fmt: skip
         pair = " / ".join(f"{summary.bits(row[k]):.3f}" for k in ("teacher_forced", "honest") if k in row) or "-"
         numbers = [str(row[name] or "-") for name in summary.VARIED]
-        last = f"+{summary.bits(row['still_falling']):.3f}", f"{row['seconds']:.0f}"
+        last = f"{summary.bits(row['still_falling']):+.3f}", f"{row['seconds']:.0f}"
         counts = str(row["seeds"]), str(row["steps"]), f"{row['parameters'] / 1e6:.2f} M", f"{row['accuracy']:.3f}"
         shown.add_row(row["model"], *numbers, *counts, *bits, pair, *last)
     return shown

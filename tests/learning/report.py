@@ -30,7 +30,8 @@ def run_of(report: dict[str, Any], s: Settings) -> dict[str, Any] | None:
 
 def add(report: dict[str, Any], s: Settings, figures: dict[str, Any], side_by_side: int) -> None:
     """In place of an earlier one. side_by_side: runs on a device at a time, which seconds depend on."""
-    made = {"settings": asdict(s), "side_by_side": side_by_side, **rounded(figures)}
+    exact = {name: figures[name] for name in ("loss", "first", "honest") if name in figures}  # to be subtracted
+    made = {"settings": asdict(s), "side_by_side": side_by_side, **rounded(figures), **exact}
     report["runs"] = [run for run in report["runs"] if run["settings"] != made["settings"]] + [made]
 
 

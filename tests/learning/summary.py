@@ -44,16 +44,16 @@ def seconds_of_a_step(run: dict[str, Any]) -> float:
 
 
 def rows(runs: Runs) -> list[dict[str, Any]]:
-    """A line for each group. At equal MACs and seconds: those of the run that spent least, so that all have them.
-
-    Seconds are compared only where every run had its device to itself.
+    """A line for each group. At equal MACs and seconds: those of the run of its length and pairs that spent least, so
+    that all have them. Seconds are compared only where every run had its device to itself.
     """
-    least = min((r["macs_of_a_step"] * r["settings"]["steps"] for r in runs), default=0.0)
     alone = all(run["side_by_side"] == 1 for run in runs)
-    soonest = min((run["seconds"] for run in runs), default=0.0)
     found = []
     for group in alike(runs):
         s, first = group[0]["settings"], group[0]
+        beside = [r for r in runs if all(r["settings"][name] == s[name] for name in ("n", "pairs"))]
+        least = min(r["macs_of_a_step"] * r["settings"]["steps"] for r in beside)
+        soonest = min(r["seconds"] for r in beside)
         losses = [run["loss"] for run in group]
         row = {"model": s["model"], **{name: s[name] for name in VARIED}, "seeds": len(group)}
         row |= {"steps": s["steps"], "parameters": first["parameters"], "loss": mean(losses)}

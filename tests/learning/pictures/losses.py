@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ def draw(path: Path, report: dict[str, Any], runs: Runs) -> None:
     varied = [
         name for name in ("experts", "keys") if len({r["settings"][name] for r in runs if r["settings"][name]}) > 1
     ]
-    made = style.figure(1.2 + 4.4 * (2 + len(varied)), 4.8)
-    axes = made.subplots(1, 2 + len(varied), squeeze=False)[0]
-    _against(axes[0], same, lambda run: run["macs_of_a_step"] / 1e15, "multiply-accumulates of training, 1e15")
+    made, axes = style.panels(2 + len(varied))
+    most = max(run["macs_of_a_step"] * run["settings"]["steps"] for run in same)
+    unit = 10.0 ** (3 * int(math.log10(most) // 3))
+    label = f"multiply-accumulates of training, {unit:.0e}".replace("e+", "e")
+    _against(axes[0], same, lambda run: run["macs_of_a_step"] / unit, label)
     _against(axes[1], same, seconds_of_a_step, "seconds of training")
     if any(run["side_by_side"] > 1 for run in same):
         axes[1].set_title("runs shared a device", fontsize=9)
@@ -71,8 +74,8 @@ def _over(axis: Axes, runs: Runs, name: str) -> None:
         for run in some:
             points.setdefault(run["settings"][name], []).append(bits(run["loss"]))
         style.band(axis, model, points, model, marker="o")
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel={"experts": "E, experts", "keys": "K, tokens an expert remembers"}[name])
+    values = sorted({run["settings"][name] for run in runs if run["settings"][name]})
+    style.by_twos(axis, values, {"experts": "E, experts", "keys": "K, tokens an expert remembers"}[name])
 
 
 def packages(path: Path, report: dict[str, Any], runs: Runs) -> None:
@@ -89,6 +92,7 @@ def packages(path: Path, report: dict[str, Any], runs: Runs) -> None:
     eps = 2**-23 * runs[0]["first"][0]
     first.axhline(eps, color="#E69F00", linestyle="--", label="last place of a loss in float32")
     first.set_yscale("symlog", linthresh=eps / 2)
+    first.set_ylim(bottom=0)
     first.set(xlabel="step", ylabel="difference of the losses, nats", title="The first steps")
     for model, found in style.models_of(runs):
         points: dict[float, list[float]] = {}

@@ -23,8 +23,8 @@ def draw(path: Path, report: dict[str, Any], runs: Runs) -> None:
         panels.append(lambda axis: _distances(axis, style.like(runs, **fixed)))
     if len({run["settings"]["pairs"] for run in runs}) > 1:
         panels.append(lambda axis: _pairs(axis, style.like(runs, n=usual["n"])))
-    made = style.figure(1.5 + 4.4 * len(panels), 4.6)
-    for axis, panel in zip(made.subplots(1, len(panels), squeeze=False)[0], panels):
+    made, axes = style.panels(len(panels), width=4.6 if len(panels) > 1 else 7.5)
+    for axis, panel in zip(axes, panels):
         panel(axis)
         axis.axhline(1 / VALUES, color="0.4", linewidth=0.9, linestyle=":")
         axis.annotate(f"a guess: 1/{VALUES}", (0.99, 1 / VALUES), xycoords=("axes fraction", "data"),
@@ -51,8 +51,8 @@ def _curves(axis: Axes, runs: Runs) -> None:
     axis.set(xlabel="steps")
 
 
-def _by(runs: Runs, name: str) -> dict[float, list[float]]:
-    points: dict[float, list[float]] = {}
+def _by(runs: Runs, name: str) -> dict[int, list[float]]:
+    points: dict[int, list[float]] = {}
     for run in runs:
         points.setdefault(run["settings"][name], []).append(run["accuracy"])
     return points
@@ -61,8 +61,7 @@ def _by(runs: Runs, name: str) -> dict[float, list[float]]:
 def _distances(axis: Axes, runs: Runs) -> None:
     for model, found in style.models_of(runs):
         style.band(axis, model, _by(found, "n"), model, marker="o")
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="N, tokens of a sequence")
+    style.by_twos(axis, sorted(_by(runs, "n")), "N, tokens of a sequence")
 
 
 def _pairs(axis: Axes, runs: Runs) -> None:
@@ -75,5 +74,4 @@ def _pairs(axis: Axes, runs: Runs) -> None:
         some = [run for run in found if run["settings"]["keys"] == keys]
         slots = keys * some[0]["settings"]["experts"]
         style.band(axis, "sigmoid", _by(some, "pairs"), f"sigmoid, K {keys}: {slots} slots a layer", marker=marker)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="pairs")
+    style.by_twos(axis, sorted(_by(runs, "pairs")), "pairs")

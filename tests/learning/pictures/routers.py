@@ -21,8 +21,7 @@ def loads(path: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     """By layer: the share of tokens that each expert takes as queries; and how far apart experts remember."""
     s, found = run["settings"], run["loads"]
     steps, layers = [step for step, _, _ in found], len(found[0][1])
-    made = style.figure(min(2.6 * layers + 2.8, 16), 4.2)
-    *axes, last = made.subplots(1, layers + 1, squeeze=False)[0]
+    made, (*axes, last) = style.panels(layers + 1, 3, 3.1, 3.0)
     for layer, axis in enumerate(axes):
         for expert in range(s["experts"]):
             shares = [taken[layer][expert] for _, taken, _ in found]
@@ -32,7 +31,7 @@ def loads(path: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
         grey, line = str(0.75 * layer / max(layers - 1, 1)), ("-", "--", ":", "-.")[layer % 4]
         shares = [apart[layer] for _, _, apart in found]
         last.plot(steps, shares, line, color=grey, linewidth=1.6, label=f"layer {layer + 1}")
-    axes[0].set_ylabel("share of the tokens that an expert takes as queries")
+    axes[0].set_ylabel("tokens that an expert takes")
     axes[0].legend(fontsize=8, frameon=False)
     last.set(title="different tokens in memory\nas a part of all slots", xlabel="steps", ylim=(0, 1.02))
     last.legend(fontsize=8, frameon=False)
@@ -47,7 +46,8 @@ def picks(path: Path, report: dict[str, Any], run: dict[str, Any]) -> None:
     s, found = run["settings"], run["picks"]
     depth = len(found["trained"]["layers"])
     rows = sorted({0, depth - 1})
-    made = style.figure(11, 0.9 + 4.6 * len(rows))
+    lines = -(-min(s["n"], COLUMNS * LINES) // COLUMNS)
+    made = style.figure(11, 1.2 + (0.5 + 0.29 * lines) * len(rows))
     axes = made.subplots(len(rows), 2, squeeze=False)
     begin = max(s["n"] // 2 - COLUMNS * LINES // 2, 0)
     for line, layer in zip(axes, rows):
@@ -75,7 +75,7 @@ def _gallery(axis: Axes, found: dict[str, Any], layer: int, begin: int) -> None:
             if stays[i]:
                 place = (column + 0.04, row + 0.56 + e * height)
                 axis.add_patch(Rectangle(place, 0.92, height, color=style.EXPERTS[e % 8], linewidth=0))
-    axis.set(xlim=(0, COLUMNS), ylim=(LINES, 0), xticks=[], yticks=[])
+    axis.set(xlim=(0, COLUMNS), ylim=(-(-len(text) // COLUMNS), 0), xticks=[], yticks=[])
 
 
 def memory(path: Path, report: dict[str, Any], run: dict[str, Any]) -> None:

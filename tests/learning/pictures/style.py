@@ -32,8 +32,19 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
+def panels(count: int, columns: int = 2, width: float = 4.6, height: float = 3.9) -> tuple[Figure, list[Axes]]:
+    """As many axes, in rows; narrow enough to be read at 800 pixels."""
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    made = figure(width * columns, 0.9 + height * lines)
+    axes = list(made.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return made, axes[:count]
+
+
 def shape(s: dict[str, Any]) -> str:
-    said = f"{s['layers']} layers, D {s['dim']}, N {s['n']}, W = w = {s['window']}"
+    said = f"{s['layers']} layer{'s' * (s['layers'] > 1)}, D {s['dim']}, N {s['n']}, W = w = {s['window']}"
     return said + (f", E {s['experts']}, K {s['keys']}, Kq {s['queries']}" if s["keys"] else "")
 
 
@@ -54,6 +65,14 @@ def band(axis: Axes, model: str, points: dict[float, list[float]], label: str, m
     axis.plot(xs, [mean(points[x]) for x in xs], line, color=colour, linewidth=1.7, label=label, marker=marker)
     low, high = zip(*((min(points[x]), max(points[x])) for x in xs))
     axis.fill_between(xs, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def by_twos(axis: Axes, values: list[int], label: str) -> None:
+    """An axis of powers of two, or nearly."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [str(value) for value in values])
+    axis.minorticks_off()
+    axis.set_xlabel(label)
 
 
 def models_of(runs: Runs) -> Iterator[tuple[str, Runs]]:
