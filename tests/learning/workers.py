@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ def perform(s: Settings, device: torch.device, places: Places, told: Told) -> di
         return {"reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
         if device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
