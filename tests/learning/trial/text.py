@@ -28,11 +28,11 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Of a folder those by name, then those of folders in it."""
+    """Of a folder those by name, then those of folders in it; without what tells of the machine."""
     inside = sorted(folder.iterdir())
-    yield from (path for path in inside if path.suffix == ".py" and path.name != "topics.py")
+    yield from (p for p in inside if p.suffix == ".py" and not p.name.startswith(("topics", "_sysconfigdata")))
     for path in inside:
-        if path.is_dir() and path.name not in LEFT_OUT:
+        if path.is_dir() and path.name not in LEFT_OUT and not path.name.startswith("config-"):
             yield from _files(path)
 
 
