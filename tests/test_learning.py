@@ -292,8 +292,16 @@ def test_pictures(task: str, picture: str, made: Path, tmp_path: Path) -> None:
     assert path.stat().st_size > 10_000
 
 
+def test_runs_in_another_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A place of two takes a run, and gives it back, since there is no time."""
+    given = ["recall", "--models", "dense", "--size", "small", "--device", "cpu", "--devices", "0", "0"]
+    assert command.main([*given, "--budget", "1e-9", "--out", str(tmp_path / "report.json")]) == 1
+    assert "1 runs were put aside" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
 def test_runs_on_several_devices(tmp_path: Path) -> None:
-    """Here two processes."""
+    """Here two processes, which import all that they need: half a minute."""
     path = tmp_path / "report.json"
     options = ["--size", "small", "--device", "cpu", "--devices", "0", "0", "--steps", "1", "--batch", "2"]
     given = ["recall", "--models", "dense", "local", *options, "--unseen", "2", "--out", str(path)]

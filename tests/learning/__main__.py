@@ -166,7 +166,11 @@ def main(given: list[str] | None = None) -> int:
         if runs:
             console.print(table(task, runs))
         if task == "packages" and (found := summary.compared(runs)):
-            console.print(f"optimized less reference: {found}")
+            spread = "" if found["standard_error"] is None else f" ± {found['standard_error']:.2g}"
+            console.print(
+                f"optimized less reference, {found['seeds']} seeds: the first steps differ by {found['first']:.2g} nats"
+                f" at most, the ends by {found['difference']:+.2g}{spread}"
+            )
     if options.plot is not None:
         PICTURES[options.picture](options.plot, made, options.tasks[0], options.model)
     if aside:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def save(made: Figure, path: Path) -> None:
     made.savefig(path)
 
 
-def band(axis: Axes, model: str, points: dict[float, list[float]], label: str, marker: str = "") -> None:
+def band(axis: Axes, model: str, points: Mapping[Any, list[float]], label: str, marker: str = "") -> None:
     """The mean of the seeds, and all between the least and the largest of them."""
     colour, line = STYLES[model]
     xs = sorted(points)
