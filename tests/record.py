@@ -91,6 +91,20 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
 
 
+def earlier(path: Path, same: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of a report that another one goes on with; none where there is no file.
+
+    same: what must be in it as it is here. Raises ValueError.
+    """
+    if not path.exists():
+        return []
+    found = read(path)
+    for name, expected in same.items():
+        if found.get(name) != expected:
+            raise ValueError(f"{path}: expected {name} {expected}, got {found.get(name)}; remove it to start anew")
+    return found["runs"]
+
+
 def write(path: Path, report: Any, indent: int = 1) -> None:
     write_text(path, json.dumps(report, indent=indent) + "\n")
 

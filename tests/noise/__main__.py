@@ -21,17 +21,6 @@ from .plot import draw
 from .training import Run, Settings, verdict
 
 
-def earlier(path: Path | None, made: dict[str, Any]) -> list[dict[str, Any]]:
-    """Runs of a report of the same sources and device, which this one goes on with. Raises ValueError."""
-    if path is None or not path.exists():
-        return []
-    found = record.read(path)
-    for name, expected in (("kind", "noise"), ("hashes", made["hashes"]), ("device", made["device"])):
-        if found.get(name) != expected:
-            raise ValueError(f"{path}: expected {name} {expected}, got {found.get(name)}; remove it to start anew")
-    return found["runs"]
-
-
 def is_of(run: dict[str, Any], name: str, settings: Settings) -> bool:
     return (run["layer"], run["settings"]) == (name, asdict(settings))
 
@@ -54,7 +43,8 @@ def main(given: list[str] | None = None) -> int:
     made = record.made(device, ("reference", "optimized", "tests/noise"), options.commit)
     report: dict[str, Any] = {"kind": "noise", **made, "runs": []}
     try:
-        report["runs"] = earlier(options.out, made)
+        if options.out is not None:
+            report["runs"] = record.earlier(options.out, {name: report[name] for name in ("kind", "hashes", "device")})
     except ValueError as error:
         parser.error(f"--out: {error}")
     table = Table("layer", "seed", "steps", "loss, nats", "standard error", "errors below ln V", "says")

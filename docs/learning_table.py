@@ -1,0 +1,47 @@
+"""The table of docs/learning.md, from tests/reports/learning-*.json. Run from the repository root:
+
+python docs/learning_table.py
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.learning import report, summary  # noqa: E402
+from tests.learning.trial.settings import TASKS  # noqa: E402
+from tests.record import REPORTS, table, write_between  # noqa: E402
+
+HEADINGS = (
+    "task", "model", "N", "P", "E", "K", "Kq", "parameters", "steps", "seeds", "accuracy", "bits", "at equal MACs",
+    "whole / prefixes",
+)  # fmt: skip
+
+
+def rows(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for task in TASKS:
+        for row in summary.rows(report.of_task(found, task)):
+            said = [f"{summary.bits(row[name]):.3f}" for name in ("loss", "at_equal_macs")]
+            both = [f"{summary.bits(row[name]):.3f}" for name in ("teacher_forced", "honest") if name in row]
+            counts = f"{row['parameters'] / 1e6:.3g} M", str(row["steps"]), str(row["seeds"])
+            shape = [str(row[name] or "") for name in summary.VARIED]
+            yield task, row["model"], *shape, *counts, f"{row['accuracy']:.3f}", *said, " / ".join(both)
+
+
+def text() -> str:
+    parts = []
+    for path in sorted(REPORTS.glob("learning-*.json")):
+        found = report.read(path)
+        s = found["runs"][0]["settings"]
+        made = f"*{found['hardware']['name']}, torch {found['versions']['torch']}, {s['precision']}; [report]"
+        parts.append(table(HEADINGS, rows(found), left=2) + f"\n\n{made}(../tests/reports/{path.name})*")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    write_between(ROOT / "docs" / "learning.md", "learning", text())
