@@ -2,7 +2,7 @@
 
 The stages are functions too, one file each: routing, routed_attention, local_attention, mixture. `explain` tells which
 backend a call takes, `use_backends` and `set_default_backends` fix it. What the layer computes is written to be
-read in the package `reference`.
+read in the package `reference`. `Decoder` and `Encoder` are whole transformers of such layers.
 """
 
 from optimized.autoregressive import MixtureOfAutoregressiveAttention
@@ -13,26 +13,34 @@ from optimized.mixture import MixtureOfAttention, combine
 from optimized.plan import backends, set_default_backends, use_backends
 from optimized.routed_attention import routed_attention
 from optimized.routing import Router, capped_simplex, coordinate_descent, route, select
+from optimized.transformer import Decoder, DecoderCache, Encoder, Loads, TransformerConfig, generate, stream
 from reference.contract import RouterOptions, Routes
 
 __all__ = [
     "Cache",
+    "Decoder",
+    "DecoderCache",
+    "Encoder",
     "Explanation",
+    "Loads",
     "MixtureOfAttention",
     "MixtureOfAutoregressiveAttention",
     "Router",
     "RouterOptions",
     "Routes",
     "StageReport",
+    "TransformerConfig",
     "backends",
     "capped_simplex",
     "combine",
     "coordinate_descent",
     "explain",
+    "generate",
     "local_attention",
     "route",
     "routed_attention",
     "select",
     "set_default_backends",
+    "stream",
     "use_backends",
 ]
