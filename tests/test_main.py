@@ -20,7 +20,7 @@ from rich.console import Console
 
 import optimized
 import reference
-from optimized.prove import arguments, decisions, interpreter, job, report, setup
+from optimized.prove import arguments, decisions, interpreter, job, setup
 from optimized.prove import text as texts
 from optimized.prove.kernels import STAGES as KERNEL_STAGES
 from optimized.prove.kernels import Compared

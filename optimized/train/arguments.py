@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from optimized.transformer.config import KINDS
 SOLVERS = ("sigmoid", "iterative", "exact")
 DTYPES = ("float32", "bfloat16")  # float16 needs a scaler of losses
 
-DESCRIPTION = """Train a causal language model of Mixture of Attention layers on text, and show what became of it.
-A run with --out goes on where it was stopped. Start it by torchrun for several devices."""
-STATUS = """exit status: 0 the loss fell and the past is unmoved by the future, 1 one of the two failed, 2 wrong usage,
-130 stopped by Ctrl-C (143 by SIGTERM), with a checkpoint"""
+DESCRIPTION = """Train a causal language model of Mixture of Attention layers on text, and show
+what became of it. A run with --out goes on where it was stopped. Start it by
+torchrun for several devices."""
+STATUS = """exit status: 0 the loss fell and the past is unmoved by the future, 1 one of the
+two failed, 2 wrong usage, 130 stopped by Ctrl-C (143 by SIGTERM), with a
+checkpoint"""
 
 
 def number(least: float, most: float, above: bool = False) -> Callable[[str], float]:
@@ -52,6 +55,10 @@ def count(text: str) -> int:
     return integer(text, 0, 2**31 - 1)
 
 
+def two_or_more(text: str) -> int:
+    return integer(text, 2, 2**31 - 1)
+
+
 positive_number, not_negative = number(0, math.inf, above=True), number(0, math.inf)
 probability, share = number(0, 0.999), number(0.001, 0.5)
 
@@ -76,7 +83,7 @@ TRAINING: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
         ("--dropout", {"type": probability, "metavar": "P", "help": "in training"}),
     ]),
     ("training", [
-        ("--context", {"type": positive, "metavar": "N", "help": "tokens of a sequence"}),
+        ("--context", {"type": two_or_more, "metavar": "N", "help": "tokens of a sequence"}),
         ("--batch", {"type": positive, "metavar": "B", "help": "sequences of a step, of all devices together"}),
         ("--steps", {"type": positive, "metavar": "S", "help": "in all"}),
         ("--rate", {"type": positive_number, "metavar": "R", "help": "of learning, at its highest"}),
@@ -99,12 +106,14 @@ TRAINING: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
 
 
 def parser_of() -> Parser:
-    sizes = "\n".join(f"  {name}: {size.described}" for name, size in SIZES.items())
+    sizes = "\n".join(
+        textwrap.fill(f"  {name}: {size.described}", 79, subsequent_indent="    ") for name, size in SIZES.items()
+    )
     parser = Parser(
         prog="python -m optimized.train",
         usage="%(prog)s [TEXT ...] [--out FOLDER] [options]\n"
-        "       %(prog)s --out FOLDER --generate N [--prompt TEXT] [--temperature T] [--top-p P]\n"
-        "       %(prog)s --out FOLDER --check [TEXT ...]",
+        "       %(prog)s --out FOLDER --check [TEXT ...]\n"
+        "       %(prog)s --out FOLDER --generate N [--prompt TEXT]",
         description=DESCRIPTION,
         epilog=f"sizes:\n{sizes}\n\n{STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

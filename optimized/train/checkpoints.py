@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import state_dict as states
 
 from optimized.train import files
 from optimized.train.settings import Settings
 from optimized.train.trainer import Trainer
 
 FILE = "checkpoint.pt"
-WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
 SHOWN = 4  # settings that differ
 
 
 def save(folder: Path, trainer: Trainer) -> dict[str, Any]:
     """By the first process; all have to call it. Returns the parameters there. NotFiniteError, OSError."""
+    from torch.distributed.checkpoint import state_dict as states  # costs a second, and not all runs keep anything
+
     progress = trainer.progress()
-    model, optimizer = states.get_state_dict(trainer.model, trainer.optimizer, options=WHOLE)
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, optimizer = states.get_state_dict(trainer.model, trainer.optimizer, options=whole)
     if trainer.ranks.first:
         state = {"settings": trainer.settings.to_dict(), "progress": progress, "model": model, "optimizer": optimizer}
         files.write(folder / FILE, lambda file: torch.save(state, file))
@@ -48,6 +49,8 @@ def read(folder: Path, settings: Settings) -> dict[str, Any] | None:
 
 def load(state: dict[str, Any], trainer: Trainer) -> None:
     """What `read` found, into a trainer that has done nothing yet."""
+    from torch.distributed.checkpoint import state_dict as states
+
     options = states.StateDictOptions(full_state_dict=True)
     states.set_state_dict(
         trainer.model,

@@ -78,7 +78,7 @@ def refused(parser: Parser, argument: str) -> Iterator[None]:
         yield
     except ImportError as error:
         needs = {"TEXT": "expected a file, since this Python comes without pydoc_data.topics"}
-        parser.error(f"{argument}: {needs.get(argument, f'expected the library of {error.name} to be installed')}")
+        parser.error(f"{argument}: {needs.get(argument, f'expected the library {error.name} to be installed')}")
     except (OSError, TypeError, ValueError) as error:
         parser.error(f"{argument}: {error}")
 
