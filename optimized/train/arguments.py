@@ -79,6 +79,7 @@ TRAINING: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
         ("--experts", {"type": positive, "metavar": "E", "help": "of a mixture layer"}),
         ("--queries", {"type": positive, "metavar": "Kq", "help": "tokens of a block that an expert updates, about"}),
         ("--memory", {"type": positive, "metavar": "K", "help": "tokens that an expert remembers"}),
+        ("--capacity", {"type": positive_number, "metavar": "C", "help": "slots of an expert over its Kq"}),
         ("--solver", {"choices": SOLVERS, "help": "of scores"}),
         ("--dropout", {"type": probability, "metavar": "P", "help": "in training"}),
     ]),

@@ -114,6 +114,7 @@ def _config(args: argparse.Namespace, vocab_size: int) -> TransformerConfig:
             "num_experts": args.experts,
             "num_routed_queries": args.queries,
             "num_routed_key_values": args.memory,
+            "capacity_factor": args.capacity,
             "solver": args.solver,
         }
         if args.solver != "sigmoid":

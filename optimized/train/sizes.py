@@ -19,6 +19,7 @@ class Size(NamedTuple):
     batch: int
     steps: int
     rate: float
+    evaluate_tokens: int
     library: bool  # whether Python's own text is its library too
     seconds: str  # of training, about
 
@@ -32,14 +33,15 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(128, 4, 32, 32, 4, 16, 64, 256, 8, 300, 3e-3, False, "minutes on a CPU"),
-    "base": Size(256, 6, 32, 64, 4, 32, 128, 512, 16, 1500, 2e-3, False, "an hour or two on a CPU"),
-    "small": Size(512, 8, 64, 128, 4, 64, 256, 2048, 16, 2000, 1e-3, True, "minutes on a GPU"),
-    "medium": Size(1024, 16, 64, 256, 4, 128, 512, 8192, 16, 10000, 5e-4, True, "hours on a GPU"),
+    "tiny": Size(128, 4, 32, 32, 4, 16, 64, 256, 4, 400, 3e-3, 2**13, False, "minutes on a CPU"),
+    "base": Size(256, 6, 32, 64, 4, 32, 128, 512, 16, 1500, 2e-3, 2**15, False, "an hour or two on a CPU"),
+    "small": Size(512, 8, 64, 128, 4, 64, 256, 2048, 16, 2000, 1e-3, 2**17, True, "minutes on a GPU"),
+    "medium": Size(1024, 16, 64, 256, 4, 128, 512, 8192, 16, 10000, 5e-4, 2**18, True, "hours on a GPU"),
 }
 
 SHARED: dict[str, Any] = {
     "layers": ["mixture"],
+    "capacity": 2.0,
     "solver": "sigmoid",
     "dropout": 0.0,
     "warmup": None,  # a tenth of the steps
@@ -48,7 +50,6 @@ SHARED: dict[str, Any] = {
     "accumulate": 1,
     "validation": 0.1,
     "evaluate_every": None,  # a tenth of the steps
-    "evaluate_tokens": 2**14,
     "log_every": 10,
     "seed": 0,
 }
