@@ -158,6 +158,22 @@ def test_the_causal_layer_is_used_as_its_page_says() -> None:
     assert made["static"].length.tolist() == [70, 70]
 
 
+@pytest.mark.needs("transformers")
+@pytest.mark.cpu
+def test_transformers_are_used_as_their_page_says() -> None:
+    ours, theirs = re.findall(r"```python\n(.*?)```", (ROOT / "docs/transformer.md").read_text(), re.DOTALL)
+    made: dict = {}
+    exec(ours, made)
+    assert made["logits"].shape == (2, 100, 256)
+    assert made["loads"].queries.shape == (2, 2, 4)
+    assert made["new"].shape == (2, 20)
+    assert made["token"].shape == (2,)
+    exec(theirs, made)
+    assert made["loss"].isfinite()
+    assert made["new"].shape[1] > 100
+    check_identical(made["again"].lm_head.weight, made["model"].lm_head.weight)
+
+
 @pytest.mark.parametrize("package", [optimized, reference], ids=lambda package: package.__name__)
 @pytest.mark.parametrize("local", [False, True], ids=["routed", "with-local-attention"])
 def test_what_the_layer_does_not_do(package: ModuleType, local: bool) -> None:

@@ -16,7 +16,14 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[1]
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as where it is not installed: an ImportError
-HEAVY = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.flop_counter", "torch.distributed.tensor")
+HEAVY = (
+    "triton",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.utils.flop_counter",
+    "torch.distributed.tensor",
+    "transformers",
+)
 LAYER = """
 import torch
 import optimized

@@ -36,7 +36,7 @@ class Load(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """What all blocks of a call share. No pytree: FSDP casts the tensors of those, and angles must not be rounded."""
+    """What all blocks of a call share."""
 
     mask: Bool[Tensor, "B N"] | None  # valid tokens first
     count: Int64[Tensor, " B"] | None  # of valid tokens; only with keep
@@ -46,6 +46,15 @@ class Shared:
     triangle: bool
     keep: bool
     watch: bool
+
+
+class Call:
+    """What a block is told besides x. No container: in those, dataclasses included, FSDP casts all tensors, and neither
+    angles nor the logits that a cache ranks its tokens by may be rounded.
+    """
+
+    def __init__(self, shared: Shared, cache: Any) -> None:
+        self.shared, self.cache = shared, cache
 
 
 Called = tuple[Tensor, Any, Load | None]

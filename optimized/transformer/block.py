@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from optimized.transformer.attentions import CALLS, Load, Shared, attention_of
+from optimized.transformer.attentions import CALLS, Call, Load, attention_of
 from optimized.transformer.config import TransformerConfig
 
 EPS = 1e-6  # of all norms of the model
@@ -64,11 +64,10 @@ class Block(nn.Module):
                 scale = (2 * self.depth) ** -0.5 if name.endswith(WRITES) else 1.0
                 nn.init.normal_(p, std=scale * p.shape[1] ** -0.5)  # the second size is the fan-in of convolutions too
 
-    def forward(
-        self, x: Float[Tensor, "B N D"], shared: Shared, cache: Any = None
-    ) -> tuple[Float[Tensor, "B N D"], Any, Load | None]:
-        """x, valid tokens first; the cache and the load as far as `shared` asks for them."""
-        out, cache, load = CALLS[self.kind, self.causal](self.attention, self.attention_norm(x), shared, cache)
+    def forward(self, x: Float[Tensor, "B N D"], call: Call) -> tuple[Float[Tensor, "B N D"], Any, Load | None]:
+        """x, valid tokens first; the cache and the load as far as the call asks for them."""
+        attend = CALLS[self.kind, self.causal]
+        out, cache, load = attend(self.attention, self.attention_norm(x), call.shared, call.cache)
         x = x + F.dropout(out, self.dropout, self.training)
         out = self.feed_forward(self.feed_forward_norm(x))
         return x + F.dropout(out, self.dropout, self.training), cache, load

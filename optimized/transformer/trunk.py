@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optimized.autoregressive_layout import Order
 from optimized.plan import Kind, bind
-from optimized.transformer.attentions import Load, Shared
+from optimized.transformer.attentions import Call, Load, Shared
 from optimized.transformer.block import EPS, Block
 from optimized.transformer.cache import DecoderCache
 from optimized.transformer.config import TransformerConfig
@@ -95,9 +95,9 @@ class Trunk(nn.Module):
         kept, loads = [], []
         for block, before in zip(self.blocks, past):
             if self.checkpointing and torch.is_grad_enabled():
-                x, after, load = checkpoint(block, x, shared, before, use_reentrant=False)
+                x, after, load = checkpoint(block, x, Call(shared, before), use_reentrant=False)
             else:
-                x, after, load = block(x, shared, before)
+                x, after, load = block(x, Call(shared, before))
             kept.append(after)
             if load is not None:
                 loads.append(load)
@@ -119,7 +119,7 @@ class Trunk(nn.Module):
         mask = contract.token_mask("mask", mask, tokens)
         for name, value in (("use_cache", use_cache), ("return_loads", return_loads), ("last", last)):
             contract.flag(name, value)
-        _within(tokens, mask, self.config.vocab_size)
+        _within(tokens, mask, getattr(self.embedding, "num_embeddings", self.config.vocab_size))  # it may be resized
         if cache is not None:
             if not isinstance(cache, DecoderCache):
                 contract.reject(
