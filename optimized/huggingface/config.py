@@ -24,6 +24,8 @@ class MixtureOfAttentionConfig(PreTrainedConfig):
         "intermediate_size": "hidden",
         "tie_word_embeddings": "tied",
     }
+    # Each block is a unit; the embedding and a head that is tied to it are in that of the model.
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {"trunk.blocks.*": "free_full_weight"}
 
     vocab_size: int = 32000
     dim: int = 1024

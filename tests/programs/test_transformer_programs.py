@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from programs.ranks import Ranks, mean_over_ranks, two_ranks
 from programs.test_fully_sharded import gradients as sharded_gradients
 from programs.test_fully_sharded import mesh
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from optimized import Decoder, Encoder, TransformerConfig
 
@@ -152,3 +154,33 @@ def from_nothing(rank: int) -> None:
 
 def test_meta_device(ranks: Ranks) -> None:
     ranks.run(from_nothing)
+
+
+def loaded(rank: int, folder: Path) -> None:
+    """By transformers, each block a unit and a head that is tied: the plain model, and the mean of the gradients."""
+    from transformers.distributed import DistributedConfig
+
+    from optimized.huggingface import MixtureOfAttentionForCausalLM
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    plain = MixtureOfAttentionForCausalLM.from_decoder(model_of(Decoder))
+    split = MixtureOfAttentionForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, distributed_config=DistributedConfig(fsdp_size=2)
+    )
+    assert all(isinstance(block, FSDPModule) for block in split.model.trunk.blocks)
+    assert split.lm_head.weight is split.model.trunk.embedding.weight
+    losses = [plain(tokens, labels=tokens).loss for tokens in (tokens_of(13), tokens_of(9))]
+    own = split(tokens_of((13, 9)[rank]), labels=tokens_of((13, 9)[rank])).loss
+    assert_same(own.detach(), losses[rank].detach())
+    own.backward()
+    (sum(losses) / 2).backward()
+    found = {name: p.grad for name, p in plain.named_parameters()}
+    assert_all_same(sharded_gradients(split)[0], found)
+
+
+@pytest.mark.needs("transformers", "safetensors")
+def test_sharded_by_transformers(ranks: Ranks, tmp_path: Path) -> None:
+    from optimized.huggingface import MixtureOfAttentionForCausalLM
+
+    MixtureOfAttentionForCausalLM.from_decoder(model_of(Decoder)).save_pretrained(tmp_path)
+    ranks.run(loaded, tmp_path)
