@@ -20,7 +20,7 @@ from rich.console import Console
 
 import optimized
 import reference
-from optimized.prove import arguments, decisions, interpreter, job, report, setup
+from optimized.prove import arguments, decisions, interpreter, job, setup
 from optimized.prove import text as texts
 from optimized.prove.kernels import STAGES as KERNEL_STAGES
 from optimized.prove.kernels import Compared
@@ -473,7 +473,7 @@ def test_no_cell_is_cut(width: int, proof: Proof, book: str, monkeypatch: pytest
     monkeypatch.setattr(job, "run_kernels", lambda setup: ("where", compared, None))
     monkeypatch.setattr(job, "prove", lambda *given: proof)
     monkeypatch.setattr(
-        report, "make_console", lambda color: Console(width=width, no_color=True, highlight=False, file=sys.stdout)
+        job, "make_console", lambda color: Console(width=width, no_color=True, highlight=False, file=sys.stdout)
     )
     status, printed = run(book, *SMALL, "--tokens", "256")
     assert status == 0, printed

@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from optimized.prove import causal, plot, processes, report
 from optimized.prove.arguments import parse
+from optimized.prove.console import make_console
 from optimized.prove.interpreter import run_kernels
 from optimized.prove.setup import prepare
 from optimized.prove.stages import STEPS, prove
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 if every row is within its budget or bound, else 1. Raises SystemExit(2) for wrong usage."""
     args, text = parse(argv)
     started = time.perf_counter()
-    console = report.make_console(not args.no_color)
+    console = make_console(not args.no_color)
     if args.causal:
         return causal.run(args, text, console)
     if args.processes is not None:

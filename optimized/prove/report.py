@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,15 +28,6 @@ SUPERSCRIPT = str.maketrans("0123456789", "\u2070\u00b9\u00b2\u00b3\u2074\u2075\
 
 def colour(expert: int) -> str:
     return COLOURS[expert % len(COLOURS)]
-
-
-def make_console(color: bool) -> Console:
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # the text may hold what the terminal's encoding lacks
-    console = Console(no_color=None if color else True, highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
 
 
 def described(args: argparse.Namespace) -> str:
