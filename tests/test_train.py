@@ -246,9 +246,12 @@ def test_ways_of_one_loss(book: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_precision_and_determinism(book: str) -> None:
-    status, printed = run(book, *SMALL, "--dtype", "bfloat16", "--deterministic", "--layers", "mixture,local")
+    few = "--steps", "4", "--depth", "3"
+    status, printed = run(
+        book, *SMALL, *few, "--dtype", "bfloat16", "--deterministic", "--layers", "mixture,local,dense"
+    )
     assert status == 0, printed
-    assert "1 mixture, 1 local layers" in printed
+    assert "1 mixture, 1 local, 1 dense layers" in printed
     assert "Nothing is kept without --out" in printed
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -315,6 +318,23 @@ def test_what_is_no_checkpoint_and_no_model_is_refused(
         with pytest.raises(SystemExit, match="2"):
             job.main([*argv, "--out", str(tmp_path)])
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_model_is_not_written_over(book: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="2"):
+        job.main([book, *SMALL, "--out", str(tmp_path)])
+    assert "with config.json of another" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_ends_it(book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(where: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, printed = run(book, *SMALL, "--out", str(tmp_path), "--steps", "1")
+    assert status == 1
+    assert "No space left on device: step 1 is not kept" in printed
 
 
 def test_text_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

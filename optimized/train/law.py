@@ -1,6 +1,6 @@
 """That the past is unmoved by the future: what comes after a cut is replaced, and logits before it are the same bits.
 
-Of the model as it was trained, on text that it was not trained on.
+Of the model as it was trained, in the dtype that it was trained in.
 """
 
 from __future__ import annotations
@@ -64,4 +64,4 @@ def table(found: list[Cut], width: int) -> RenderableType:
         rows.append([*map(Styled, (str(cut.at), cut.future, f"{cut.logits:,}", f"{cut.changed:,}")), verdict])
     columns = [Column("cut at", right=True), Column("future replaced by", room=12)]
     columns += [Column("logits\nbefore", right=True), Column("changed", right=True), Column("the past")]
-    return fitted(width, "No token sees a later one, in text that was not trained on", None, Form(columns, rows))
+    return fitted(width, "No token sees a later one", None, Form(columns, rows))

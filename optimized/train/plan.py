@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optimized.prove.arguments import Parser
-from optimized.train import checkpoints, counts, data, text, tokens
+from optimized.train import checkpoints, counts, data, saved, text, tokens
 from optimized.train.data import Split
 from optimized.train.ranks import world
 from optimized.train.settings import Settings
@@ -130,3 +130,8 @@ def _folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
         raise ValueError(f"expected a folder that may be written, got {path}")
+    others = [name for name in (saved.CONFIG, saved.STATE) if (path / name).exists()]
+    if others and not (path / checkpoints.FILE).exists():
+        raise ValueError(
+            f"expected the folder of a run, or an empty one, got {path} with {' and '.join(others)} of another"
+        )

@@ -51,6 +51,8 @@ def run(plan: Plan, ranks: Ranks, folder: Path | None, console: Console) -> int:
         number = _train(trainer, plan, console, keeper)
     except NotFiniteError as error:
         return report.verdict(console, [f"{error}: try a lower --rate"], "")
+    except OSError as error:
+        return report.verdict(console, [f"{error}: step {trainer.step} is not kept, what was kept before is whole"], "")
     if number:
         kept = "Nothing is kept without --out." if folder is None else f"The checkpoint in {folder} goes on from there."
         console.print(f"\nStopped at step {trainer.step} of {steps}. {kept}", style="yellow", markup=False)

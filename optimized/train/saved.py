@@ -7,7 +7,6 @@ not bytes, the tokenizer.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,7 +20,8 @@ CONFIG, STATE = "config.json", "model.pt"
 
 def save(folder: Path, config: TransformerConfig, state: dict[str, Tensor], tokenizer: Path | None) -> None:
     if tokenizer is not None:
-        files.write(folder / tokens.FILE, lambda file: shutil.copyfileobj(tokenizer.open("rb"), file))
+        pieces = tokenizer.read_bytes()
+        files.write(folder / tokens.FILE, lambda file: file.write(pieces))
     files.write_json(folder / CONFIG, config.to_dict())
     files.write(folder / STATE, lambda file: torch.save(state, file))
 
