@@ -49,11 +49,17 @@ def check_call(
 
 
 def _continues(config: AutoregressiveConfig, cache: Cache, x: Tensor) -> None:
-    """Whether the cache is of a layer of this shape, and of x's batch, dtype and device."""
+    """Whether the cache is of a layer of this shape, and of x's batch, dtype and device.
+
+    And not cast on its way: wrappers that compute in half precision, FSDP's among them, round every tensor they find in
+    an argument, and a memory that is ranked by rounded logits is another one.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
     for name, expected, given in (
         ("the layer", cache.made_for(config), cache.sizes()),
         ("batch", x.shape[0], cache.length.shape[0]),
         ("dtype", x.dtype, cache.tail.dtype),
+        ("logits in", wide, cache.logits.dtype),
         ("device", x.device, cache.tail.device),
     ):
         if expected != given:

@@ -640,6 +640,7 @@ def test_bad_calls(implementation: ModuleType, device: torch.device) -> None:
     soft = Case({**SMALL, "solver": "exact"}, 2, 6, 1).layer(implementation, device)
     _, of_soft = soft(x, use_cache=True)
     one = cache.select(torch.zeros(1, dtype=torch.int64, device=device))
+    rounded = replace(cache, logits=cache.logits.bfloat16())  # as by a wrapper that casts all that it finds
     refused = [
         ({"mask": x[..., 0]}, "mask: expected dtype"),
         ({"use_cache": 1}, "use_cache: expected True or False, got 1"),
@@ -647,6 +648,7 @@ def test_bad_calls(implementation: ModuleType, device: torch.device) -> None:
         ({"cache": cache}, "rotary_emb: expected a table, as in the calls before, got None"),
         ({"cache": cache, "rotary_emb": angles}, "rotary_emb: expected at least 12 rows"),
         ({"cache": one, "rotary_emb": angles}, "cache: expected one for batch"),
+        ({"cache": rounded, "rotary_emb": angles}, "cache: expected one for logits in torch.float64, got one for torch.bfloat16"),
         ({"rotary_emb": angles[:5]}, "rotary_emb: expected at least 6 rows"),
     ]
     shown = torch.zeros(2, 6, dtype=torch.bool, device=device)
