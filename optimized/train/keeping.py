@@ -22,10 +22,11 @@ class Keeper:
         """All processes have to call it; the first one writes. OSError, NotFiniteError."""
         if self.folder is None:
             return
-        state = checkpoints.save(self.folder, self.trainer)
-        if self.trainer.ranks.first:
-            saved.save(self.folder, self.plan.settings.model, state, self.plan.tokenizer_file)
-            curves.write(self.folder, self._report())
+        with self.trainer.paused():
+            state = checkpoints.save(self.folder, self.trainer)
+            if self.trainer.ranks.first:
+                saved.save(self.folder, self.plan.settings.model, state, self.plan.tokenizer_file)
+                curves.write(self.folder, self._report())
 
     def _report(self) -> dict[str, Any]:
         plan, ranks = self.plan, self.trainer.ranks

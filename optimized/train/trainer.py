@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +59,8 @@ class Trainer:
     def _begin(self, total: Tensor, steps: int) -> None:
         """What goes into the next note. total: of this process's losses."""
         self.total, self.noted = total, self.step - steps
-        self.clock, self.since = time.perf_counter(), 0.0
+        self.since = 0.0
+        self.clock: float | None = time.perf_counter()
 
     def _mixed(self) -> torch.autocast:
         s = self.settings
@@ -138,7 +141,16 @@ class Trainer:
         return noted
 
     def _elapsed(self) -> float:
-        return self.since + time.perf_counter() - self.clock
+        return self.since + (0.0 if self.clock is None else time.perf_counter() - self.clock)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted as training."""
+        self.since, self.clock = self._elapsed(), None
+        try:
+            yield
+        finally:
+            self.clock = time.perf_counter()
 
     def _not_finite(self, loss: float) -> NotFiniteError:
         return NotFiniteError(f"the loss is {loss} at step {self.step}")
@@ -166,13 +178,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, bytes_per_token: float) -> dict[str, Any]:
         """Mean loss of tokens of the validation part, always the same ones, in nats and bits per byte."""
-        self.since, begun = self._elapsed(), time.perf_counter()
+        begun = time.perf_counter()
         self.called.eval()
         each = self.settings.batch // self.way.accumulate
         total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for rows in self.unseen.split(each):
-            total += self._losses(self._moved(self.ranks.part(rows)))[0].double().sum()
-        loss = self.ranks.sum(total).item() / (len(self.unseen) * self.settings.context)
+        with self.paused():
+            for rows in self.unseen.split(each):
+                total += self._losses(self._moved(self.ranks.part(rows)))[0].double().sum()
+            loss = self.ranks.sum(total).item() / (len(self.unseen) * self.settings.context)
         found = {
             "step": self.step,
             "loss": loss,
@@ -180,7 +193,6 @@ class Trainer:
             "seconds": round(time.perf_counter() - begun, 3),
         }
         self.curve["validation"].append(found)
-        self.clock = time.perf_counter()
         return found
 
     def sequences(self) -> Int64[Tensor, "B N"]:
