@@ -91,8 +91,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if (os.environ.get("TRITON_INTERPRET") == "1") != (config.option.device == "cpu"):
         raise pytest.UsageError("--device: expected on the command line, where it decides whether Triton interprets")
     if not _asks_for("speed", config):
-        # Small tensors: on a busy machine more threads would mostly wait for one another.
+        # Small tensors: on a busy machine more threads would wait for one another. Processes of tests inherit it.
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     common = {
         "deadline": None,
         "print_blob": True,
