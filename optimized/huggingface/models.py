@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -49,8 +50,11 @@ class _Pretrained(PreTrainedModel):
         """Every block or none, by PyTorch's non-reentrant kind."""
         if every_n_layers != 1:
             contract.reject("every_n_layers", "1", every_n_layers)
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if options.get("use_reentrant"):
             contract.reject("use_reentrant", "False", True)
+        if getattr(gradient_checkpointing_func, "func", checkpoint) is not checkpoint:
+            contract.reject("offload", "False", True)
         for module in self.modules():
             if isinstance(module, MixtureOfAttentionModel):
                 module.gradient_checkpointing = module.trunk.checkpointing = enable
@@ -83,7 +87,8 @@ class MixtureOfAttentionModel(_Pretrained):
         """Hidden states after the last norm, (B, N, D); 0 where masked.
 
         Args:
-            input_ids: (B, N). attention_mask: (B, P + N), of earlier calls too, 0 or False for padding anywhere.
+            input_ids: (B, N). attention_mask: (B, P + N), 0 or False for padding anywhere; of tokens of earlier calls
+                as those were told.
             cache: what it holds is continued, and it holds this call afterwards. use_cache: begin one (default False).
         Raises TypeError or ValueError naming the argument, for any other argument too.
         """

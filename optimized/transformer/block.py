@@ -40,8 +40,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), and then x + feed_forward(norm(x)).
 
-    A mixture has no norm of its own here. Its router so reads what its experts read, whatever the scale of the sum has
-    become, and the fourth kind of norm a layer, one for each expert, would only scale what their projections scale.
+    A mixture has no norm of its own here. So its router reads what its experts read, whatever the scale of the sum has
+    become; a norm for each expert besides would only scale what the projections of that expert scale.
     """
 
     def __init__(self, config: TransformerConfig, kind: str, causal: bool, **where: Any) -> None:

@@ -65,6 +65,11 @@ class DecoderCache:
     passed: int  # L
     layers: tuple[Any, ...]  # DenseCache, LocalCache, or the cache of a mixture
 
+    def kinds(self) -> tuple[str, ...]:
+        """Of the layers, as `TransformerConfig` names them."""
+        names = {DenseCache: "dense", LocalCache: "local"}
+        return tuple(names.get(type(layer), "mixture") for layer in self.layers)
+
     def select(self, index: Integer[Tensor, " B2"]) -> DecoderCache:
         """Of these batch items, in this order: some repeated, or left out. Raises TypeError or ValueError."""
         contract.tensor("index", index, "B2", dtypes=(torch.int64, torch.int32), beside=self.length)

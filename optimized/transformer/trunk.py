@@ -36,7 +36,7 @@ class Loads(NamedTuple):
     candidates: Int64[Tensor, "M B E"]  # tokens that it would have, had it slots for all of them
 
 
-class Traced(NamedTuple):
+class Output(NamedTuple):
     """What a trunk returns."""
 
     hidden: Float[Tensor, "B N D"]  # after the last norm; 0 where masked
@@ -83,7 +83,7 @@ class Trunk(nn.Module):
         use_cache: bool = False,
         return_loads: bool = False,
         last: bool = False,
-    ) -> Traced:
+    ) -> Output:
         """last: the hidden state of each item's last valid token alone, (B, 1, D); 0 where it has none."""
         mask = self._checked(tokens, mask, cache, use_cache, return_loads, last)
         order = None if mask is None else Order.of(mask)
@@ -108,7 +108,7 @@ class Trunk(nn.Module):
             kind = Kind(x.device, x.dtype, ("dispatch",))
             x = order.back(x, bind(kind).dispatch)
         later = self._after(cache, tokens, shared, tuple(kept)) if use_cache else None
-        return Traced(x, later, _stacked(loads, tokens) if return_loads else None)
+        return Output(x, later, _stacked(loads, tokens) if return_loads else None)
 
     def _checked(
         self, tokens: Any, mask: Any, cache: Any, use_cache: Any, return_loads: Any, last: Any
@@ -122,12 +122,10 @@ class Trunk(nn.Module):
         _within(tokens, mask, getattr(self.embedding, "num_embeddings", self.config.vocab_size))  # it may be resized
         if cache is not None:
             if not isinstance(cache, DecoderCache):
-                contract.reject(
-                    "cache", "a DecoderCache, as this model returns it", contract.describe(cache), TypeError
-                )
+                contract.reject("cache", "a DecoderCache, of this model", contract.describe(cache), TypeError)
             for name, expected, given in (
                 ("batch", tokens.shape[0], cache.length.shape[0]),
-                ("layers", len(self.blocks), len(cache.layers)),
+                ("layers", self.config.layers, cache.kinds()),
                 ("device", tokens.device, cache.length.device),
             ):
                 if expected != given:

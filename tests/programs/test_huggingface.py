@@ -156,8 +156,13 @@ def test_checkpointed() -> None:
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert len(calls) == 3
     assert_all_same(*found)
-    with pytest.raises(ValueError, match="every_n_layers: expected 1, got 2"):
-        model.activation_checkpointing_enable(every_n_layers=2)
+    for option, said in (
+        ({"every_n_layers": 2}, "every_n_layers: expected 1, got 2"),
+        ({"offload": True}, "offload: expected False"),
+        ({"activation_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: expected False"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.activation_checkpointing_enable(**option)
 
 
 def test_vocabulary_of_another_size() -> None:
@@ -205,6 +210,7 @@ def test_trainer(tmp_path: Path) -> None:
     common: dict[str, Any] = {
         "per_device_train_batch_size": 3, "learning_rate": 1e-2, "save_steps": 4, "logging_steps": 1, "seed": 1,
         "report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "max_steps": 8,
+        "activation_checkpointing": True,
     }  # fmt: skip
     ends = []
     for checkpoint in (None, str(tmp_path / "checkpoint-4")):
