@@ -204,12 +204,12 @@ def test_losses_from_prefixes() -> None:
     """A model that looks ahead shows it; a strict one says the same of a prefix and of the whole."""
     found = {}
     for model in ("sigmoid", "window-top-k"):
-        run = Run(small("text", model, batch=8, unseen=8, prefixes=20, rate=0.1, steps=3), CPU)
+        run = Run(small("text", model, batch=8, unseen=8, prefixes=10, rate=0.1, steps=3), CPU)
         run.train()
         found[model] = run.figures()["honest"]
     assert abs(found["sigmoid"]["difference"]) < 1e-5
     assert abs(found["window-top-k"]["difference"]) > 1e-5
-    assert found["sigmoid"]["places"] == 20
+    assert found["sigmoid"]["places"] == 10
 
 
 # Runs
