@@ -254,7 +254,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command.main(["packages", "--seeds", "1", "--size", "small", *options]) == 0
     some = ["--models", "dense", "--n", "192", "--pairs", "2"]
     assert command.main(["recall", "--size", "small", *some, *options]) == 0
-    assert not path.with_suffix(".states").exists()
+    assert list(path.parent.iterdir()) == [path]  # no run is on its way
     return path
 
 
@@ -335,6 +335,8 @@ def test_bad_arguments(given: list[str], said: str, capsys: pytest.CaptureFixtur
 
 def test_a_report_of_other_sources_is_refused(tmp_path: Path, made: Path) -> None:
     path = tmp_path / "report.json"
+    found = report.read(made)
+    assert report.states(path, found) != report.states(path, found | {"hashes": {"another": "0"}})
     path.write_text(made.read_text().replace('"hashes": {', '"hashes": {"another": "0", ', 1))
     assert command.main(["text", "--size", "small", "--device", "cpu", "--out", str(path)]) == 2
 
