@@ -114,7 +114,7 @@ def learn(given: argparse.Namespace, made: dict[str, Any], console: Console) -> 
     todo = [s for s in given.runs if report.run_of(made, s) is None]
     console.print(f"{len(given.runs)} runs, {len(given.runs) - len(todo)} of them in the report")
     names = [given.device if given.device == "cpu" else f"cuda:{i}" for i in given.devices or [0]]
-    states = None if given.out is None else given.out.with_suffix(".states")
+    states = None if given.out is None else report.states(given.out, made)
     deadline = float("inf") if given.budget is None else time.time() + given.budget
     places, aside = Places(tuple(names * given.share), states, deadline), 0
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,12 @@ SOURCES = ("reference", "optimized", "tests/learning/trial")
 
 def begun(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     return {"kind": KIND, **record.made(device, SOURCES, commit), "corpus": text.described(), "runs": []}
+
+
+def states(path: Path, report: dict[str, Any]) -> Path:
+    """The folder of its runs on their way: another one for other sources, whose runs these are not."""
+    made = {name: report[name] for name in ("hashes", "device", "corpus")}
+    return path.with_suffix(f".{hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]}.states")
 
 
 def run_of(report: dict[str, Any], s: Settings) -> dict[str, Any] | None:

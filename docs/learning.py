@@ -1,6 +1,6 @@
 """The table of docs/learning.md, from tests/reports/learning-*.json. Run from the repository root:
 
-python docs/learning_table.py
+python docs/learning.py
 """
 
 from __future__ import annotations
