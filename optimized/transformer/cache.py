@@ -56,14 +56,22 @@ class LocalCache:
         return LocalCache(*(t.index_select(0, index) for t in (self.length, self.local_keys, self.local_values)))
 
 
-@dataclass(frozen=True, eq=False)
 class DecoderCache:
-    """Of a whole decoder."""
+    """Of a whole decoder. No dataclass: in those FSDP casts all tensors, as in `attentions.Call`.
 
-    length: Int64[Tensor, " B"]  # valid tokens so far
-    there: Bool[Tensor, "B L"] | None  # which columns of dense layers hold a token; None: all
-    passed: int  # L
-    layers: tuple[Any, ...]  # DenseCache, LocalCache, or the cache of a mixture
+    Args:
+        length: (B) int64, valid tokens so far. there: (B, L), which columns of dense layers hold a token; None: all.
+        passed: L. layers: of each a DenseCache, LocalCache, or the cache of a mixture.
+    """
+
+    def __init__(
+        self,
+        length: Int64[Tensor, " B"],
+        there: Bool[Tensor, "B L"] | None,
+        passed: int,
+        layers: tuple[Any, ...],
+    ) -> None:
+        self.length, self.there, self.passed, self.layers = length, there, passed, layers
 
     def kinds(self) -> tuple[str, ...]:
         """Of the layers, as `TransformerConfig` names them."""
