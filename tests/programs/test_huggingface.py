@@ -74,7 +74,7 @@ def test_a_cache_of_the_users() -> None:
         assert first.cache is cache
         assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (5, 2, 3)
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([0, 3]))
+        cache.batch_select_indices(torch.tensor([1, 2]))  # of items 0, 0, 1, 1
         second = model(tokens[:, 5:], attention_mask=LEFT, cache=cache)
     assert_same(torch.cat((first.logits, second.logits), 1), whole)
     cache.crop(0)
