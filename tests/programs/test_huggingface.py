@@ -128,6 +128,14 @@ def test_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(again.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_is_in_the_mode_of_what_it_copies(training: bool) -> None:
+    from optimized.huggingface import MixtureOfAttentionForCausalLM
+
+    model = MixtureOfAttentionForCausalLM.from_decoder(decoder_of().train(training))
+    assert (model.training, model.to_decoder().training) == (training, training)
+
+
 def test_what_is_not_loaded_is_drawn(tmp_path: Path) -> None:
     """As `Decoder` says; what is loaded stays."""
     from safetensors.torch import load_file, save_file
