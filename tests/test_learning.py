@@ -369,6 +369,10 @@ def test_summary_by_hand() -> None:
     dense, local = summary.rows([run, other])
     assert (dense["at_equal_macs"], local["at_equal_macs"]) == (3.0, 1.0)
     assert (dense["at_equal_seconds"], local["at_equal_seconds"]) == (1.0, 3.0)
+    for name in ("n", "pairs"):  # each by itself
+        elsewhere = {**other, "settings": other["settings"] | {name: settings[name] + 1}}
+        assert summary.rows([run, elsewhere])[0]["at_equal_macs"] == 1.0
+    assert not any("at_equal_seconds" in row for row in summary.rows([run, other | {"side_by_side": 2}]))
     assert dense["still_falling"] == 0.0  # both before the first look
     assert summary.at(run, 7.5, 1.0) == 2.0
     runs = [

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from optimized.train import data, files, job, saved, tokens
+from optimized.train import data, files, job, law, saved, tokens
 from optimized.train.optimizer import LEAST, optimizer_of, rate_at
+from optimized.train.ranks import Ranks
 from optimized.train.stopping import Stopping
 from tests.test_main import LINES
 from tests.training import ALONE, SMALL, book_in, planned, run, trainer_of
@@ -97,13 +98,42 @@ def test_matrices_decay_and_nothing_else(book: str) -> None:
     assert optimizer_of(trainer.model, 1.0, 0.3).param_groups[0]["weight_decay"] == 0.3
 
 
+def test_the_law_finds_a_look_at_the_next_token() -> None:
+    """Only the last row before a cut can show it, and only where the next token is another."""
+    tokens = torch.arange(32).view(2, 16)
+    ahead = law.cuts(lambda t: t.roll(-1, 1).float()[..., None], tokens, 256, 4)
+    assert [(cut.at, cut.logits, cut.changed) for cut in ahead] == [
+        *((8, 16, changed) for changed in (2, 2, 0)),
+        *((4, 8, changed) for changed in (2, 2, 0)),
+    ]
+    assert ahead[0].failure == "future of token 8 replaced by noise: 2 of 16 logits changed"
+    honest = law.cuts(lambda t: t.cumsum(1).float()[..., None], tokens, 256, 4)
+    assert not any(cut.changed or cut.failure for cut in honest)
+
+
+def test_dropout_differs_by_step_and_process_and_is_in_training_alone(book: str) -> None:
+    plan, seeds = planned(book, *SMALL, "--dropout", "0.5"), set()
+    for ranks in (Ranks(0, 2, ALONE.device), Ranks(1, 2, ALONE.device)):
+        trainer = trainer_of(plan, ranks)
+        for _ in range(2):
+            trainer.train_step()
+            seeds.add(torch.initial_seed())
+    assert len(seeds) == 4
+    trainer = trainer_of(plan)
+    first, again = (trainer.evaluate(1.0)["loss"] for _ in range(2))
+    assert first == again
+    trainer.train_step()
+    assert trainer.called.training
+
+
 def test_a_second_signal_ends_it_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell runs this in the background
     with Stopping() as stopping:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.number == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_half_a_file_is_no_file(tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_sampling() -> None:
     draws = [sample(logits, 1.0, 0.69, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*draws)
     assert draws[0].unique().tolist() == [0, 2]
+    warm = sample(logits, 2.0, 0.69, torch.Generator().manual_seed(3))  # 0.33, 0.12, 0.29, 0.26: the nucleus of these
+    assert warm.unique().tolist() == [0, 2, 3]
     assert sample(logits, 1.0, 1.0, torch.Generator().manual_seed(3)).unique().tolist() == [0, 1, 2, 3]
     assert not sample(logits, 1.0, 1e-9, None).any()
     assert not sample(logits, 1e-30, 1.0, None).any()
@@ -280,6 +282,13 @@ def test_configuration_as_json() -> None:
     assert (config.heads, config.hidden) == (2, 64)
     assert TransformerConfig(V, 768, ("dense",)).hidden == 2048
     assert TransformerConfig(V, 768, ("dense",)).heads == 12
+
+
+def test_experts_of_another_head_dimension() -> None:
+    """They are turned by angles of their own size."""
+    model, tokens = model_of(mixture={**MIXTURE, "dim_head": 4}), tokens_of()
+    with torch.no_grad():
+        assert_same(model(tokens, last=True), model(tokens)[:, -1:])
 
 
 def test_experts_have_as_many_heads_as_a_dense_layer() -> None:

@@ -74,7 +74,7 @@ def test_a_cache_of_the_users() -> None:
         assert first.cache is cache
         assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (5, 2, 3)
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([0, 3]))
+        cache.batch_select_indices(torch.tensor([1, 2]))  # of items 0, 0, 1, 1
         second = model(tokens[:, 5:], attention_mask=LEFT, cache=cache)
     assert_same(torch.cat((first.logits, second.logits), 1), whole)
     cache.crop(0)
@@ -126,6 +126,14 @@ def test_saved_and_loaded(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(again.to_decoder()(tokens), decoder_of(tied=tied)(tokens))
     base = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(again.lm_head(base(tokens).last_hidden_state), model(tokens).logits)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_copy_is_in_the_mode_of_what_it_copies(training: bool) -> None:
+    from optimized.huggingface import MixtureOfAttentionForCausalLM
+
+    model = MixtureOfAttentionForCausalLM.from_decoder(decoder_of().train(training))
+    assert (model.training, model.to_decoder().training) == (training, training)
 
 
 def test_what_is_not_loaded_is_drawn(tmp_path: Path) -> None:
