@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.graphs import recorded
+
 from .layers import LAYERS
 
 CHUNK = 50  # steps between two readings of the loss
@@ -77,7 +79,7 @@ class Run:
         on_gpu = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), s.rate, capturable=on_gpu)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.step: Callable[[], None] = self._recorded(self._step) if on_gpu else self._step
+        self.step: Callable[[], None] = recorded(self._step) if on_gpu else self._step
         self.curve: list[tuple[int, float]] = []
         self.seconds = 0.0
 
@@ -90,18 +92,6 @@ class Run:
         loss.backward()
         self.optimizer.step()
         self.total += loss.detach()
-
-    def _recorded(self, call: Callable[[], Any]) -> Callable[[], None]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
 
     def train(self, note: Callable[[int, float], None] = lambda step, loss: None) -> None:
         start = time.monotonic()

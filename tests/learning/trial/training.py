@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tests.graphs import recorded
+
 from . import evaluation, macs, tasks, watched
 from .batch import IGNORED, Batch
 from .models import build, logits_of, parameters_of
@@ -181,17 +183,3 @@ def rate_at(s: Settings, step: int) -> float:
     """It rises, stays, and falls to 0 in a straight line."""
     rise, fall = max(s.warmup * s.steps, 1), max(s.decay * s.steps, 1)
     return s.rate * min(1.0, (step + 1) / rise, (s.steps - step) / fall)
-
-
-def recorded(call: Callable[[], Any]) -> Callable[[], None]:
-    """As a CUDA graph, on the current device."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
