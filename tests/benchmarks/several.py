@@ -33,7 +33,7 @@ from tests import record
 
 DIM, HEADS, EXPERTS = 1024, 16, 4
 TOKENS = (262_144, 1_048_576)
-DIRECTIONS = ("forward", "both")
+DENSE_TOKENS = 262_144  # a million take 16 times as long: minutes
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--dense-tokens", type=int, default=DENSE_TOKENS, metavar="N",
+                        help="at most, of the dense layer: its time grows with N² (default: %(default)s)")  # fmt: skip
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="begin nothing after so many")
     return parser.parse_args(given)
 
@@ -200,7 +202,8 @@ def main(given: list[str] | None = None) -> int:
     rows = []
     for case in cases(args.tokens):
         runs = {"ContextParallel": bench.ours}
-        if cuda and case.block is None and not case.causal:  # once for each length; its kernels are those of a GPU
+        once = case.block is None and not case.causal and case.n <= args.dense_tokens
+        if cuda and once:  # for each length; its kernels are those of a GPU
             runs["ring attention"] = bench.ring
         for name, run in runs.items():
             if bench.most(time.perf_counter() - begun) > args.budget:
