@@ -94,6 +94,8 @@ class MemoryAttention(RoutedAttention):
             else:
                 out = attend_gathered(q, kv, scores, asked, null_kv, dropout, plan)
         rows = out.flatten(3)
+        if stored is not None or not by_index(plan):  # a slot without a query of this call may have seen a NaN
+            rows = rows.masked_fill(~asked.mask.flatten(2).transpose(0, 1)[..., None], 0)
         if plain(self.to_out, ExpertProjection) is None:
             return _projected(rows, self.to_out.weight, plan), kv
         return project(self.to_out, rows), kv

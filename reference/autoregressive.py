@@ -307,6 +307,7 @@ class MemoryAttention(RoutedAttention):
         keys, values = (rearrange(t, "b e j k h d -> b e j h k d") for t in (keys, values))
         null_k, null_v = self.null_kv.to(q.dtype)[:, None, :, None].expand(2, len(slots), -1, blocks, -1, -1, -1)
         visible = F.pad(memory.mask, (1, 0), value=True)[:, :, :, None, None]
+        visible = visible & slot_mask[:, :, :, None, :, None]  # a slot without a query: a NaN would spoil gradients
         pair = torch.cat((null_k, keys), -2), torch.cat((null_v, values), -2)
         out = attend(q, *pair, visible.expand(-1, -1, -1, heads, q.shape[-2], -1), self.dropout * self.training)
         out = self._project(self.to_out, rearrange(out, "b e j h c d -> b e (j c) (h d)").to(laid.x.dtype))

@@ -68,7 +68,7 @@ def test_subsets_of_requires_grad(kernels: str, dtype: torch.dtype, name: str, d
         check_identical(again, out)
         for leaf in wanted:
             slack = None
-            if (device.type, kernels) == ("cuda", "torch"):  # cuBLAS chooses by where its inputs happen to lie
+            if kernels == "torch":  # libraries of products may choose by where their inputs happen to lie
                 slack = 8 * torch.finfo(full[leaf].dtype).eps * full[leaf].abs().max()
             check_gradient(f"{leaf} of {wanted}", found[leaf], full[leaf], made.tensors[leaf], slack)
 

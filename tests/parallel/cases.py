@@ -109,7 +109,10 @@ def called(layer: nn.Module, case: Case, mesh: DeviceMesh) -> dict[str, Tensor]:
     for name, t in call.items():
         if isinstance(t, Tensor) and t.requires_grad:
             assert t.grad is not None, name
-            found[f"d {name}"] = t.grad.to_local() if isinstance(t.grad, DTensor) else t.grad
+            grad = t.grad
+            if isinstance(grad, DTensor):  # before PyTorch 2.12 that of an uneven one ends up replicated
+                grad = grad.redistribute(mesh, t.placements).to_local()
+            found[f"d {name}"] = grad
     for name, p in layer.named_parameters():
         assert p.grad is not None, f"{name}: no gradient"
         found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
