@@ -27,6 +27,7 @@ import harness  # noqa: E402
 import hypothesis  # noqa: E402
 import record  # noqa: E402
 import torch  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from record import REPORTS, hardware, read, tree_hash, versions, write  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -37,7 +38,14 @@ from tests.arguments import integer  # noqa: E402
 
 pytest_plugins = ["tests.conformance.plugin"]  # --impl, --impl-report
 
-PROGRAMS = ("transformers", "peft", "lightning", "accelerate", "torchao", "safetensors")  # the extra of that name
+PROGRAMS = {  # the extra of that name, and the oldest versions
+    "transformers": "5.24",
+    "peft": "0.21",
+    "lightning": "2.6",
+    "accelerate": "1.15",
+    "torchao": "0.18",
+    "safetensors": "0.8",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +75,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
-    config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing")
+    config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing or old")
     config.addinivalue_line("markers", "interpreted: on the CPU our kernels too, without --interpreted")
     config.addinivalue_line("markers", "thorough: a combination that others stand for: on a GPU, or with --thorough")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
@@ -149,11 +157,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def version_of(library: str) -> str | None:
-    """None: not installed."""
+    """None: not installed, or too old."""
     try:
-        return importlib.metadata.version(library)
+        found = importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
+    return found if Version(found) >= Version(PROGRAMS[library]) else None
 
 
 def programs_line() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +97,12 @@ def test_one_version_everywhere() -> None:
     found = {file: re.findall(said, (ROOT / file).read_text(), re.MULTILINE)[:1] for file, said in places.items()}
     assert len(set(map(tuple, found.values()))) == 1, found
     assert all(found.values())
+
+
+def test_programs_are_as_new_as_the_extra_wants_them() -> None:
+    versions = sys.modules["conftest"].PROGRAMS
+    wanted = dict(re.findall(r'"(\w+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert versions == {name: wanted[name] for name in versions}
 
 
 @pytest.mark.parametrize("package", API, ids=[package.__name__ for package in API])

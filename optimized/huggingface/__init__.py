@@ -5,7 +5,11 @@ extra `transformers`.
 """
 
 try:
+    import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        raise ImportError(f"transformers {transformers.__version__}")
 except ImportError as error:
     raise ImportError(
         "optimized.huggingface: expected transformers >= 5.24 to be installed, as by "

@@ -43,6 +43,16 @@ def tokens_of(n: int = N) -> Tensor:
     return torch.randint(1, V, (2, n), generator=torch.Generator().manual_seed(0))
 
 
+def test_an_old_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    import optimized.huggingface
+
+    monkeypatch.setattr(transformers, "__version__", "5.23.9")
+    with pytest.raises(ImportError, match=r"expected transformers >= 5.24 to be installed, .* got transformers 5.23.9"):
+        importlib.reload(optimized.huggingface)
+
+
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "left"])
 def test_greedy_generation_is_ours(mask: Tensor | None) -> None:
     found = model_of().generate(tokens_of(), attention_mask=mask, max_new_tokens=10, do_sample=False)
