@@ -75,7 +75,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs CUDA; deselected unless --device cuda")
     config.addinivalue_line("markers", "cpu: of the CPU; deselected with --device cuda")
-    config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing or old")
+    config.addinivalue_line("markers", "needs(*libraries): of the extra `programs`; deselected where one is missing")
     config.addinivalue_line("markers", "interpreted: on the CPU our kernels too, without --interpreted")
     config.addinivalue_line("markers", "thorough: a combination that others stand for: on a GPU, or with --thorough")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
