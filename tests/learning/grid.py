@@ -53,8 +53,8 @@ SIZES = {"small": SMALL, "full": FULL}
 WITHOUT_TELLING = ("dense", "local", "sigmoid", "iterative", "exact")
 TAKE_PART = {
     "recall": (*WITHOUT_TELLING, "iterative-cold", "exact-cold", "few-queries", "random-memory", "window-top-k"),
-    "text": (*WITHOUT_TELLING, "few-queries", "window-top-k"),
-    "encoder": ("dense", "local", "sigmoid", "iterative"),
+    "text": (*WITHOUT_TELLING, "straight-through", "few-queries", "window-top-k"),
+    "encoder": ("dense", "local", "sigmoid", "straight-through", "iterative", "default"),
     "packages": ("optimized", "reference"),
 }
 

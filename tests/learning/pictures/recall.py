@@ -23,7 +23,7 @@ def draw(path: Path, report: dict[str, Any], runs: Runs) -> None:
         panels.append(lambda axis: _distances(axis, style.like(runs, **fixed)))
     if len({run["settings"]["pairs"] for run in runs}) > 1:
         panels.append(lambda axis: _pairs(axis, style.like(runs, n=usual["n"])))
-    made, axes = style.panels(len(panels), width=4.6 if len(panels) > 1 else 7.5)
+    made, axes = style.panels(len(panels), columns=3, width=3.8 if len(panels) > 1 else 7.5)
     for axis, panel in zip(axes, panels):
         panel(axis)
         axis.axhline(1 / VALUES, color="0.4", linewidth=0.9, linestyle=":")
@@ -60,15 +60,16 @@ def _by(runs: Runs, name: str) -> dict[int, list[float]]:
 
 def _distances(axis: Axes, runs: Runs) -> None:
     for model, found in style.models_of(runs):
-        style.band(axis, model, _by(found, "n"), model, marker="o")
+        if len(points := _by(found, "n")) > 1:
+            style.band(axis, model, points, model, marker="o")
     style.by_twos(axis, sorted(_by(runs, "n")), "N, tokens of a sequence")
 
 
 def _pairs(axis: Axes, runs: Runs) -> None:
-    """A line for each K of the sigmoid mixture, where it meets E K; the others at any K."""
+    """A line for each K of the sigmoid mixture, where it meets E K; the others at any K, if they were varied."""
     for model, found in style.models_of(runs):
-        if model != "sigmoid":
-            style.band(axis, model, _by(found, "pairs"), model, marker="o")
+        if model != "sigmoid" and len(points := _by(found, "pairs")) > 1:
+            style.band(axis, model, points, model, marker="o")
     found = [run for run in runs if run["settings"]["model"] == "sigmoid"]
     for marker, keys in zip("svD^P", sorted({run["settings"]["keys"] for run in found})):
         some = [run for run in found if run["settings"]["keys"] == keys]

@@ -16,10 +16,12 @@ from .settings import Settings
 
 # What a router's scores are, beside the number of queries. At the default temperature of 0.03 cosines times 8 saturate.
 SOLVERS: dict[str, dict[str, Any]] = {
+    "straight-through": {"solver": "sigmoid", "straight_through": True},
     "iterative": {"solver": "iterative", "straight_through": True, "eps": 0.5},
     "iterative-cold": {"solver": "iterative", "straight_through": True},
     "exact": {"solver": "exact", "straight_through": True, "eps": 0.5},
     "exact-cold": {"solver": "exact", "straight_through": True},
+    "default": {},
 }
 CONTROLS = {"random-memory": controls.RandomMemory, "window-top-k": controls.WindowTopK}
 ROUND = 8  # a feed-forward is a multiple of it wide

@@ -11,7 +11,8 @@ from reference.contract import describe, reject
 
 TASKS = ("recall", "text", "encoder", "packages")
 MIXTURES = (
-    "sigmoid", "iterative", "iterative-cold", "exact", "exact-cold", "few-queries", "random-memory", "window-top-k",
+    "sigmoid", "straight-through", "iterative", "iterative-cold", "exact", "exact-cold", "default", "few-queries",
+    "random-memory", "window-top-k",
 )  # fmt: skip
 MODELS = ("dense", "local", *MIXTURES, "optimized", "reference")
 PRECISIONS = ("bfloat16", "float32")
