@@ -89,6 +89,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--dense-tokens", type=int, default=DENSE_TOKENS, metavar="N",
                         help="at most, of the dense layer: its time grows with N² (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--commit", help="for the report, where the files are a copy outside of git")
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="begin nothing after so many")
     return parser.parse_args(given)
 
@@ -222,7 +223,8 @@ def main(given: list[str] | None = None) -> int:
     if first and args.out is not None:
         kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
         kept = [row for row in kept if row["ranks"] != mesh.size()]
-        record.write(args.out, record.made(device, ("optimized", "tests")) | {"rows": [*kept, *rows]})
+        made = record.made(device, ("optimized", "tests"), args.commit)
+        record.write(args.out, made | {"rows": [*kept, *({**row, "commit": made["commit"]} for row in rows)]})
     dist.destroy_process_group()
     return 0
 
