@@ -107,6 +107,6 @@ def packages(path: Path, report: dict[str, Any], runs: Runs) -> None:
     s, found_of = runs[0]["settings"], compared(runs)
     said = ""
     if found_of is not None and found_of["standard_error"] is not None:
-        said = f"at the end {bits(found_of['difference']):+.4f} ± {bits(found_of['standard_error']):.4f} bits; "
+        said = f"at the end {bits(found_of['difference']):+.1e} ± {bits(found_of['standard_error']):.0e} bits; "
     made.suptitle(f"optimized beside reference: {said}{style.shape(s)}\n{style.where(report, s)}", fontsize=10)
     style.save(made, path)
