@@ -232,6 +232,15 @@ def test_sampling() -> None:
     assert sample(logits, 100.0, 1.0, torch.Generator().manual_seed(3)).bincount().min() > 50
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sampling_of_half_precision(dtype: torch.dtype) -> None:
+    """By probabilities in float32: in the logits' dtype some of many draws would be others."""
+    sample = optimized.transformer.generation.sample
+    logits = torch.randn(20000, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    drawn = [sample(given, 1.3, 0.7, torch.Generator().manual_seed(3)) for given in (logits, logits.float())]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("way", ["constructed", "reset"])
 def test_initialisation(way: str) -> None:
     """Deviations as `Decoder` says, of a model that is made at once, and of one made on no device and filled later."""
