@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -148,6 +149,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
     items[:] = slow + kept  # with -n, a slow one at the end would leave the other processes idle
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no later search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache
