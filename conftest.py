@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -142,20 +144,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not wanted
     }
     without_triton = config.option.device == "cpu" and not config.option.interpreted
-    kept, dropped = [], []
+    kept, dropped, slow = [], [], []
     for item in items:
-        if any(item.get_closest_marker(mark) for mark in ("nightly", "mutants", "speed")):
+        marks = {mark.name for mark in item.iter_markers()}
+        if marks & {"nightly", "mutants", "speed"}:
             item.add_marker(pytest.mark.timeout(0))  # these take as long as they are asked to
-        out = any(item.get_closest_marker(mark) for mark in unwanted)
-        left = without_triton and not item.get_closest_marker("interpreted")
+        out = bool(marks & unwanted)
+        left = without_triton and "interpreted" not in marks
         out = out or (left and "triton" in _kernels_of(item))
         out = out or any(version_of(name) is None for mark in item.iter_markers("needs") for name in mark.args)
-        (dropped if out else kept).append(item)
+        (dropped if out else slow if "slow" in marks else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    items[:] = slow + kept  # with -n, a slow one at the end would leave the other processes idle
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no later search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@functools.cache
 def version_of(library: str) -> str | None:
     """None: not installed, or too old."""
     try:
@@ -258,9 +268,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines.append(programs_line())
     lines += [f"backends of {stage}: {', '.join(names)}" for stage, names in optimized.backends().items()]
     lines.append(f"reference and optimized imported from {ROOT}")
+    hash_of = functools.cache(tree_hash)
     for path in sorted(REPORTS.glob("*.json")):
         report = read(path)
-        stale = [folder for folder, value in report["hashes"].items() if tree_hash(folder) != value]
+        stale = [folder for folder, value in report["hashes"].items() if hash_of(folder) != value]
         state = f"STALE, {' and '.join(stale)} changed since" if stale else "current"
         lines.append(f"report {path.stem} ({report['hardware']['name']}): {state}")
     return lines

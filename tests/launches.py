@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections import defaultdict
@@ -88,6 +89,7 @@ AXES = {
 }
 
 
+@functools.cache
 def configurations(family: str, size: int) -> set[tuple[Any, ...]]:
     """In float32 (of float64: test_boundaries.py), on zeros."""
     x, s = Inputs(torch.device("cpu"), torch.float32, blank=True), AXES[family].at(size)

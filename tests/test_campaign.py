@@ -622,14 +622,13 @@ def test_time_and_failures_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(failing.done("selection")) == 1
 
 
-DYING = """
+DYING = f"""
 import json, os, signal, sys
-from tests.campaign.tally import Tally
 for line in sys.stdin:
     if json.loads(line)["chunk"] == 1:
         print("last words", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
-    print(json.dumps(Tally(cases={"float32": 500}).json()), flush=True)
+    print({json.dumps(Tally(cases={"float32": 500}).json())!r}, flush=True)
 """
 
 

@@ -402,8 +402,13 @@ def every_configuration() -> Iterator[Any]:
         )
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:  # where it is deselected, nobody waits for the sizes to be found
+        every = list(every_configuration()) if metafunc.config.option.device == "cuda" else []
+        metafunc.parametrize(("family", "s", "dtype"), every)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("family", "s", "dtype"), list(every_configuration()))
 def test_every_configuration(family: str, s: Sizes, dtype: torch.dtype, device: torch.device) -> None:
     """Every case in every dtype, and wherever the wrappers choose another configuration: see cases.py.
 

@@ -51,12 +51,25 @@ def printed(code: str) -> str:
 
 
 NEW = "print(*set(sys.modules) - before)\n"
+# The counter of FLOPs knows every operator, whichever is imported first; and it stays a module like others.
+COUNTER = """
+import torch.utils.flop_counter, optimized
+import inspect
+from optimized.ops.operator import OPERATORS
+assert len(OPERATORS) > 20
+known = torch.utils.flop_counter.flop_registry
+print([name for name in OPERATORS if getattr(torch.ops.moa, name) not in known])
+print("class FlopCounterMode" in inspect.getsource(torch.utils.flop_counter))
+"""
+KNOWN = ["[]", "True"]
 
 
 def test_import_takes_neither_compiler_nor_triton() -> None:
     """What `import torch` alone loads is not ours to say. Nor does a call on the CPU take Triton, or the inductor."""
     before = "import sys, torch; before = set(sys.modules)\n"
-    loaded = {"reference": printed(f"{before}import reference\n{NEW}").split()}
+    alone, *known = printed(f"{before}import reference\n{NEW}{COUNTER}").splitlines()
+    assert known == KNOWN, "the counter before the operators"
+    loaded = {"reference": alone.split()}
     imported, called = printed(f"{before}import optimized\n{NEW}{LAYER}print(*sys.modules)").splitlines()
     loaded["optimized"] = imported.split()
     for package, names in loaded.items():
@@ -66,7 +79,7 @@ def test_import_takes_neither_compiler_nor_triton() -> None:
 
 
 def test_without_triton_a_call_is_the_same() -> None:
-    """Values, gradients, reasons, and FLOPs."""
+    """Values, gradients, reasons, and FLOPs; and it is traced."""
     rest = """
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter:
@@ -74,34 +87,18 @@ with FlopCounterMode(display=False) as counter:
 print(*digest, counter.get_total_flops())
 print(optimized.plan.obstacle("routing", "triton_interpreted", optimized.plan.Request(x.device, x.dtype)))
 """
-    same, why = printed(WITHOUT_TRITON + LAYER + rest).splitlines()
-    assert why == "Triton is not installed"
-    assert printed(LAYER + rest).splitlines() == [same, "needs TRITON_INTERPRET=1"]
-
-
-def test_without_triton_a_call_is_traced() -> None:
-    code = """
+    traced = """
 compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
 print(torch.equal(compiled(x, mask=mask), layer(x, mask=mask)))
 program = torch.export.export(layer, (x.detach(),))
 print(torch.equal(program.module()(x), layer(x)))
 """
-    assert printed(WITHOUT_TRITON + LAYER + code) == "True\nTrue"
-
-
-@pytest.mark.parametrize("order", ["torch.utils.flop_counter, optimized", "optimized, torch.utils.flop_counter"])
-def test_the_counter_knows_every_operator(order: str) -> None:
-    """Whichever is imported first; and it stays a module like others."""
-    code = f"""
-import {order}
-import inspect
-from optimized.ops.operator import OPERATORS
-assert len(OPERATORS) > 20
-known = torch.utils.flop_counter.flop_registry
-print([name for name in OPERATORS if getattr(torch.ops.moa, name) not in known])
-print("class FlopCounterMode" in inspect.getsource(torch.utils.flop_counter))
-"""
-    assert printed(code) == "[]\nTrue"
+    same, why, *equal = printed(WITHOUT_TRITON + LAYER + rest + traced).splitlines()
+    assert why == "Triton is not installed"
+    assert equal == ["True", "True"]
+    with_it, why, *known = printed(LAYER + rest + COUNTER).splitlines()
+    assert (with_it, why) == (same, "needs TRITON_INTERPRET=1")
+    assert known == KNOWN, "the counter after the operators"
 
 
 def test_a_probe_is_a_constant_to_the_compiler() -> None:

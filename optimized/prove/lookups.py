@@ -16,11 +16,15 @@ from typing import Any
 import triton.language as tl
 from triton.runtime import interpreter
 
+from optimized.prove import shortcuts
+
 _find_dtype = getattr(interpreter, "_get_np_dtype", None)
 _patch_lang = getattr(interpreter, "_patch_lang", None)
 _make_block, _make_tensor = tl.block_type.__init__, tl.tensor.__init__
 _dtypes: dict[str, Any] = {}  # NumPy's, by the name of Triton's
 _blocks: dict[Any, dict[str, Any]] = {}  # attributes of a type, by its elements' and its shape
+_shapes: dict[tuple[int, ...], Any] = {}  # of them, one object for equal ones
+_blocks_at: dict[Any, dict[str, Any]] = {}  # as _blocks, by the identity of such an object
 _tensors: dict[tuple[Any, str], tuple[Any, ...]] = {}  # what a tensor knows of its type, by the type
 
 
@@ -39,7 +43,7 @@ def _replace(namespace: Any, builder: Any, scope: Any) -> None:
     if _is_replaced(namespace):
         return  # all are, by the launch or by an earlier call
     for name, member in builtins_of(namespace):
-        interpreter._patch_attr(namespace, name, member, builder, scope)
+        scope.set_attr(namespace, name, shortcuts.interpreted(member))
 
 
 @functools.cache
@@ -69,14 +73,21 @@ def _dtype(dtype: Any) -> Any:
 
 def _block(self: Any, element_ty: Any, shape: Any) -> None:
     """Of a type that is known, what was found of the first of its kind."""
-    if any(type(size) is not int for size in shape):
-        _make_block(self, element_ty, shape)
-        return
-    key = type(element_ty), element_ty.name, tuple(shape)
-    known = _blocks.get(key)
+    kind, name = type(element_ty), element_ty.name
+    at = kind, name, id(shape)
+    known = _blocks_at.get(at)
     if known is None:
-        _make_block(self, element_ty, shape)
-        known = _blocks[key] = dict(vars(self))
+        if any(type(size) is not int for size in shape):
+            _make_block(self, element_ty, shape)
+            return
+        sizes = tuple(shape)
+        known = _blocks.get((kind, name, sizes))
+        if known is None:
+            _make_block(self, element_ty, shape)
+            self.shape = _shapes.setdefault(sizes, self.shape)
+            known = _blocks[kind, name, sizes] = dict(vars(self))
+        if shape is known["shape"]:
+            _blocks_at[at] = known
     vars(self).update(known)
 
 
@@ -93,13 +104,15 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:  # noqa: A002 - as there
 
 def look_up_once() -> None:
     """For this process, as far as its Triton has these: it may look up as often as it likes in another version."""
-    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+    has_scopes = hasattr(getattr(interpreter, "_LangPatchScope", None), "set_attr")
+    if hasattr(interpreter, "_patch_builtin") and has_scopes and shortcuts.OURS is not None:
         interpreter._patch_builtin = _replace
-        if _patch_lang is not None and hasattr(interpreter, "_LangPatchScope"):
+        if _patch_lang is not None:
             interpreter._patch_lang = _replace_all
     if _find_dtype is not None:
         interpreter._get_np_dtype = _dtype
     tl.block_type.__init__, tl.tensor.__init__ = _block, _tensor
+    shortcuts.take()
     builder: Any = getattr(interpreter, "interpreter_builder", None)
     options: Any = getattr(builder, "options", None)
     if getattr(options, "sanitize_overflow", False) and not options.debug:

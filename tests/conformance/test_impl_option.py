@@ -150,9 +150,11 @@ def test_a_run_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "nothing was checked" in done.stdout
     assert re.search(r"SKIPPED .* not offered: constructor: got an unexpected keyword argument", done.stdout)
     assert re.search(r"=+ 5 skipped, \d+ deselected", done.stdout)
-    done = run("--impl", "theirs:NoLayer")
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
-    assert "ERROR: --impl: expected module:callable" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"impl": "theirs:NoLayer", "causal": False, "impl_report": None, "impl_timeout": None, "report": None}
+    option = SimpleNamespace(**given, device="cpu", numprocesses=None)
+    with pytest.raises(pytest.UsageError, match=r"^--impl: expected module:callable"):
+        plugin.pytest_configure(SimpleNamespace(option=option, stash={}))
 
 
 # What it raises is asked of a file, so that one process sees several of them.

@@ -20,6 +20,7 @@ from mutants.runner import SECONDS, ControlError, Result, Runner
 from tests.record import ROOT
 from tests.statefile import StateError
 
+ROOT_CONFTEST = str(ROOT / "conftest.py")
 OLD = "return 2 * x"
 KILLED = Mutant("killed", "toy/__init__.py", OLD, "return 3 * x", "mass")
 SURVIVES = replace(KILLED, name="survives", new="return x + x")
@@ -221,19 +222,17 @@ def test_a_report_goes_where_it_is_asked_for(
         assert f"{words[0]}: expected" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("--max-examples=-5", "--max-examples: expected an integer >= 1, got '-5'"),
-        ("--only=window", "--only: expected with --mutants, got 'window' without it"),
-    ],
-)
-def test_wrong_use_of_pytest_is_refused(word: str, expected: str) -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", word, "tests/test_docs.py"]
+def test_wrong_use_of_pytest_is_refused(pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line in a process of its own; once it is parsed, here."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--max-examples=-5", "tests/test_docs.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert expected in done.stderr
+    assert "--max-examples: expected an integer >= 1, got '-5'" in done.stderr
     assert "Traceback" not in done.stderr
+    monkeypatch.setattr(pytestconfig.option, "only", "window")
+    (root,) = (p for p in pytestconfig.pluginmanager.get_plugins() if getattr(p, "__file__", "") == ROOT_CONFTEST)
+    with pytest.raises(pytest.UsageError, match=r"^--only: expected with --mutants, got 'window' without it"):
+        root.pytest_configure(pytestconfig)
 
 
 @pytest.mark.parametrize("error", [AssertionError(), pytest.fail.Exception("did not raise")])

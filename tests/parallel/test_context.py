@@ -139,6 +139,9 @@ def test_nan_poisons_what_it_does_in_one_process(ranks: Ranks) -> None:
 
 
 def interpreted(rank: int, cases: list[Case]) -> list[dict[str, torch.Tensor]]:
+    from optimized.prove import lookups  # here: without Triton there is none
+
+    lookups.look_up_once()
     with optimized.use_backends(**dict.fromkeys(("routing", "dispatch", "mixture"), "triton_interpreted")):
         return run(rank, cases)
 
