@@ -11,10 +11,10 @@ key 0,
 
     s_k = <q, k_k> / sqrt(d),   P = softmax,   out = P_0 v_0 + sum_k P_k sigma_k v_k,   sigma_k = sigmoid(l_k), or 1
 
-and what is not finite makes NaN of it as in `memory_attention`. The slots that are empty are not read.
+and what is not finite makes NaN of it as in `memory_attention`. What an empty slot holds changes nothing.
 
-Keys are shared by as many programs of a head as fill a GPU: each hands on its sums, which `step_output` adds up in
-their order. The first has the new key, or the null key, so that its sum is never empty.
+Of one item keys are shared by as many programs of a head as fill a GPU: each hands on its sums, which `step_output`
+adds up in their order. The first has the new key, or the null key, so that its sum is never empty.
 
 Blind spots: an expert finds out anew for each head whether it takes the token.
 """
@@ -33,7 +33,7 @@ from optimized.kernels.memory_tiles import _finite, _tile
 from optimized.kernels.step_tokens import _place
 from optimized.kernels.window import LOG2_E
 
-NOTHING, OUTPUT, NULL = 0, 1, 2  # what an expert adds to a token
+MOST_PARTS = 4  # of a head
 
 
 @triton.jit
@@ -57,6 +57,15 @@ def _larger(t, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _score(logit, UNIT: tl.constexpr):
+    """Its sigmoid, or 1; of NaN NaN."""
+    if UNIT:
+        return tl.where(logit == logit, 1.0, float("nan")).to(logit.dtype)
+    else:  # noqa: RET505 - the compiler drops the other branch only so
+        return 1.0 / (1.0 + tl.exp(-logit))
+
+
+@triton.jit
 def _over(
     q, keys_ptr, values_ptr, stride, first, end, logits_ptr, positions_ptr, top, total, out, dim, to_base_2,
     MEMORY: tl.constexpr, UNIT: tl.constexpr, LARGEST: tl.constexpr, DTYPE: tl.constexpr,
@@ -66,14 +75,13 @@ def _over(
     for begin in range(first, end, BLOCK_R):
         at = begin + tl.arange(0, BLOCK_R)
         seen = at < end
-        score = tl.full((BLOCK_R,), 1.0, DTYPE)
-        if MEMORY:
-            seen = tl.load(positions_ptr + at, mask=seen, other=-1) >= 0
-            score = 1.0 / (1.0 + tl.exp(-tl.load(logits_ptr + at, mask=seen, other=0.0)))
-            if UNIT:
-                score = 1.0 + (score - score)  # NaN stays NaN
         keys = _tile(keys_ptr, at, stride, seen, dim, BLOCK_D).to(DTYPE)
         values = _tile(values_ptr, at, stride, seen, dim, BLOCK_D).to(DTYPE)
+        score = tl.full((BLOCK_R,), 1.0, DTYPE)
+        if MEMORY:  # all slots are read, since to wait for which are filled takes longer
+            seen = tl.load(positions_ptr + at, mask=seen, other=-1) >= 0
+            score = _score(tl.load(logits_ptr + at, mask=seen, other=0.0), UNIT)
+            values = tl.where(seen[:, None], values, 0.0)
         s = tl.sum(keys * q[None, :], 1)
         s = tl.where(s == -float("inf"), float("nan"), s)
         s = tl.where(seen, s * to_base_2, -float("inf"))
@@ -172,10 +180,7 @@ def _expert_head(
     if part + h == 0:
         nobody = tl.where(tl.load(length_ptr + b) >= width, 2, 0)
         tl.store(kinds_ptr + row, tl.where(taken > 0, 1, nobody))
-        score = 1.0 / (1.0 + tl.exp(-own))
-        if UNIT:
-            score = 1.0 + (score - score)
-        tl.store(scores_ptr + row, score)
+        tl.store(scores_ptr + row, _score(own, UNIT))
     if taken > 0:
         channels = tl.arange(0, BLOCK_D)
         projected_ptr += b * columns + (first_unit + e * heads + h) * dim
@@ -188,10 +193,10 @@ def _expert_head(
         total = tl.full((), 0.0, DTYPE)
         out = tl.zeros((BLOCK_D,), DTYPE)
         if part == 0:
-            null_ptr += (e * heads + h) * dim + channels
-            top = tl.sum(q * tl.load(null_ptr, mask=channels < dim, other=0.0).to(DTYPE), 0) * to_base_2
+            null = null_ptr + (e * heads + h) * dim + channels
+            top = tl.sum(q * tl.load(null, mask=channels < dim, other=0.0).to(DTYPE), 0) * to_base_2
             total = tl.where(_finite(top), 1.0, float("nan")).to(DTYPE)
-            out = tl.load(null_ptr + experts.to(tl.int64) * heads * dim, mask=channels < dim, other=0.0).to(DTYPE)
+            out = tl.load(null + experts.to(tl.int64) * heads * dim, mask=channels < dim, other=0.0).to(DTYPE)
         stride = heads * dim
         memory = row * slots
         first = part * share
@@ -266,7 +271,8 @@ class Attended(NamedTuple):
     """results: (B, h + H E, d) of local heads, then of the heads of every expert, in x's dtype; or sums of SPLIT parts
     of each in at least float32, with their maxima and totals (B, h + H E, SPLIT, 2).
 
-    kinds (B, E) int32: what an expert adds to the token. scores (B, E): of its output.
+    kinds (B, E) int32: what an expert adds to the token, 0 nothing, 1 its output, 2 its null token. scores (B, E): of
+    its output.
     """
 
     results: Tensor
@@ -289,15 +295,16 @@ def step_attention(
     """See `Attended`. projected: as `step_products` returns it; tables: as `step_tokens`; null_kv (2, E, H, 1, d).
 
     capacity: C, None where everybody is routed. rotary: the experts' queries are rotated. unit_scores: scores are 1, or
-    NaN. largest: of `ops.finite`. parts: programs of a head; None: as many as fill a GPU.
+    NaN. largest: of `ops.finite`. parts: programs of a head, of one item alone; None: as many as fill a GPU.
     """
     batch, experts, slots, heads, dim = held.keys.shape
     near, local_heads, width = held.local_keys.shape[1], held.local_keys.shape[2], held.tail_q_logits.shape[2]
     dtype, units, window = wide(projected.dtype), local_heads + experts * heads, near - width
     block_d = next_power_of_2(dim)
-    block_r = max(min(4096 // block_d, 64), 1)
-    split = min(max(128 // max(batch * units, 1), 1), 4) if parts is None else parts
-    split = 1 << (split.bit_length() - 1)
+    block_r = max(min(32768 // dtype.itemsize // block_d, 128), 1)  # 32 numbers of each of 256 threads, or half as many
+    if parts is None:  # none of which is empty; of more items `step_output` has no place to add up
+        parts = min(128 // units, cdiv(max(window, slots), block_r), MOST_PARTS) if batch == 1 else 1
+    split = 1 << (max(parts, 1).bit_length() - 1)
     shape = (batch, units, dim) if split == 1 else (batch, units, split, dim)
     results = torch.empty(shape, dtype=projected.dtype if split == 1 else dtype, device=projected.device)
     sums = None if split == 1 else torch.empty(batch, units, split, 2, dtype=dtype, device=projected.device)
@@ -307,10 +314,9 @@ def step_attention(
         _step_attention_kernel, (batch * units * split,),
         projected, tables, *held, null_kv.contiguous(), results, sums, kinds, scores,
         batch, local_heads, experts, heads, dim, window, slots, width, 0 if capacity is None else capacity,
-        cdiv(cdiv(window, split), block_r) * block_r, cdiv(cdiv(slots, split), block_r) * block_r,
-        double_bits(dim**-0.5),
+        cdiv(window, split), cdiv(slots, split), double_bits(dim**-0.5),
         ROTARY=rotary, UNIT=unit_scores, EVERYBODY=capacity is None, SPLIT=split, LARGEST=largest,
         DTYPE=arithmetic(dtype), BLOCK_R=block_r, BLOCK_D=block_d, BLOCK_W=min(next_power_of_2(width), 1024),
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     return Attended(results, sums, kinds, scores)

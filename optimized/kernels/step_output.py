@@ -49,7 +49,7 @@ def _results(
         return tl.where(readable, made, 0.0)
 
 
-@triton.jit(do_not_specialize=["batch", "experts", "local_channels", "expert_channels", "units"])
+@triton.jit(do_not_specialize=["batch", "experts", "units"])
 def _step_output_kernel(
     results_ptr, sums_ptr, kinds_ptr, scores_ptr, w_local_ptr, w_expert_ptr, null_ptr, length_ptr, out_ptr,
     batch, channels, experts, local_channels, expert_channels, units, dim,
