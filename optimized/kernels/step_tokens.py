@@ -22,10 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, cdiv, double_bits, from_bits, launch, next_power_of_2, wide
+from optimized.kernels.launch import (
+    MAX_BLOCK_D,
+    arithmetic,
+    cdiv,
+    double_bits,
+    from_bits,
+    launch,
+    next_power_of_2,
+    wide,
+)
 from optimized.kernels.router_logits import _tile, more_logits
-
-MOST_CHANNELS = 1024  # of a token at a time
 
 
 @triton.jit
@@ -194,6 +201,6 @@ def step_tokens(
         double_bits(0.0 if scale is None else scale), double_bits(eps),
         COSINE=scale is not None, ROTARY=angles is not None,
         ANGLE=tl.float64 if angles is not None and angles.dtype == torch.float64 else arithmetic(dtype), **constants,
-        BLOCK_ROW=min(next_power_of_2(dim), MOST_CHANNELS), BLOCK_HEAD=next_power_of_2(dim_head),
+        BLOCK_ROW=min(next_power_of_2(dim), MAX_BLOCK_D), BLOCK_HEAD=next_power_of_2(dim_head),
     )  # fmt: skip
     return rates, tables
