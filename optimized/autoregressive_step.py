@@ -97,7 +97,7 @@ def fused_step(
     from optimized.kernels import step_attention, step_output, step_products, step_tokens
 
     c, attn, local, token = layer.config, layer.attn, layer.local_attn, x[:, 0]
-    routing_tokens = (parameter(router, "routing_token") for router in (layer.query_router, layer.key_value_router))
+    ours, theirs = (parameter(router, "routing_token") for router in (layer.query_router, layer.key_value_router))
     w_qkv, w_local = (parameter(child(local, name), "weight") for name in ("to_qkv", "to_out"))
     w_q, w_expert = (parameter(child(attn, name), "weight") for name in ("to_q", "to_out"))
     near, norm, eps = child(local, "norm"), None, 0.0
@@ -105,7 +105,7 @@ def fused_step(
         norm, eps = (near.weight, near.bias, child(attn, "norm").gamma), near.eps
     block = step_tokens.Block(cache.tail, cache.tail_q_logits, cache.tail_kv_logits, cache.length, cache.start)
     rates, tables = step_tokens.step_tokens(
-        token, *routing_tokens, cosine_scale(c.options), eps, rotary_emb, c.dim_head, block
+        token, ours, theirs, cosine_scale(c.options), eps, rotary_emb, c.dim_head, block
     )
     projected = step_products.step_products(token, rates, norm, w_qkv, w_q, c.num_experts)
     held = step_attention.Held(**{name: getattr(cache, name) for name in step_attention.Held._fields})
