@@ -1066,11 +1066,12 @@ def step_output(x: Inputs, s: Sizes, *, average: bool, parts: bool) -> Yielded:
     tops = x.normal(batch, units, count, seed=72, wide=True)
     dirty = a.masked_fill(hidden[..., None, None], torch.nan).contiguous()
     scores = x.normal(batch, s.experts, seed=73, wide=True).contiguous()
+    handed = scores.masked_fill(kinds.to(x.device) != 1, torch.nan)
     w_local, w_expert = x.normal(s.dim, local * head, seed=74), x.normal(s.experts * s.dim, heads * head, seed=75)
     null, length = x.weight(s.experts, s.dim, seed=76), torch.arange(3, 3 + batch, device=x.device)
     sums = torch.stack((tops, totals), -1)
     given = (dirty, sums) if parts else (dirty[:, :, 0], None)
-    attended = step_attention.Attended(*given, kinds.int().to(x.device), scores)
+    attended = step_attention.Attended(*given, kinds.int().to(x.device), handed)
     out = kernel.step_output(attended, w_local, w_expert[..., None], null, length, average)
     yield {"out": out, "length": length}
     kinds = kinds.to(x.device)
@@ -1329,14 +1330,17 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
 
 @case("heads")
 def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts: bool) -> Yielded:
-    """What is not seen holds NaN. The first of several items has no memory, the last one no place left in its block."""
+    """What is not seen holds NaN. The first of several items has no memory, the last one no place left in its block.
+
+    A query and a key of the window are too large, and a key of a memory is infinite.
+    """
     from optimized.kernels import step_attention as kernel
 
     if s.dim_head % 2:  # has no halves
         yield {}
         yield {}
         return
-    batch, width, window, local, slots = 1 if parts else s.batch + 1, 4, s.length, s.heads + 1, s.length + 3
+    batch, width, window, local, slots = 1 if parts else s.batch + 2, 4, s.length, s.heads + 1, s.length + 4
     shape, units = (batch, s.experts), local + s.experts * s.heads
     projected = x.normal(batch, (3 * local + s.experts * s.heads) * s.dim_head, seed=80).contiguous()
     turns = 3 * x.drawn((batch, 2, s.dim_head), 81)
@@ -1348,6 +1352,7 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     near = x.normal(2, batch, window + width, local, s.dim_head, seed=82).contiguous()
     keys = x.normal(2, *shape, slots, s.heads, s.dim_head, seed=83).contiguous()
     q_logits, logits = (x.normal(*shape, n, seed=84 + i, wide=True).contiguous() for i, n in enumerate((width, slots)))
+    q_logits[1:-1, 0] = torch.tensor([1.0, -1.0, 1.0, 1.0])  # the third is the second to reach the threshold
     threshold = torch.full(shape, -0.5, dtype=x.wide, device=x.device)
     filled = torch.arange(slots, device=x.device) < slots - 2
     positions = torch.where(filled, 1, -1).expand(*shape, -1).contiguous()
@@ -1355,10 +1360,13 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     seen = (back >= 0) & (back <= length.clamp_max(window)[:, None])
     near.masked_fill_(~(seen & (back > 0))[None, :, :, None, None], torch.nan)
     keys.masked_fill_(~filled[None, None, None, :, None, None], torch.nan)
+    projected[0, 0], near[0, -1, window + width - 2, -1, 0], keys[0, -1, -1, 0, -1, 0] = 200.0, 200.0, torch.inf
+    odd = torch.zeros(batch, units, dtype=torch.bool, device=x.device)
+    odd[0, 0] = odd[-1, local - 1] = odd[-1, -1] = True
     null = x.weight(2, s.experts, s.heads, 1, s.dim_head, seed=86)
     held = kernel.Held(length, start, *near.clone(), q_logits, threshold, logits, positions, *keys)
-    capacity, largest = None if everybody else 2, 2.0**60 if x.dtype != torch.float16 else 60000.0
-    made = kernel.step_attention(projected, tables, held, null, capacity, rotary, False, largest, 2 if parts else None)
+    given = None if everybody else 2, rotary, False, 100.0, 2 if parts else None
+    made = kernel.step_attention(projected, tables, held, null, *given)
     at = torch.arange(batch, device=x.device), window + place
     new = torch.stack((held.local_keys[at], held.local_values[at]))
     out, taken = made.results, made.kinds == 1
@@ -1392,7 +1400,7 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     around = torch.where(seen, 1.0, 0.0)[:, None].expand(-1, local, -1)  # (B, h, w + W): weights of values, 0: unseen
     sides = [(q, *near.transpose(2, 3), around)]
     keys, values = (
-        torch.cat((a.double().expand(batch, -1, -1, -1, -1), b.double().nan_to_num().transpose(2, 3)), 3)
+        torch.cat((a.double().expand(batch, -1, -1, -1, -1), b.double().nan_to_num(0, 0, 0).transpose(2, 3)), 3)
         for a, b in zip(null[:, None], keys)
     )
     score = torch.nn.functional.pad(logits.double().sigmoid() * filled, (1, 0), value=1.0)
@@ -1408,7 +1416,8 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     short = 0.0 if x.dtype == x.wide else torch.finfo(x.dtype).eps
     exact = (s.dim_head + window + 30) * x.eps * (2 if x.dtype == torch.float64 else 1)
     bound = 2 * (exact * (1 + size) + 2 * short * size) * (terms + value.abs()) + torch.finfo(x.dtype).eps * value.abs()
-    truths["out"] = Truth(torch.where(there[..., None], value, 0), bound)
+    value = torch.where(there[..., None], value.masked_fill(odd[..., None], torch.nan), 0)
+    truths["out"] = Truth(value, bound.masked_fill(odd[..., None], 0))
     yield truths
 
 
