@@ -173,8 +173,8 @@ def _expert_head(
         count = tl.zeros((BLOCK_W,), tl.int32)
         for begin in range(0, place + 1, BLOCK_W):
             at = begin + tl.arange(0, BLOCK_W)
-            logits = tl.load(q_logits_ptr + at, mask=at <= place, other=-float("inf"))
-            count += tl.where(at <= place, (logits >= threshold).to(tl.int32), 0)
+            logits = tl.load(q_logits_ptr + at, mask=at <= place, other=float("nan"))  # which reaches nothing
+            count += (logits >= threshold).to(tl.int32)
         taken = tl.where(own >= threshold, taken, 0)
         taken = tl.where(tl.sum(count, 0) <= capacity, taken, 0)
     if part + h == 0:

@@ -52,7 +52,9 @@ EDITS: Edits = {
         ),
         "step-new-key-in-every-part": edit("    if part == 0:\n        k =", "    if part >= 0:\n        k =", "mass"),
         "step-capacity-one-less": edit("<= capacity, taken", "< capacity, taken", "tail mask"),
-        "step-candidates-to-come": edit("count += tl.where(at <= place,", "count += tl.where(at < width,", "causality"),
+        "step-candidates-to-come": edit(
+            'mask=at <= place, other=float("nan")', 'mask=at < width, other=float("nan")', "causality"
+        ),
         "step-null-tokens-in-the-first-block": edit(
             "tl.where(tl.load(length_ptr + b) >= width, 2, 0)",
             "tl.where(tl.load(length_ptr + b) >= 0, 2, 0)",
