@@ -76,7 +76,7 @@ def _obstacle_of_tensors(
     layer: MixtureOfAutoregressiveAttention, x: Tensor, cache: StaticCache, rotary_emb: Tensor | None
 ) -> str | None:
     held = list(_buffers(cache))
-    if not is_plain([x, rotary_emb, layer.null_tokens, *held, *layer.parameters()]):
+    if not is_plain([x, rotary_emb, *held, *layer.parameters()]):
         return "a tensor is not an ordinary one"
     if not x.numel():
         return "there is nothing to compute"
@@ -96,7 +96,7 @@ def fused_step(
     """(B, 1, D), where there is no `obstacle_to_fused_step`; the cache is changed in place."""
     from optimized.kernels import step_attention, step_output, step_products, step_tokens
 
-    c, attn, local, token = layer.config, layer.attn, layer.local_attn, x[:, 0]
+    c, attn, local, token = layer.config, layer.attn, layer.local_attn, x[:, 0].contiguous()
     ours, theirs = (parameter(router, "routing_token") for router in (layer.query_router, layer.key_value_router))
     w_qkv, w_local = (parameter(child(local, name), "weight") for name in ("to_qkv", "to_out"))
     w_q, w_expert = (parameter(child(attn, name), "weight") for name in ("to_q", "to_out"))

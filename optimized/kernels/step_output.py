@@ -114,7 +114,7 @@ def step_output(
     batch, local_channels, expert_channels = attended.kinds.shape[0], w_local.shape[1], w_expert.shape[1]
     _, units, *split, head = attended.results.shape
     out = torch.empty(batch, dim, dtype=w_local.dtype, device=w_local.device)
-    constants = _items(batch, w_local.dtype, 8, local_channels)
+    constants = _items(batch, w_local.dtype, local_channels, 8)
     block_e = max(min(next_power_of_2(expert_channels), constants["BLOCK_K"]), 16)
     launch(
         _step_output_kernel, (cdiv(dim, constants["BLOCK_N"]), cdiv(batch, constants["BLOCK_M"])),

@@ -100,20 +100,21 @@ def _step_products_kernel(
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=shown[:, None] & here[None, :])
 
 
-def _items(batch: int, dtype: torch.dtype, columns: int, channels: int) -> dict[str, Any]:
-    """Constants of products: items, columns and channels of a tile. columns: of a program where it has one item."""
+def _items(batch: int, dtype: torch.dtype, channels: int, columns: int) -> dict[str, Any]:
+    """Constants of products: items, columns and channels of a tile. columns: of several items; of one 8."""
     half = dtype in (torch.float16, torch.bfloat16)
     product = batch > 1 and dtype != torch.float64
+    items = min(max(next_power_of_2(batch), 16), 64) if product else 1
     most = 128 // dtype.itemsize * (2 if product else 16)
     return {
         "PRODUCT": product,
         "HALF": half,
         "DTYPE": arithmetic(dtype),
-        "BLOCK_M": min(max(next_power_of_2(batch), 16), 64) if product else 1,
-        "BLOCK_N": 16 if product else columns,
+        "BLOCK_M": items,
+        "BLOCK_N": columns if product else 8,
         "BLOCK_K": max(min(next_power_of_2(channels), most), 16),
         "num_warps": 4,
-        "num_stages": 4,
+        "num_stages": 4 if items <= 16 else 2,  # what more of them take does not fit everywhere
     }
 
 
@@ -132,7 +133,7 @@ def step_products(
     """
     (batch, dim), local_columns, expert_columns = x.shape, w_qkv.shape[0], w_q.shape[0] // experts
     out = x.new_empty(batch, local_columns + w_q.shape[0])
-    constants = _items(batch, x.dtype, 8, dim)
+    constants = _items(batch, x.dtype, dim, 16)
     local_tiles, expert_tiles = (cdiv(n, constants["BLOCK_N"]) for n in (local_columns, expert_columns))
     w, b, gamma = (None, None, None) if norm is None else (None if t is None else t.contiguous() for t in norm)
     launch(
