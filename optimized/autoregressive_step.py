@@ -7,8 +7,6 @@ the modules' step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,19 +73,22 @@ def _obstacle_of_modules(layer: MixtureOfAutoregressiveAttention) -> str | None:
 def _obstacle_of_tensors(
     layer: MixtureOfAutoregressiveAttention, x: Tensor, cache: StaticCache, rotary_emb: Tensor | None
 ) -> str | None:
-    held = list(_buffers(cache))
-    if not is_plain([x, rotary_emb, *held, *layer.parameters()]):
+    held = [t for t in vars(cache).values() if isinstance(t, Tensor)]
+    # Parameters of plain modules are ordinary.
+    if not is_plain([x, rotary_emb, *held, layer._parameters.get("null_tokens")]):
         return "a tensor is not an ordinary one"
+    if any(t.dtype != x.dtype for t in _matrices(layer)):
+        return "a weight is of another dtype"
     if not x.numel():
         return "there is nothing to compute"
     return None if all(t.is_contiguous() for t in held) else "a buffer of the cache is not contiguous"
 
 
-def _buffers(cache: StaticCache) -> Iterator[Tensor]:
-    for f in fields(cache):
-        value = getattr(cache, f.name)
-        if isinstance(value, Tensor):
-            yield value
+def _matrices(layer: MixtureOfAutoregressiveAttention) -> tuple[Tensor, ...]:
+    """Routing tokens of queries and of the memory; to_qkv and to_out of local attention, to_q and to_out of experts."""
+    routers = (parameter(router, "routing_token") for router in (layer.query_router, layer.key_value_router))
+    near = (parameter(child(layer.local_attn, name), "weight") for name in ("to_qkv", "to_out"))
+    return *routers, *near, *(parameter(child(layer.attn, name), "weight") for name in ("to_q", "to_out"))
 
 
 def fused_step(
@@ -97,9 +98,7 @@ def fused_step(
     from optimized.kernels import step_attention, step_output, step_products, step_tokens
 
     c, attn, local, token = layer.config, layer.attn, layer.local_attn, x[:, 0].contiguous()
-    ours, theirs = (parameter(router, "routing_token") for router in (layer.query_router, layer.key_value_router))
-    w_qkv, w_local = (parameter(child(local, name), "weight") for name in ("to_qkv", "to_out"))
-    w_q, w_expert = (parameter(child(attn, name), "weight") for name in ("to_q", "to_out"))
+    ours, theirs, w_qkv, w_local, w_q, w_expert = _matrices(layer)
     near, norm, eps = child(local, "norm"), None, 0.0
     if near is not None:
         norm, eps = (near.weight, near.bias, child(attn, "norm").gamma), near.eps

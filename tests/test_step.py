@@ -129,6 +129,7 @@ def test_where_other_kernels_compute(kernels: str, device: torch.device) -> None
     low = layer.to(torch.float32), x.float()
     with torch.autocast(device.type, torch.bfloat16):
         assert obstacle(*low, cache) == "autocast computes in another dtype"
+        assert obstacle(layer, x.bfloat16(), cache) == "a weight is of another dtype"
     seen: list[str | None] = []
     torch.func.vmap(lambda t: (seen.append(obstacle(*low, cache)), t)[1])(x)
     assert seen == ["it is traced or transformed"]

@@ -93,6 +93,7 @@ EDITS: Edits = {
             "choice of backend",
         ),
         "step-past-autocast": edit("if plan.dtype != x.dtype:", "if False:", "precision"),
+        "step-of-two-dtypes": edit("t.dtype != x.dtype for", "t.dtype == torch.int8 for", "precision"),
         "step-past-a-choice": edit(
             "if near is not None and not near.startswith",
             "if near is None and not str(near).startswith",
