@@ -975,7 +975,7 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
 
 @case("channels")
 def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
-    """Logits have the bits of `router_logits`. The last item has no place left, and no angle of its own."""
+    """Logits have the bits of `router_logits`. The last item has no place left in its block, no angle of its own."""
     from optimized.kernels import router_logits
     from optimized.kernels import step_tokens as kernel
 
@@ -993,7 +993,7 @@ def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
     rates, tables = kernel.step_tokens(tokens, *rows, scale, 1e-5, angles, head, block)
     given = 4 if rotary else 2
     found = {"tail": block.tail, "logits": torch.stack(logits), "rates": rates, "tables": tables[:, :given]}
-    same = router_logits.router_logits(tokens[:, None], torch.cat(rows), None, scale)[0]
+    same = router_logits.router_logits(tokens[None], torch.cat(rows), None, scale)[0].permute(2, 1, 0)
     yield found
     place = (length - start).clamp_max(width - 1)
     here = torch.arange(width, device=x.device) == place[:, None]
