@@ -37,6 +37,7 @@ from optimized.autoregressive_routing import (
     solved_scores,
     stored_scores,
 )
+from optimized.autoregressive_step import fused_step, obstacle_to_fused_step
 from optimized.plan import Kind, Plan, bind
 from optimized.routed_attention import RoutedAttention
 from reference import contract
@@ -225,6 +226,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             cache.put(later)
             return out
         plan = bind(self._kind(x, False))
+        if obstacle_to_fused_step(self, x, cache, rotary_emb, plan) is None:
+            return fused_step(self, x, cache, rotary_emb)
         logits = both_logits((self.query_router, self.key_value_router), x, plan)
         place = cache.append(x, logits)
         routed, q_scores = routed_now(cache, place, c)

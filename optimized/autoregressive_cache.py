@@ -69,9 +69,10 @@ class StaticCache(Cache):
 
 
 def _copies(cache: values.Cache) -> dict[str, Any]:
-    """Its fields, tensors without gradient and in memory of their own."""
-    own = {f.name: getattr(cache, f.name) for f in fields(cache)}
-    return {name: t.detach().clone() if isinstance(t, Tensor) else t for name, t in own.items()}
+    """Its fields, tensors without gradient, contiguous, and in memory of their own."""
+    own: dict[str, Any] = {f.name: getattr(cache, f.name) for f in fields(cache)}
+    kept = {"memory_format": torch.contiguous_format}
+    return {name: t.detach().clone(**kept) if isinstance(t, Tensor) else t for name, t in own.items()}
 
 
 def take(t: Tensor, rows: Tensor) -> Tensor:

@@ -973,6 +973,129 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     yield truths
 
 
+@case("channels")
+def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
+    """Logits have the bits of `router_logits`. The last item has no place left in its block, no angle of its own."""
+    from optimized.kernels import router_logits
+    from optimized.kernels import step_tokens as kernel
+
+    batch, width, head = s.batch + 1, 7, 6
+    tokens, rows = x.normal(batch, s.dim, seed=60), [x.normal(s.experts, s.dim, seed=61 + i) for i in range(2)]
+    angles = x.normal(batch + 5, head, seed=63) if rotary else None
+    length = torch.arange(5, 5 + batch, device=x.device)
+    start = torch.where(length == length[-1], length - width - 1, length - 1)
+
+    def empty(*shape: int, dtype: torch.dtype = x.wide) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=x.device)
+
+    logits, scale = [empty(s.experts, width) for _ in range(2)], SCALE if cosine else None
+    block = kernel.Block(empty(width, s.dim, dtype=x.dtype), *logits, length, start)
+    rates, tables = kernel.step_tokens(tokens, *rows, scale, 1e-5, angles, head, block)
+    given = 4 if rotary else 2
+    found = {"tail": block.tail, "logits": torch.stack(logits), "rates": rates, "tables": tables[:, :given]}
+    same = router_logits.router_logits(tokens[None], torch.cat(rows), None, scale)[0].permute(2, 1, 0)
+    yield found
+    place = (length - start).clamp_max(width - 1)
+    here = torch.arange(width, device=x.device) == place[:, None]
+    t = tokens.double()
+    middle = t.mean(-1, keepdim=True)
+    each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    gain = 1 + (each * (t.abs() + t.abs().mean(-1, keepdim=True))).square().mean(-1, keepdim=True)
+    rate = s.dim**0.5 / t.norm(dim=-1)
+    value = torch.stack((middle[:, 0], each[:, 0], rate))
+    terms = torch.stack((t.abs().mean(-1), (gain * each)[:, 0], rate))
+    exponent = torch.arange(0, head, 2, device=x.device, dtype=torch.float64) / head
+    turns = (length[:, None] / 10000.0 ** exponent.double()).repeat(1, 2)[:, None]
+    if angles is not None:
+        turns = torch.cat((turns, angles.double()[length.clamp_max(batch + 4)][:, None]), 1)
+    made = torch.stack((turns.cos(), turns.sin()), 2).flatten(1, 2)
+    yield {
+        "tail": Truth(torch.where(here[..., None], tokens[:, None], 0)),
+        "logits": Truth(torch.stack([torch.where(here[:, None], half, 0) for half in same.chunk(2, 1)])),
+        "rates": x.truth(value, terms, s.dim, x.wide),
+        "tables": x.truth(made, 1 + turns.abs().repeat_interleave(2, 1), 0, x.wide),
+    }
+
+
+@case("channels")
+def step_products(x: Inputs, s: Sizes, *, norm: bool, bias: bool) -> Yielded:
+    """Of several items, and of one."""
+    from optimized.kernels import step_products as kernel
+
+    batch = s.batch + 1
+    tokens, rates = x.normal(batch, s.dim, seed=64), x.normal(3, batch, seed=65, wide=True).contiguous()
+    w_qkv, w_q = x.normal(21, s.dim, seed=66), x.normal(s.experts * 10, s.dim, seed=67)
+    scale, shift, gamma = (x.weight(*shape, s.dim, seed=68 + i) for i, shape in enumerate([(), (), (s.experts,)]))
+    given = (scale, shift if bias else None, gamma) if norm else None
+    found = {}
+    for name, count in (("all", batch), ("one", 1)):
+        some = rates[:, :count].contiguous()
+        found[name] = kernel.step_products(tokens[:count], some, given, w_qkv, w_q[..., None], s.experts)
+    yield found
+    t, made = tokens.double(), []
+    for size in (False, True):
+        m, rate, r = rates.double().abs()[..., None] if size else rates.double()[..., None]
+        first = other = (t.abs() if size else t)[None].expand(s.experts, -1, -1)
+        if norm:
+            w, g = (v.double().abs() if size else v.double() for v in (scale, gamma))
+            first, other = (first + m if size else first - m) * rate * w, other * r * g[:, None]
+            if bias:
+                first = first + (shift.double().abs() if size else shift.double())
+        w, q = (v.double().abs() if size else v.double() for v in (w_qkv, w_q))
+        each = other @ q.view(s.experts, 10, s.dim).mT
+        made.append(torch.cat((first[0] @ w.mT, each.transpose(0, 1).flatten(1)), 1))
+    truth = x.truth(*made, s.dim)
+    short = 0.0 if x.dtype == x.wide else torch.finfo(x.dtype).eps  # of what is normalised, rounded
+    truth = Truth(truth.value, truth.slack + short * made[1])
+    yield {"all": truth, "one": Truth(truth.value[:1], truth.slack[:1])}
+
+
+@case("channels")
+def step_output(x: Inputs, s: Sizes, *, average: bool, parts: bool) -> Yielded:
+    """What is not taken is not read. Of one item in parts, or of several."""
+    from optimized.kernels import step_attention
+    from optimized.kernels import step_output as kernel
+
+    batch, local, heads, head, count = 1 if parts else s.batch + 1, 3, 2, 6, 2 if parts else 1
+    units = local + s.experts * heads
+    kinds = torch.arange(batch * s.experts).view(batch, s.experts) % 2 + 1
+    kinds[1:2] = 0
+    hidden = torch.cat((torch.zeros(batch, local), (kinds != 1).repeat_interleave(heads, 1)), 1).bool().to(x.device)
+    a = x.normal(batch, units, count, head, seed=70, wide=parts)
+    totals = 1 + x.normal(batch, units, count, seed=71, wide=True).abs()
+    tops = x.normal(batch, units, count, seed=72, wide=True)
+    dirty = a.masked_fill(hidden[..., None, None], torch.nan).contiguous()
+    scores = x.normal(batch, s.experts, seed=73, wide=True).contiguous()
+    handed = scores.masked_fill(kinds.to(x.device) != 1, torch.nan)
+    w_local, w_expert = x.normal(s.dim, local * head, seed=74), x.normal(s.experts * s.dim, heads * head, seed=75)
+    null, length = x.weight(s.experts, s.dim, seed=76), torch.arange(3, 3 + batch, device=x.device)
+    sums = torch.stack((tops, totals), -1)
+    given = (dirty, sums) if parts else (dirty[:, :, 0], None)
+    attended = step_attention.Attended(*given, kinds.int().to(x.device), handed)
+    out = kernel.step_output(attended, w_local, w_expert[..., None], null, length, average)
+    yield {"out": out, "length": length}
+    kinds = kinds.to(x.device)
+    weight = (
+        torch.exp2(tops.double() - tops.double().amax(-1, keepdim=True)) if parts else torch.ones_like(tops.double())
+    )
+    below = (weight * totals.double()).sum(-1, keepdim=True) if parts else 1.0
+    found = []
+    for size in (False, True):
+        rows, w, e, z, b = (t.double().abs() if size else t.double() for t in (a, w_local, w_expert, null, scores))
+        rows = (rows * weight[..., None]).sum(2) / below
+        first, rest = rows[:, :local].flatten(1) @ w.mT, rows[:, local:].unflatten(1, (s.experts, heads)).flatten(2)
+        y = torch.einsum("bec,edc->bed", rest, e.view(s.experts, s.dim, -1)) * b[..., None]
+        terms = torch.where((kinds == 1)[..., None], y, torch.where((kinds == 2)[..., None], z, 0))
+        total = first + terms.sum(1)
+        found.append(torch.where(kinds[:, :1] > 0, total / (s.experts + 1), total) if average else total)
+    truth = x.truth(*found, (local + s.experts * heads) * head)
+    short = 0.0 if x.dtype == x.wide or not parts else torch.finfo(x.dtype).eps  # of the sum of parts, rounded
+    yield {
+        "out": Truth(truth.value, truth.slack + (short + 8 * count * x.eps) * found[1]),
+        "length": Truth(torch.arange(4, 4 + batch)),
+    }
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -1203,6 +1326,99 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
     by_slot = x.truth(*by_slot, s.heads * s.dim_head, x.wide)
     apart = {"apart dscores": by_slot, "apart dv": truths["dv"], "dk": x.truth(gk.double(), gk.abs().double(), 0)}
     yield {**truths, "dscores": by_slot, **apart}
+
+
+@case("heads")
+def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts: bool) -> Yielded:
+    """What is not seen holds NaN. The first of several items has no memory, the last one no place left in its block.
+
+    A query and a key of the window are too large, and a key of a memory is infinite.
+    """
+    from optimized.kernels import step_attention as kernel
+
+    if s.dim_head % 2:  # has no halves
+        yield {}
+        yield {}
+        return
+    batch, width, window, local, slots = 1 if parts else s.batch + 2, 4, s.length, s.heads + 1, s.length + 4
+    shape, units = (batch, s.experts), local + s.experts * s.heads
+    projected = x.normal(batch, (3 * local + s.experts * s.heads) * s.dim_head, seed=80).contiguous()
+    turns = 3 * x.drawn((batch, 2, s.dim_head), 81)
+    turns[:, 0] = turns[:, 0, : s.dim_head // 2].repeat(1, 2)
+    tables = torch.stack((turns.cos(), turns.sin()), 2).flatten(1, 2).to(x.device, x.wide)
+    start = width * (torch.arange(batch, device=x.device) + (batch == 1))
+    since = torch.where(start == start[-1], width + 1, 2)
+    length, place = start + since, since.clamp_max(width - 1)
+    near = x.normal(2, batch, window + width, local, s.dim_head, seed=82).contiguous()
+    keys = x.normal(2, *shape, slots, s.heads, s.dim_head, seed=83).contiguous()
+    q_logits, logits = (x.normal(*shape, n, seed=84 + i, wide=True).contiguous() for i, n in enumerate((width, slots)))
+    q_logits[1:-1, 0] = torch.tensor([1.0, -1.0, 1.0, 1.0])  # the third is the second to reach the threshold
+    threshold = torch.full(shape, -0.5, dtype=x.wide, device=x.device)
+    filled = torch.arange(slots, device=x.device) < slots - 2
+    positions = torch.where(filled, 1, -1).expand(*shape, -1).contiguous()
+    back = window + place[:, None] - torch.arange(window + width, device=x.device)
+    seen = (back >= 0) & (back <= length.clamp_max(window)[:, None])
+    near.masked_fill_(~(seen & (back > 0))[None, :, :, None, None], torch.nan)
+    keys.masked_fill_(~filled[None, None, None, :, None, None], torch.nan)
+    projected[0, 0], near[0, -1, window + width - 2, -1, 0], keys[0, -1, -1, 0, -1, 0] = 200.0, 200.0, torch.inf
+    odd = torch.zeros(batch, units, dtype=torch.bool, device=x.device)
+    odd[0, 0] = odd[-1, local - 1] = odd[-1, -1] = True
+    null = x.weight(2, s.experts, s.heads, 1, s.dim_head, seed=86)
+    held = kernel.Held(length, start, *near.clone(), q_logits, threshold, logits, positions, *keys)
+    given = None if everybody else 2, rotary, False, 100.0, 2 if parts else None
+    made = kernel.step_attention(projected, tables, held, null, *given)
+    at = torch.arange(batch, device=x.device), window + place
+    new = torch.stack((held.local_keys[at], held.local_values[at]))
+    out, taken = made.results, made.kinds == 1
+    if made.sums is not None:
+        weight = torch.exp2(made.sums[..., 0] - made.sums[..., 0].amax(-1, keepdim=True))
+        out = (out * weight[..., None]).sum(2) / (made.sums[..., 1] * weight).sum(-1, keepdim=True)
+    there = torch.cat((torch.ones_like(taken[:, :1]).expand(-1, local), taken.repeat_interleave(s.heads, 1)), 1)
+    yield {
+        "out": torch.where(there[..., None], out, 0),
+        "new": new,
+        "kinds": made.kinds,
+        "scores": torch.where(taken, made.scores, 0),
+    }
+    so_far = torch.arange(width, device=x.device) <= place[:, None]
+    own = q_logits.gather(2, place[:, None, None].expand(*shape, 1))[..., 0]
+    picked = (own >= threshold) & (((q_logits >= -0.5) & so_far[:, None]).sum(-1) <= 2)
+    picked = (picked | everybody) & (start > 0)[:, None]
+    kinds = torch.where(picked, 1, torch.where(length >= width, 2, 0)[:, None])
+    truths = {
+        "kinds": Truth(kinds),
+        "scores": x.truth(own.double().sigmoid() * picked, 1 + own.double().abs(), 0, x.wide),
+    }
+    q, k, v, rest = projected.double().unflatten(1, (-1, s.dim_head)).split((local,) * 3 + (units - local,), 1)
+    cos, sin, *others = (table[:, None] for table in tables.double().unbind(1))
+    q, k = (_turned(t, cos, sin, False) for t in (q, k))
+    if rotary:
+        rest = _turned(rest, *others, False)
+    truths["new"] = x.truth(torch.stack((k, v)), 2 * torch.stack((k, v)).abs() + 4, 0)
+    near = near.double().nan_to_num()
+    near[0, at[0], at[1]], near[1, at[0], at[1]] = k, v
+    around = torch.where(seen, 1.0, 0.0)[:, None].expand(-1, local, -1)  # (B, h, w + W): weights of values, 0: unseen
+    sides = [(q, *near.transpose(2, 3), around)]
+    keys, values = (
+        torch.cat((a.double().expand(batch, -1, -1, -1, -1), b.double().nan_to_num(0, 0, 0).transpose(2, 3)), 3)
+        for a, b in zip(null[:, None], keys)
+    )
+    score = torch.nn.functional.pad(logits.double().sigmoid() * filled, (1, 0), value=1.0)
+    by_head = [t.flatten(1, 2) for t in (keys, values, score[:, :, None].expand(-1, -1, s.heads, -1))]
+    sides.append((rest, *by_head))
+    found = []
+    for q, k, v, weight in sides:
+        s_qk = torch.einsum("bhd,bhkd->bhk", q, k) / s.dim_head**0.5
+        p = s_qk.masked_fill(weight == 0, -torch.inf).softmax(-1) * weight
+        size = torch.einsum("bhd,bhkd->bhk", q.abs(), k.abs()).amax(-1, keepdim=True) / s.dim_head**0.5
+        found.append(((p[..., None] * v).sum(2), (p[..., None] * v.abs()).sum(2), size.expand(-1, -1, s.dim_head)))
+    value, terms, size = (torch.cat(t, 1) for t in zip(*found))
+    short = 0.0 if x.dtype == x.wide else torch.finfo(x.dtype).eps
+    exact = (s.dim_head + window + 30) * x.eps * (2 if x.dtype == torch.float64 else 1)
+    bound = 2 * (exact * (1 + size) + 2 * short * size) * (terms + value.abs()) + torch.finfo(x.dtype).eps * value.abs()
+    value = torch.where(there[..., None], value.masked_fill(odd[..., None], torch.nan), 0)
+    truths["out"] = Truth(value, bound.masked_fill(odd[..., None], 0))
+    yield truths
 
 
 @case("heads")

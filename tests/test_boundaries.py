@@ -29,6 +29,7 @@ NO_SIZE = {  # entries of a table, warps, bits; chunks of a row are few only whe
         "memory_keys.SPAN",
         "admitted_rows.PROGRAMS",
     ),  # how many share the blocks: test_memory_attention.py
+    "step_attention.MOST_PARTS",  # programs that share the keys of a head
     *("long_descent.WARPS", "long_descent.CHUNKS", "coordinate_descent.PARTS"),
 }
 BYTES = {"launch.ROWS_IN_REGISTERS": 8, "selection.ALONE": 8}  # constants that count bytes: of a float64
@@ -80,7 +81,16 @@ ROWS = (
     "selection", "coordinate_descent", "capped_simplex", "sigmoid", "memory", "candidates", "memory_places", "admitted"
 )  # fmt: skip
 SLOTS = ("gather_norm", "combine")
-CHANNELS = (*SLOTS, "router_logits", "token_gradient", "layer_norm", "blend", "partial_sums", "admitted_rows")
+CHANNELS = (
+    *SLOTS,
+    "router_logits",
+    "token_gradient",
+    "layer_norm",
+    "blend",
+    "partial_sums",
+    "admitted_rows",
+    "step_tokens",
+)
 TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows")
 HEADS = (
     "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graphs import recorded
 from harness import attention_backends, check_identical
 from strategies import LayerCase, generator
 
@@ -126,6 +127,35 @@ def test_dropout_draws_anew_at_every_replay(backend: str, dtype: torch.dtype, de
         first, second = captured.replay(), captured.replay()
     assert not torch.equal(first[0], second[0])
     assert all(t.isfinite().all() for t in second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_of_the_causal_layer(batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Replayed through a block: bit for bit eager steps, by four kernels."""
+    layer = optimized.MixtureOfAutoregressiveAttention(
+        96, num_routed_queries=4, num_routed_key_values=40, local_attn_window_size=16, num_experts=3, dim_head=32,
+        heads=2, device=device, dtype=dtype,
+    )  # fmt: skip
+    x = torch.randn(batch, 64, 96, generator=generator(6)).to(device, dtype)
+    with torch.no_grad():
+        _, cache = layer(x[:, :50], use_cache=True)
+        static, eager, token = cache.static(), cache.static(), x[:, :1].clone()
+        results: list[torch.Tensor] = []
+        replay = recorded(lambda: results.append(layer.step(token, static)))
+        static.put(cache)
+        for t in range(50, 64):
+            token.copy_(x[:, t : t + 1])
+            replay()
+            check_identical(results[-1], layer.step(x[:, t : t + 1], eager))
+        for name, t in vars(eager).items():
+            if isinstance(t, torch.Tensor):
+                check_identical(getattr(static, name), t, name)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            replay()
+            torch.cuda.synchronize()
+    kernels = {event.key: event.count for event in profile.key_averages() if "_step_" in event.key}
+    assert len(kernels) == sum(kernels.values()) == 4
 
 
 EVERYTHING = {

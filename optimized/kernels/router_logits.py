@@ -22,6 +22,8 @@ Blind spots: a matrix product has at least 16 columns, so few experts waste most
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +43,20 @@ from optimized.kernels.launch import (
 from optimized.kernels.partial_sums import Sum, add_up
 
 CHUNK_N = 512  # tokens of one program of dr
+
+
+@triton.jit
+def more_logits(total, x, r, HALF: tl.constexpr, DTYPE: tl.constexpr):
+    """total + x r of tiles (tokens, channels) and (channels, experts), with the same bits in every kernel of logits."""
+    if DTYPE == tl.float64:
+        total += tl.sum(x.to(DTYPE)[:, :, None] * r.to(DTYPE)[None, :, :], 1)
+    elif HALF and x.dtype == r.dtype and not INTERPRETED:
+        total = tl.dot(x, r, total)
+    elif HALF:  # the interpreter multiplies the raw bits of bfloat16; TF32 holds every half precision number
+        total = tl.dot(x.to(DTYPE), r.to(DTYPE), total, input_precision="tf32")
+    else:
+        total = tl.dot(x.to(DTYPE), r.to(DTYPE), total, input_precision="ieee")
+    return total
 
 
 @triton.jit(do_not_specialize=["n", "experts", "item_rows", "scale_bits"])
@@ -69,14 +85,7 @@ def _logits_kernel(
         x = tl.load(x_ptr + start + channels[None, :], mask=shown[:, None] & inside[None, :], other=0.0)
         r = tl.load(r_ptr + start + channels[:, None], mask=inside[:, None] & (here < experts)[None, :], other=0.0)
         exact = x.to(DTYPE)
-        if DTYPE == tl.float64:
-            total += tl.sum(exact[:, :, None] * r.to(DTYPE)[None, :, :], 1)
-        elif HALF and x.dtype == r.dtype and not INTERPRETED:
-            total = tl.dot(x, r, total)
-        elif HALF:  # the interpreter multiplies the raw bits of bfloat16; TF32 holds every half precision number
-            total = tl.dot(exact, r.to(DTYPE), total, input_precision="tf32")
-        else:
-            total = tl.dot(exact, r.to(DTYPE), total, input_precision="ieee")
+        total = more_logits(total, x, r, HALF, DTYPE)
         x_squares += exact * exact
         if COSINE:
             r_squares += r.to(DTYPE) * r.to(DTYPE)
@@ -134,6 +143,17 @@ def item_rows(r: Tensor) -> int:
     return r.shape[1] if r.ndim == 3 else 0
 
 
+def _tile(dtype: torch.dtype, half: bool, experts: int) -> dict[str, Any]:
+    """Constants of a tile of logits in `dtype`; half: of x and r in half precision."""
+    blocks = (16, 32, 4) if dtype == torch.float64 else (64 if half else 32, 64, 16 if experts <= 16 else 32)
+    return {
+        "HALF": half,
+        "DTYPE": arithmetic(dtype),
+        **dict(zip(("BLOCK_N", "BLOCK_D", "BLOCK_E"), blocks)),
+        "num_warps": 4,
+    }
+
+
 def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, E, N), norms (B, N) and factors (B, E), empty without scale, that of cosine routing."""
     batch, n, dim = x.shape
@@ -145,18 +165,13 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
     make = norms.new_empty if logits.numel() else norms.new_zeros
     factors = make(batch, 0 if scale is None else experts)
     if logits.numel():
-        half = max(x.element_size(), r.element_size()) == 2
-        if dtype == torch.float64:
-            block_n, block_d, block_e = 16, 32, 4
-        else:
-            block_n, block_d, block_e = 64 if half else 32, 64, 16 if experts <= 16 else 32
+        constants = _tile(dtype, max(x.element_size(), r.element_size()) == 2, experts)
         r = r.contiguous()
         launch(
-            _logits_kernel, (batch * cdiv(n, block_n), cdiv(experts, block_e)),
+            _logits_kernel, (batch * cdiv(n, constants["BLOCK_N"]), cdiv(experts, constants["BLOCK_E"])),
             x.contiguous(), r, contiguous(mask), logits, norms, factors,
             n, dim, experts, item_rows(r), double_bits(0.0 if scale is None else scale),
-            HAS_MASK=mask is not None, COSINE=scale is not None, HALF=half, DTYPE=arithmetic(dtype),
-            BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4,
+            HAS_MASK=mask is not None, COSINE=scale is not None, **constants,
         )  # fmt: skip
     return logits, norms, factors
 

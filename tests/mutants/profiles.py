@@ -226,6 +226,9 @@ SHARED_KEYS = Profile(
     "(is_right and memory_keys and float) or (test_memory_attention and triton)",
     interpreted=True,
 )
+STEP = Profile(
+    ("test_cases.py", "test_step.py"), "(is_right and step and float) or (test_step.py and not match)", interpreted=True
+)
 MEMORY_EXPERTS = Profile(("test_operators.py",), "memory_experts and (gradcheck or pytorch_form)", interpreted=True)
 
 # Processes start slowly, and their tests are chosen by what two of them see.
@@ -240,6 +243,8 @@ PROFILES = {
     "optimized/kernels/admitted.py": ADMITTED,
     "optimized/kernels/admitted_rows.py": ADMITTED,
     "optimized/kernels/finite.py": SEEN,
+    **{f"optimized/kernels/step_{name}.py": STEP for name in ("tokens", "products", "attention", "output")},
+    "optimized/autoregressive_step.py": STEP,
     "optimized/kernels/memory_keys.py": SHARED_KEYS,
     "optimized/kernels/memory_tiles.py": MEMORY_ATTENTION,
     "optimized/ops/memory_experts.py": MEMORY_EXPERTS,

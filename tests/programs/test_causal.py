@@ -90,6 +90,18 @@ def test_compiled_step(package: str) -> None:
         assert_same(torch.cat(outs, 1), expected, "decoded")
 
 
+def test_compiled_step_in_place() -> None:
+    """In one graph, by the modules."""
+    layer, x = layer_of("optimized"), tokens(12)
+    with torch.no_grad():
+        whole, (_, cache) = layer(x), layer(x[:, :9], use_cache=True)
+        static = cache.static()
+        compiled = torch.compile(layer.step, backend="eager", fullgraph=True)
+        outs = [compiled(x[:, t : t + 1], static) for t in range(9, 12)]
+    assert_same(torch.cat(outs, 1), whole[:, 9:], "decoded")
+    assert static.length.tolist() == [12, 12]
+
+
 @PACKAGES
 def test_checkpointed(package: str) -> None:
     layer, x = layer_of(package, dropout=0.3), tokens()

@@ -13,6 +13,7 @@ from . import (
     rows,
     selection,
     solvers,
+    step,
     window,
 )
 
@@ -27,6 +28,7 @@ STAGES = (
     layer,
     window,
     causal,
+    step,
     parallel,
     gpu,
 )
