@@ -172,7 +172,7 @@ def version_of(library: str) -> str | None:
         found = importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
         return None
-    return found if Version(found) >= Version(PROGRAMS[library]) else None
+    return found if Version(found) >= Version(PROGRAMS.get(library, "0")) else None
 
 
 def programs_line() -> str:

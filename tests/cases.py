@@ -879,21 +879,27 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
 
 @case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
-    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time."""
+    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; and
+    of so many rows that several programs share them."""
     from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
     outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    few, rows = min(width, 40), kernel.MOST + s.n % 2 + 1  # the last part has few
+    many = x.normal(groups * rows, stride, seed=41, wide=True).contiguous()
+    shared = torch.empty(groups, few, dtype=x.dtype, device=x.device)
     first, second = (kernel.Sum(out, groups, count) for out, count in zip(outs, counts))
     second = second._replace(first=groups * s.n * stride)
     kernel.add_up(partial, width, stride, first, second)
     kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
-    yield dict(zip(("first", "second", "alone"), outs))
+    kernel.add_up(many, few, stride, kernel.Sum(shared, groups, rows))
+    names = "first", "second", "alone", "shared"
+    yield dict(zip(names, (*outs, shared)))
     terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
-    truths = [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]
-    yield dict(zip(("first", "second", "alone"), truths))
+    terms.append(many.double().unflatten(0, (groups, -1))[..., :few])
+    yield dict(zip(names, [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]))
 
 
 @case("channels")

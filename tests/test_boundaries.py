@@ -144,6 +144,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "null_slot.TILE": "head_channels",
     "partial_sums.COLUMNS": "channels",
     "partial_sums.ROWS": "tokens",
+    "partial_sums.MOST": "tokens",
+    "partial_sums.SHARE": "tokens",
     "router_logits.CHUNK_N": "router",
     "selection.ALONE": "rows",
     "sigmoid.BLOCK": "rows",

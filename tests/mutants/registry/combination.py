@@ -60,7 +60,16 @@ EDITS: Edits = {
             "        rows = rows_1\n", "", "BobMcDear/attorch#14", "stride and layout"
         ),
         "sums-of-the-last-tile": edit("total += tl.load(", "total = tl.load(", "lucidrains/CoLT5-attention#8"),
-        "sums-beyond-the-rows": edit("mask=(row < rows)[:, None] &", "mask=(row >= 0)[:, None] &", "tail mask"),
+        "sums-beyond-the-rows": edit("mask=(row < end)[:, None] &", "mask=(row >= 0)[:, None] &", "tail mask"),
+        "sums-a-part-beyond-the-rows": edit("tl.minimum(rows, (part + 1) * share)", "(part + 1) * share", "tail mask"),
+        "sums-of-parts-rounded": edit(
+            "partial.new_empty(groups, parts, width)",
+            "one.out.new_empty(groups, parts, width)",
+            "precision",
+        ),
+        "sums-every-part-from-the-first-row": edit(
+            "range(part * share, end, ROWS)", "range(0, end, ROWS)", "stride and layout"
+        ),
         "sums-rows-side-by-side": edit(
             "row[:, None].to(tl.int64) * stride", "row[:, None].to(tl.int64) * width", "stride and layout"
         ),
