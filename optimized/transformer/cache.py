@@ -125,6 +125,7 @@ class StaticDecoderCache(_OfLayers):
         layers = (layer.value(columns) if isinstance(layer, DenseBuffers) else layer.value() for layer in self.layers)
         return DecoderCache(self.length.clone(), there, columns, tuple(layers))
 
+    @torch.no_grad()
     def put(self, other: DecoderCache) -> None:
         """Another cache of the same model and batch into these buffers, of as many columns at most.
 

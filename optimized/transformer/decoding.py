@@ -89,7 +89,7 @@ class InPlace:
     def _kinds(self) -> set[bool]:
         """Which kinds of steps there will be, with border=False or True."""
         filled = self.filled
-        kinds = {self._count() for _ in range(min(self.room, self.static.block or 1))}
+        kinds = {self._count() for _ in range(min(self.room, 1 + (self.static.block or 0)))}  # one is due by then
         self.filled = filled
         return kinds
 

@@ -44,7 +44,7 @@ def obstacle_to_recording(model: Any, device: torch.device) -> str | None:
     """Why steps of a model that can take them may not be replayed: a replay runs no code of Python."""
     if device.type != "cuda":
         return f"tokens on {device}"
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a stream that is being captured"
     for name, module in model.named_modules():
         own = type(module) in _QUIET or not name

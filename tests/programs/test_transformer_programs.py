@@ -79,6 +79,17 @@ def test_compiled_decoding() -> None:
         assert_same(torch.cat(outs, 1), model(tokens))
 
 
+def test_compiled_steps() -> None:
+    """In place, in one graph: buffers in a cache are written as in eager calls."""
+    model, tokens = model_of(Decoder, layers=("dense", "mixture")).eval(), tokens_of(8)
+    _, cache = model(tokens[:, :5], use_cache=True)
+    step, static = torch.compile(model.step, backend="eager", fullgraph=True), cache.static(3)
+    for t in range(5, 8):
+        expected, cache = model(tokens[:, t : t + 1], cache=cache, use_cache=True)
+        assert_same(step(tokens[:, t], static), expected[:, 0])
+    assert static.left == 0
+
+
 # --- two processes
 
 
