@@ -61,8 +61,9 @@ class InPlace:
 
     def __call__(self, token: Int64[Tensor, " B"]) -> Float[Tensor, "B V"]:
         if not self.room:
+            cache = self.static.value()
             self.steps.clear()  # and their memory, before there are others
-            self._begin(self.static.value())
+            self._begin(cache)
         self.room, self.left = self.room - 1, self.left - 1
         border = self._count()
         self.token.copy_(token)

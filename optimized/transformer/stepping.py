@@ -34,7 +34,7 @@ def obstacle_to_steps(model: Any, cls: type[nn.Module]) -> str | None:
             named.append((f"blocks.{i}.attention", block.attention, _ATTENTIONS[block.kind]))
             named += [(f"blocks.{i}.attention.{n}", getattr(block.attention, n, None), c) for n, c in inside.items()]
     for name, module, expected in named:
-        found = attached(module, expected) or _moody(module)
+        found = attached(module, expected) or _mode_of(module)
         if found is not None:
             return f"{name}, which {found}"
     return None
@@ -49,13 +49,13 @@ def obstacle_to_recording(model: Any, device: torch.device) -> str | None:
     for name, module in model.named_modules():
         own = type(module) in _QUIET or not name
         found = plain(module, type(module), bias=True) if own else f"is of class {type(module).__name__}"
-        found = found or _moody(module)
+        found = found or _mode_of(module)
         if found is not None:
             return f"{name or 'model'}, which {found}"
     return None
 
 
-def _moody(module: nn.Module) -> str | None:
+def _mode_of(module: nn.Module) -> str | None:
     if module.training:
         return "is in training mode"
     return None if module._compiled_call_impl is None else "is compiled"
