@@ -13,7 +13,16 @@ from optimized.mixture import MixtureOfAttention, combine
 from optimized.plan import backends, set_default_backends, use_backends
 from optimized.routed_attention import routed_attention
 from optimized.routing import Router, capped_simplex, coordinate_descent, route, select
-from optimized.transformer import Decoder, DecoderCache, Encoder, Loads, TransformerConfig, generate, stream
+from optimized.transformer import (
+    Decoder,
+    DecoderCache,
+    Encoder,
+    Loads,
+    StaticDecoderCache,
+    TransformerConfig,
+    generate,
+    stream,
+)
 from reference.contract import RouterOptions, Routes
 
 __all__ = [
@@ -29,6 +38,7 @@ __all__ = [
     "RouterOptions",
     "Routes",
     "StageReport",
+    "StaticDecoderCache",
     "TransformerConfig",
     "backends",
     "capped_simplex",

@@ -20,8 +20,37 @@ class Cache(values.Cache):
         return StaticCache(**_copies(self))
 
 
+class NearBuffers:
+    """Of local attention, in place: keys and values (B, w + W, H, d) of w tokens before a block, then of up to W in it.
+
+    length, start: (B), valid tokens so far, and the position of the block's first one.
+    """
+
+    length: Any
+    start: Any
+    local_keys: Any
+    local_values: Any
+
+    @property
+    def window(self) -> int:
+        """w."""
+        raise NotImplementedError
+
+    def append_near(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys and values (B, 1, H, d) of the token after those held. Returns those it sees, itself first and
+        further back after it, (B, w + 1, H, d), and how many of them there are (B).
+        """
+        place = (self.window + self.length - self.start).clamp_max(self.local_keys.shape[1] - 1)
+        at = place[:, None, None, None]
+        for buffer, new in zip((self.local_keys, self.local_values), (keys, values)):
+            buffer.scatter_(1, at.expand_as(new), new.to(buffer.dtype))
+        back = place[:, None] - torch.arange(self.window + 1, device=keys.device)
+        count = (self.length + 1).clamp_max(self.window + 1)
+        return take(self.local_keys, back), take(self.local_values, back), count
+
+
 @dataclass(frozen=True, eq=False)
-class StaticCache(Cache):
+class StaticCache(Cache, NearBuffers):
     """A cache whose tensors stay where they are and are changed in place, as a CUDA graph wants them."""
 
     def due(self) -> Tensor:
@@ -51,18 +80,9 @@ class StaticCache(Cache):
             buffer.scatter_(2, at.expand_as(new), new)
         return place
 
-    def append_near(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated keys and values (B, 1, H, d) of the token after those held. Returns those it sees, itself first and
-        further back after it, (B, w + 1, H, d), and how many of them there are (B).
-        """
-        window = self.sizes()[2]
-        place = window + (self.length - self.start).clamp_max(self.tail.shape[1] - 1)
-        at = place[:, None, None, None]
-        for buffer, new in zip((self.local_keys, self.local_values), (keys, values)):
-            buffer.scatter_(1, at.expand_as(new), new.to(buffer.dtype))
-        back = place[:, None] - torch.arange(window + 1, device=keys.device)
-        count = (self.length + 1).clamp_max(window + 1)
-        return take(self.local_keys, back), take(self.local_values, back), count
+    @property
+    def window(self) -> int:
+        return self.sizes()[2]
 
     def advance(self) -> None:
         self.length.add_(1)

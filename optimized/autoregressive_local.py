@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optimized import ops
 from optimized.attention import flex_window
-from optimized.autoregressive_cache import StaticCache
+from optimized.autoregressive_cache import NearBuffers
 from optimized.local_attention import CLASSES as LOCAL
 from optimized.local_attention import LayerNorm, LocalAttention, normed
 from optimized.ops.finite import odd_rows
@@ -25,20 +25,26 @@ class CausalLocalAttention(LocalAttention):
     """State as of `LocalAttention`."""
 
     def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "B N D"], cache: Cache | None = None, kept: bool = False, plan: Plan | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        cache: Cache | NearBuffers | None = None,
+        kept: bool = False,
+        plan: Plan | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Tensor | None, Tensor | None]:
         """x: the valid tokens first, which continue those of the cache. plan: that of the layer's call.
 
         Returns (B, N, D), and if they are to be kept rotated keys and values, (B, N, H, d), before them those of the
-        cache. A static cache is given those of x, one token of every item.
+        cache. A cache in place is given those of x, one token of every item.
         """
         if plan is None or not contract.takes_as_given(self, CausalLocalAttention):
             contract.parameters(self, x, CLASSES)
         if plan is None:
+            step = isinstance(cache, NearBuffers)  # whose one query sees the first keys of a row
             plan = bind(
                 Kind(
-                    x.device, x.dtype, ("dispatch", "local_attention"), self.dim_head, token_mask=cache is not None,
-                    allow_flash=self.flash_attn, allow_triton=self.use_triton,
+                    x.device, x.dtype, ("dispatch", "routed_attention" if step else "local_attention"), self.dim_head,
+                    masked=step, token_mask=cache is not None, allow_flash=self.flash_attn,
+                    allow_triton=self.use_triton,
                 )
             )  # fmt: skip
         norm = self.norm
@@ -51,7 +57,7 @@ class CausalLocalAttention(LocalAttention):
         qkv = self.to_qkv(hidden).to(plan.dtype).unflatten(2, (3, self.heads, self.dim_head))
         if cache is None:
             out, k, v = self._first(qkv, kept, plan)
-        elif isinstance(cache, StaticCache):
+        elif isinstance(cache, NearBuffers):
             out, k, v = self._step(qkv, cache, plan), None, None
         else:
             out, k, v = self._continued(qkv, cache, plan)
@@ -83,7 +89,7 @@ class CausalLocalAttention(LocalAttention):
         out = self._attend(rows, there, True, plan)
         return take(out, 1, old[:, None] + new), keys, values
 
-    def _step(self, qkv: Float[Tensor, "B 1 3 H d"], cache: StaticCache, plan: Plan) -> Float[Tensor, "B 1 H d"]:
+    def _step(self, qkv: Float[Tensor, "B 1 3 H d"], cache: NearBuffers, plan: Plan) -> Float[Tensor, "B 1 H d"]:
         tables = angles_at(cache.length, self.dim_head, _wide(qkv))
         at = torch.arange(qkv.shape[0], device=qkv.device)[:, None]
         q, k = (ops.rotary(qkv[:, :, i], *tables, at, False, plan.dispatch) for i in (0, 1))

@@ -11,6 +11,7 @@ from harness import attention_backends, check_identical
 from strategies import LayerCase, generator
 
 import optimized
+from optimized.transformer import decoding
 
 pytestmark = pytest.mark.gpu
 
@@ -156,6 +157,41 @@ def test_a_step_of_the_causal_layer(batch: int, dtype: torch.dtype, device: torc
             torch.cuda.synchronize()
     kernels = {event.key: event.count for event in profile.key_averages() if "_step_" in event.key}
     assert len(kernels) == sum(kernels.values()) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_steps_of_a_decoder(dtype: torch.dtype | None, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed they are those that are called, bit for bit, and wait for nothing; None: under autocast.
+
+    Items begin blocks at steps of their own, and buffers are made anew on the way.
+    """
+    monkeypatch.setattr(decoding, "ROOM", 16)
+    mixture = {"num_routed_queries": 4, "num_routed_key_values": 16, "num_experts": 2}
+    config = optimized.TransformerConfig(
+        50, 64, ("dense", "local", "mixture"), dim_head=16, window=8, mixture=mixture, mixture_rotary=True
+    )
+    torch.manual_seed(3)
+    model = optimized.Decoder(config, device=device, dtype=dtype).eval()
+    tokens = torch.randint(50, (3, 70), generator=generator(5)).to(device)
+    mask = (torch.arange(30) >= torch.tensor([[0], [7], [29]])).to(device)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=dtype is None):
+        _, cache = model(tokens[:, :30], mask, use_cache=True)
+        ways, found = [decoding.decoding(model, cache, 40, graph) for graph in (True, False)], []
+        for t in range(40):
+            waits = t == 30  # for lengths, when buffers are made
+            torch.cuda.set_sync_debug_mode("default" if waits else "error")
+            try:
+                logits = [after(tokens[:, 30 + t]) for after in ways]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            check_identical(logits[0].clone(), logits[1])
+            found.append(logits[1])
+        assert not torch.equal(found[0], found[-1])
+        drawn = []
+        for graph in (True, False):
+            draws = torch.Generator(device).manual_seed(1)
+            drawn.append(optimized.generate(model, tokens[:, :30], 40, mask, generator=draws, graph=graph))
+        assert torch.equal(*drawn)
 
 
 EVERYTHING = {

@@ -227,6 +227,8 @@ def test_transformers_are_used_as_their_page_says() -> None:
     assert made["loads"].queries.shape == (2, 2, 4)
     assert made["new"].shape == (2, 20)
     assert made["token"].shape == (2,)
+    assert made["after"].shape == (2, 256)
+    assert made["static"].length.tolist() == [90, 120]
     exec(theirs, made)
     assert made["loss"].isfinite()
     assert made["new"].shape[1] > 100

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from optimized.autoregressive_cache import StaticCache
 from optimized.autoregressive_local import CausalLocalAttention
-from optimized.transformer.cache import DenseCache, LocalCache
 from optimized.transformer.config import TransformerConfig
+from optimized.transformer.layer_caches import DenseBuffers, DenseCache, LocalBuffers, LocalCache
 from optimized.transformer.rotary import turned
 from reference.contract import Config
 
@@ -46,6 +47,7 @@ class Shared:
     triangle: bool
     keep: bool
     watch: bool
+    border: bool = False  # of a step: whether an item may begin a block
 
 
 class Call:
@@ -84,12 +86,14 @@ class DenseAttention(nn.Module):
         self.to_out.reset_parameters()
 
     def forward(
-        self, x: Float[Tensor, "B N D"], shared: Shared, cache: DenseCache | None = None
+        self, x: Float[Tensor, "B N D"], shared: Shared, cache: DenseCache | DenseBuffers | None = None
     ) -> tuple[Float[Tensor, "B N D"], DenseCache | None]:
         assert shared.turn is not None
         q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, self.dim_head)).permute(2, 0, 3, 1, 4)
         q, k = turned(q, *shared.turn), turned(k, *shared.turn)
-        if cache is not None:
+        if isinstance(cache, DenseBuffers):
+            k, v = cache.append(k, v)
+        elif cache is not None:
             k, v = torch.cat((cache.keys.to(k.dtype), k), 2), torch.cat((cache.values.to(v.dtype), v), 2)
         out = F.scaled_dot_product_attention(q, k, v, shared.visible, is_causal=shared.triangle)
         return self.to_out(out.transpose(1, 2).flatten(2)), DenseCache(k, v) if shared.keep else None
@@ -99,8 +103,10 @@ def _dense(layer: nn.Module, x: Tensor, shared: Shared, cache: Any) -> Called:
     return *layer(x, shared, cache), None
 
 
-def _causal_local(layer: Any, x: Tensor, shared: Shared, cache: LocalCache | None) -> Called:
+def _causal_local(layer: Any, x: Tensor, shared: Shared, cache: LocalCache | LocalBuffers | None) -> Called:
     """In a first call of the optimized layer there is nothing before the tokens, and nothing is put there."""
+    if isinstance(cache, LocalBuffers):
+        return layer(x, cache)[0], None, None
     if cache is None and isinstance(layer, CausalLocalAttention):
         out, keys, values = layer(x, None, shared.keep)
         if not shared.keep:
@@ -119,7 +125,9 @@ def _causal_local(layer: Any, x: Tensor, shared: Shared, cache: LocalCache | Non
     return out, past.after(keys, values, shared.count), None
 
 
-def _causal_mixture(layer: nn.Module, x: Tensor, shared: Shared, cache: Any) -> Called:
+def _causal_mixture(layer: Any, x: Tensor, shared: Shared, cache: Any) -> Called:
+    if isinstance(cache, StaticCache):
+        return layer.step(x, cache, shared.table, shared.border), None, None
     found = layer(x, shared.mask, shared.table, cache, shared.keep, shared.watch)
     out, *rest = found if isinstance(found, tuple) else (found,)
     load = None

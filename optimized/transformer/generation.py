@@ -1,4 +1,4 @@
-"""Tokens from a decoder, one after the other, from its cache."""
+"""Tokens from a decoder, one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from optimized.transformer.decoding import decoding
 from optimized.transformer.models import Decoder
+from optimized.transformer.stepping import obstacle_to_recording
 from reference import contract
 from reference.contract import TokenMask
 
@@ -22,9 +24,11 @@ def generate(
     top_p: float = 1.0,
     eos: int | None = None,
     generator: torch.Generator | None = None,
+    graph: bool | None = None,
 ) -> Int64[Tensor, "B M"]:
     """The tokens of `stream` side by side, M <= max_new_tokens of them, without the prompt."""
-    return torch.stack(list(stream(model, tokens, max_new_tokens, mask, temperature, top_p, eos, generator)), 1)
+    found = stream(model, tokens, max_new_tokens, mask, temperature, top_p, eos, generator, graph)
+    return torch.stack(list(found), 1)
 
 
 def stream(
@@ -36,6 +40,7 @@ def stream(
     top_p: float = 1.0,
     eos: int | None = None,
     generator: torch.Generator | None = None,
+    graph: bool | None = None,
 ) -> Iterator[Int64[Tensor, " B"]]:
     """The next token of every item, (B), at most max_new_tokens times.
 
@@ -47,6 +52,10 @@ def stream(
         eos: the token that ends an item, which repeats it from then on; the end of all ends the iteration, and to know
             it the host waits for the device.
         generator: of random numbers, on the device of the tokens.
+        graph: replay steps as CUDA graphs. None: where that can be done and is worth it; True: refused where it cannot
+            be done; False: call them.
+    Behind the prompt by `Decoder.step`, in place, where the model can (`obstacle_to_steps`), which stays as it is
+    meanwhile; else from a cache that is a value.
     Raises TypeError or ValueError naming the argument, before the first token is asked for.
     """
     if not isinstance(model, Decoder):
@@ -67,7 +76,11 @@ def stream(
             contract.reject("generator", "a torch.Generator", contract.describe(generator), TypeError)
         if generator.device.type != tokens.device.type:
             contract.reject("generator", f"a generator on {tokens.device}", f"one on {generator.device}")
-    return _stream(model, tokens, max_new_tokens, valid, temperature, top_p, eos, generator)
+    if graph is not None and contract.flag("graph", graph):
+        obstacle = model.obstacle_to_steps() or obstacle_to_recording(model, tokens.device)
+        if obstacle is not None:
+            contract.reject("graph", "None or False, where steps cannot be recorded", f"True for {obstacle}")
+    return _stream(model, tokens, max_new_tokens, valid, temperature, top_p, eos, generator, graph)
 
 
 def _stream(
@@ -79,19 +92,27 @@ def _stream(
     top_p: float,
     eos: int | None,
     generator: torch.Generator | None,
+    graph: bool | None,
 ) -> Iterator[Tensor]:
-    cache, ended = None, torch.zeros_like(tokens[:, 0], dtype=torch.bool)
-    for _ in range(most):
+    token = tokens[:, -1]
+    ended = torch.zeros_like(tokens[:, 0], dtype=torch.bool)
+    for i in range(most):
         with torch.no_grad():  # not around a yield, where it would hold for the caller
-            logits, cache = model(tokens, mask, cache, use_cache=True, last=True)
-            token = sample(logits[:, 0], temperature, top_p, generator)
+            if i == 0:
+                logits, cache = model(tokens, mask, use_cache=True, last=True)
+                logits = logits[:, 0]
+            else:
+                if i == 1:  # the first token does not wait for what the others need
+                    logits_after = decoding(model, cache, most - 1, graph)
+                    del cache
+                logits = logits_after(token)
+            token = sample(logits, temperature, top_p, generator)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
                 ended = ended | (token == eos)
         yield token
         if eos is not None and bool(ended.all()):
             return
-        tokens, mask = token[:, None], None
 
 
 def sample(

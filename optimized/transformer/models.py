@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from optimized.transformer.cache import DecoderCache
+from optimized.transformer.attentions import Call, Shared
+from optimized.transformer.cache import DecoderCache, StaticDecoderCache
 from optimized.transformer.config import TransformerConfig
+from optimized.transformer.stepping import obstacle_to_steps
 from optimized.transformer.trunk import Trunk
 from reference import contract
 from reference.contract import TokenMask
@@ -90,6 +92,48 @@ class Decoder(_WithHead):
         asked = [True, use_cache, return_loads]
         results = [result for result, wanted in zip(results, asked) if wanted]
         return results[0] if len(results) == 1 else tuple(results)
+
+    @torch.no_grad()
+    def step(
+        self, tokens: Int64[Tensor, " B"], cache: StaticDecoderCache, border: bool = False
+    ) -> Float[Tensor, "B V"]:
+        """Logits after one more token of every item, without gradients; the cache is changed in place.
+
+        Args:
+            tokens: (B) int64. cache: `DecoderCache.static` makes it.
+            border: an item may begin a block with its token (`cache.due()`); right for any mixture of lengths, and more
+                work. Without it no item may, and that is not looked at: nothing waits for the device. So a step of
+                either kind can be captured in a CUDA graph.
+        The model is in evaluation mode, and it, its blocks and their attentions are as they were made
+        (`obstacle_to_steps`). Raises TypeError or ValueError naming the argument.
+        """
+        if not isinstance(cache, StaticDecoderCache):
+            said = "a StaticDecoderCache, as `cache.static(room)` makes it"
+            contract.reject("cache", said, contract.describe(cache), TypeError)
+        contract.tensor("tokens", tokens, "B", dtypes=(torch.int64,))
+        contract.flag("border", border)
+        cache.require("cache", tokens.shape[0], self.config.layers, tokens.device)
+        obstacle = self.obstacle_to_steps()
+        if obstacle is not None:
+            contract.reject("model", "one that takes steps in place", obstacle)
+        if cache.left < 1:
+            contract.reject("cache", "one with room for another token", f"one whose {cache.columns} columns are full")
+        self._in_vocabulary(tokens, None)
+        if border:
+            cache.begin_blocks()
+        x, turn, visible = self.embedding(tokens[:, None]), None, None
+        if "dense" in self.config.layers:
+            turn = self._turn(x, cache.length[:, None, None])
+            visible = torch.arange(cache.columns, device=x.device) <= cache.length[:, None, None, None]
+        shared = Shared(None, None, turn, self._table(x, cache.columns), visible, False, False, False, border)
+        for block, buffers in zip(self.blocks, cache.layers):
+            x, _, _ = block(x, Call(shared, buffers))
+        cache.advance()
+        return self._logits(self.norm(x))[:, 0]
+
+    def obstacle_to_steps(self) -> str | None:
+        """Why `step` would not compute what a call does; None where it does."""
+        return obstacle_to_steps(self, Decoder)
 
 
 class Encoder(_WithHead):

@@ -119,38 +119,53 @@ class Trunk(nn.Module):
         mask = contract.token_mask("mask", mask, tokens)
         for name, value in (("use_cache", use_cache), ("return_loads", return_loads), ("last", last)):
             contract.flag(name, value)
-        _within(tokens, mask, getattr(self.embedding, "num_embeddings", self.config.vocab_size))  # it may be resized
+        self._in_vocabulary(tokens, mask)
         if cache is not None:
             if not isinstance(cache, DecoderCache):
                 contract.reject("cache", "a DecoderCache, of this model", contract.describe(cache), TypeError)
-            for name, expected, given in (
-                ("batch", tokens.shape[0], cache.length.shape[0]),
-                ("layers", self.config.layers, cache.kinds()),
-                ("device", tokens.device, cache.length.device),
-            ):
-                if expected != given:
-                    contract.reject("cache", f"one for {name} {expected}", f"one for {given}")
+            cache.require("cache", tokens.shape[0], self.config.layers, tokens.device)
         return mask
 
+    def _in_vocabulary(self, tokens: Tensor, mask: Tensor | None) -> None:
+        """Where a look costs nothing, as of masks: on the CPU."""
+        if tokens.device.type != "cpu" or not contract._holds_data(tokens):
+            return
+        vocab_size = getattr(self.embedding, "num_embeddings", self.config.vocab_size)  # it may be resized
+        seen = tokens if mask is None else tokens.masked_fill(~mask, 0)
+        if seen.numel():
+            low, high = (int(v) for v in seen.aminmax())
+            if low < 0 or high >= vocab_size:
+                contract.reject("tokens", f"numbers in [0, {vocab_size})", f"values from {low} to {high}")
+
     def _shared(self, x: Tensor, order: Order | None, cache: DecoderCache | None, keep: bool, watch: bool) -> Shared:
-        c, (batch, n), passed = self.config, x.shape[:2], 0 if cache is None else cache.passed
-        kinds, table, turn, visible = set(c.layers), None, None, None
-        if "mixture" in kinds and c.mixture_rotary:
-            dim_head = c.mixture.get("dim_head", c.dim_head)
-            table = angles_of(torch.arange(passed + n, device=x.device), dim_head, c.rotary_base)
-        if "dense" in kinds:
+        (batch, n), passed = x.shape[:2], 0 if cache is None else cache.passed
+        turn, visible = None, None
+        if "dense" in self.config.layers:
             position = torch.arange(n, device=x.device)
             if cache is not None:
                 position = cache.length[:, None, None] + position  # (B, 1, N): one for all heads
-            angles = angles_of(position, c.dim_head, c.rotary_base)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            turn = angles.cos().to(wide), angles.sin().to(wide)
+            turn = self._turn(x, position)
             visible = self._visible(x, order, cache)
         count = None
         if keep:
             count = x.new_full((batch,), n, dtype=torch.int64) if order is None else order.mask.sum(1)
         mask = None if order is None else order.here
+        table = self._table(x, passed + n)
         return Shared(mask, count, turn, table, visible, self.causal and cache is None, keep, watch)
+
+    def _table(self, x: Tensor, positions: int) -> Tensor | None:
+        """Angles of experts, if they rotate."""
+        c = self.config
+        if "mixture" not in c.layers or not c.mixture_rotary:
+            return None
+        dim_head = c.mixture.get("dim_head", c.dim_head)
+        return angles_of(torch.arange(positions, device=x.device), dim_head, c.rotary_base)
+
+    def _turn(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin by which dense layers rotate."""
+        angles = angles_of(position, self.config.dim_head, self.config.rotary_base)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return angles.cos().to(wide), angles.sin().to(wide)
 
     def _visible(self, x: Tensor, order: Order | None, cache: DecoderCache | None) -> Tensor | None:
         """Which columns a token of a dense layer sees, where the order of the tokens does not tell it.
@@ -175,17 +190,6 @@ class Trunk(nn.Module):
             return DecoderCache(shared.count, shared.mask, n, layers)
         there = _columns(cache, shared.mask, tokens.shape[0], n, tokens.device)
         return DecoderCache(cache.length + shared.count, there, cache.passed + n, layers)
-
-
-def _within(tokens: Tensor, mask: Tensor | None, vocab_size: int) -> None:
-    """Where a look costs nothing, as of masks: on the CPU."""
-    if tokens.device.type != "cpu" or not contract._holds_data(tokens):
-        return
-    seen = tokens if mask is None else tokens.masked_fill(~mask, 0)
-    if seen.numel():
-        low, high = (int(v) for v in seen.aminmax())
-        if low < 0 or high >= vocab_size:
-            contract.reject("tokens", f"numbers in [0, {vocab_size})", f"values from {low} to {high}")
 
 
 def _columns(cache: DecoderCache, here: Tensor | None, batch: int, n: int, device: torch.device) -> Tensor | None:

@@ -17,7 +17,7 @@ from programs.test_fully_sharded import mesh
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from optimized import Decoder, Encoder, TransformerConfig
+from optimized import Decoder, Encoder, TransformerConfig, generate
 
 pytestmark = pytest.mark.cpu
 
@@ -79,6 +79,17 @@ def test_compiled_decoding() -> None:
         assert_same(torch.cat(outs, 1), model(tokens))
 
 
+def test_compiled_steps() -> None:
+    """In place, in one graph: buffers in a cache are written as in eager calls."""
+    model, tokens = model_of(Decoder, layers=("dense", "mixture")).eval(), tokens_of(8)
+    _, cache = model(tokens[:, :5], use_cache=True)
+    step, static = torch.compile(model.step, backend="eager", fullgraph=True), cache.static(3)
+    for t in range(5, 8):
+        expected, cache = model(tokens[:, t : t + 1], cache=cache, use_cache=True)
+        assert_same(step(tokens[:, t], static), expected[:, 0])
+    assert static.left == 0
+
+
 # --- two processes
 
 
@@ -131,6 +142,10 @@ def in_bfloat16(rank: int) -> None:
     assert cache.layers[2].logits.dtype == torch.float32
     _, other = narrow(tokens, use_cache=True)
     assert torch.equal(split(tokens[:, :3], cache=cache), narrow(tokens[:, :3], cache=other))
+    assert split.obstacle_to_steps() == "model, which is of class FSDPDecoder"
+    narrow.register_forward_hook(lambda *_: None)  # so that its tokens come of calls, too
+    found = [generate(model.eval(), tokens, 3, temperature=0) for model in (split, narrow)]
+    assert torch.equal(*found)
 
 
 def test_bfloat16(ranks: Ranks) -> None:
