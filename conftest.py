@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import importlib.metadata
@@ -163,6 +164,7 @@ def pytest_collection_finish() -> None:
     """What was imported and collected stays: no later search for garbage goes through it again."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries report at the end what was not freed
 
 
 @functools.cache

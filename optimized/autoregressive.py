@@ -209,7 +209,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         """One more token of every item, without gradients; the cache is changed in place, its sizes are not.
 
         border: an item may begin a block with this token (`cache.due()`); right for any mixture of lengths, and many
-        times as much work. Without it no item may, and that is not looked at: nothing waits for the device. Capture a
+        times as much work, as any step is whose `attn` or `local_attn` was replaced by a module of another class.
+        Without it no item may, and that is not looked at: nothing waits for the device. Capture a
         step of either kind in a CUDA graph, and replay that with a border where one is due: with items of one length,
         once every routed_window_size tokens.
         rotary_emb: as many rows as tokens will ever be passed. Raises TypeError or ValueError naming the argument.
@@ -221,7 +222,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if x.shape[1] != 1:
             contract.reject("x", "one token of every item", x)
         contract.parameters(self, x, CLASSES)
-        if border:
+        own = isinstance(self.attn, MemoryAttention) and isinstance(self.local_attn, CausalLocalAttention)
+        if border or not own:  # other modules write nothing into these buffers
             out, later = self(x, rotary_emb=rotary_emb, cache=cache.value(), use_cache=True)
             cache.put(later)
             return out

@@ -562,6 +562,36 @@ def test_steps_in_place(kernels: str, case: Case, tokens: int, device: torch.dev
         same(out, again)
 
 
+class OfValues(torch.nn.Module):
+    """Somebody's module around ours: it returns what is to be kept, and writes nowhere."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Any) -> Any:
+        return self.inner(
+            *(t.value() if isinstance(t, optimized.autoregressive_cache.StaticCache) else t for t in given)
+        )
+
+
+@pytest.mark.parametrize("name", ["attn", "local_attn"])
+def test_steps_of_replaced_modules(name: str, device: torch.device) -> None:
+    """What they keep reaches the static cache."""
+    case = Case(SMALL, 2, 6, 1)
+    layer, (x, _) = case.layer(optimized, device), case.call(device)
+    more = case.normal(case.batch, 6, x.shape[-1], seed=7, device=device)
+    setattr(layer, name, OfValues(getattr(layer, name)))
+    with torch.no_grad():
+        out, value = layer(x, use_cache=True)
+        same(out, case.layer(optimized, device)(x))
+        static = value.static()
+        for t in range(6):
+            token = more[:, t : t + 1]
+            expected, value = layer(token, cache=value, use_cache=True)
+            same(layer.step(token, static, border=bool(static.due().any())), expected)
+
+
 def test_a_step_is_told_what_it_needs(device: torch.device) -> None:
     case = Case(SMALL, 2, 6, 1)
     layer, (x, _) = case.layer(optimized, device), case.call(device)
