@@ -35,7 +35,7 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(128, 4, 32, 32, 4, 16, 64, 256, 4, 400, 3e-3, 2**13, False, "minutes on a CPU"),
     "base": Size(256, 6, 32, 64, 4, 32, 128, 512, 8, 1500, 2e-3, 2**15, False, "an hour or two on a CPU"),
-    "small": Size(512, 8, 64, 128, 4, 64, 256, 2048, 16, 2000, 1e-3, 2**17, True, "minutes on a GPU"),
+    "small": Size(512, 8, 64, 128, 4, 64, 256, 2048, 16, 1200, 1e-3, 2**17, True, "minutes on a GPU"),
     "medium": Size(
         1024, 16, 64, 256, 4, 128, 512, 8192, 16, 2000, 5e-4, 2**18, True, "for GPUs, and a longer text of your own"
     ),
