@@ -57,10 +57,9 @@ def text() -> str:
         found = read(path)
         ranks = sorted({row["ranks"] for row in found["rows"]})
         heading = ("N, ms", *(f"R = {r}" for r in ranks), "speed-up", "peak MiB of a rank", "MB sent by a rank")
-        made = f"{found['hardware']['name']}, torch {found['versions']['torch']}; [report](../tests/reports/{path.name})"
-        parts.append(table(heading, lines(found["rows"]), left=1) + f"
-
-*{made}*")
+        made = f"{found['hardware']['name']}, torch {found['versions']['torch']}"
+        linked = f"*{made}; [report](../tests/reports/{path.name})*"
+        parts.append(table(heading, lines(found["rows"]), left=1) + "\n\n" + linked)
     return "\n\n".join(parts)
 
 
