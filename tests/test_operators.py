@@ -226,7 +226,7 @@ def test_pytorch_form_equals_the_kernels(name: str, sample: Sample, kernels: str
         Sample(masked=True, experts=2, batch=1),
         Sample(batch=0),
     ],
-    ids=["plain", "masked", "kernels", "empty"],
+    ids=["plain", "masked", "masked kernels", "empty"],
 )
 @pytest.mark.parametrize("name", list(OPERATORS))
 def test_batching_rules(name: str, sample: Sample, device: torch.device) -> None:
