@@ -41,6 +41,10 @@ class Sample:
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
+    def by_triton(self) -> bool:
+        return self.masked if self.triton is None else self.triton
+
+    @property
     def rows(self) -> int:
         return self.batch * self.experts
 
@@ -208,8 +212,7 @@ def mixture(s: Sample) -> dict[str, Any]:
     }
     angles = tables(s, 6) if s.masked else {"cos": None, "sin": None}
     how = {"dropout": 0.0, "average": s.masked, "backend": "math"}
-    triton = s.masked if s.triton is None else s.triton
-    return {**routed_rows(s), **weights, **angles, **how, "triton_combines": triton}
+    return {**routed_rows(s), **weights, **angles, **how, "triton_combines": s.by_triton}
 
 
 def window(s: Sample) -> dict[str, Any]:
@@ -429,8 +432,7 @@ def forward_of(name: str) -> str:
 
 def named_arguments(name: str, sample: Sample, device: torch.device, **changes: Any) -> dict[str, Any]:
     """Of a forward operator, on the device in the strides that they have."""
-    triton = sample.masked if sample.triton is None else sample.triton
-    changes = {"triton": triton} | VARIANTS.get(name, {}).get(sample.variant, {}) | changes
+    changes = {"triton": sample.by_triton} | VARIANTS.get(name, {}).get(sample.variant, {}) | changes
     changes = {key: value(sample) if callable(value) else value for key, value in changes.items()}
     return {key: to(device, value) for key, value in (SAMPLES[name](sample) | changes).items()}
 
@@ -458,8 +460,11 @@ def arguments_of(name: str, sample: Sample, device: torch.device) -> tuple[Any, 
     """By position; of forward operators and of backward ones."""
     operator = OPERATORS[forward_of(name)]
     named = named_arguments(operator.name, sample, device)
-    if name != operator.name:
-        named = backward_arguments(operator, named, sample)
+    if name != operator.name:  # whoever ran forward, and PyTorch needs no interpreter to
+        saved = backward_arguments(
+            operator, named_arguments(operator.name, replace(sample, triton=False), device), sample
+        )
+        named = saved | {key: value for key, value in named.items() if key.startswith("triton")}
     return tuple(named[key] for key in OPERATORS[name].names)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from harness import BOTH, DTYPES, KERNELS, check_identical, stages_by
-from runs import baseline_layer, compare, oracle_layer, run_layer
+from runs import LayerRun, baseline_layer, compare, oracle_layer, run_layer
 from strategies import LayerCase, generator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -75,6 +76,20 @@ def serves(report: StageReport, name: str) -> bool:
     return report.backend == name or " is preferred" in report.reasons[name]
 
 
+def masked_or_not(window: int | None, mask: str) -> LayerCase:
+    return replace(CASE, window=window, mask=mask, seed=3)
+
+
+@functools.cache
+def reference_runs(
+    window: int | None, mask: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, LayerRun, LayerRun]:
+    """Routes, and with them what is exact and what is as good as it gets in the dtype; the same for all backends."""
+    case = masked_or_not(window, mask)
+    routes = oracle_layer(case, dtype, device).routes
+    return routes, *(run(case, dtype, device, routes=routes) for run in (oracle_layer, baseline_layer))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["none", "random"])
 @pytest.mark.parametrize("window", [None, 6])
@@ -83,14 +98,13 @@ def test_every_backend_matches_or_refuses(
     name: str, window: int | None, mask: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Values and every gradient; a backend that can't serve says so and computes nothing."""
-    case = replace(CASE, window=window, mask=mask, seed=3)
+    case = masked_or_not(window, mask)
     layer = build(optimized, case, device, dtype)
     given = {"mask": case.inputs()["mask"].to(device)} if mask != "none" else {}
     x = inputs(case, device, dtype)
     shown = torch.ones(case.batch, case.n, dtype=torch.bool, device=device)
     report = optimized.explain(layer, x, **given).stages["routed_attention"]
     masked = optimized.explain(layer, x, mask=shown).stages["routed_attention"]
-    routes = oracle_layer(case, dtype, device).routes
     if not serves(report, name):
         refused = pytest.raises(ValueError, match="routed_attention: expected a backend that can run")
         with refused, optimized.use_backends(routed_attention=name):
@@ -102,9 +116,8 @@ def test_every_backend_matches_or_refuses(
         if not serves(masked, name):
             assert own.isfinite().all()
             return  # injected routes come with a mask
+        routes, exact, baseline = reference_runs(window, mask, dtype, device)
         actual = run_layer(optimized, case, dtype, device, routes=routes)
-    exact = oracle_layer(case, dtype, device, routes=routes)
-    baseline = baseline_layer(case, dtype, device, routes=routes)
     compare(actual, exact, baseline, stage="mixture", dtype=dtype, backend=name)
 
 

@@ -370,7 +370,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = replace(SMALL, competitors=EVERYONE)
     shapes = [
         small,
-        replace(small, name="long", n=80),
+        replace(SMALL, name="long", n=80),
         replace(SMALL, name="windowed", group="fixed K, local", window=4),
     ]
     Session(CPU, out, effort=QUICK).run(jobs(shapes, [], []))

@@ -340,10 +340,11 @@ def test_a_fault_of_a_layer_is_shrunk_kept_and_tried_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(kind, "KEPT", tmp_path)
+    monkeypatch.setattr(kind, "CHUNK", 12)
     assert kind.run_kept(SETTING).failures == []
-    sound = kind.run(0, 50, SETTING)
+    sound = kind.run(0, kind.CHUNK, SETTING)
     with OPERATORS[fault].put_in():
-        tally = kind.run(0, 50, SETTING)
+        tally = kind.run(0, kind.CHUNK, SETTING)
         (failure,) = tally.failures
         assert all(word in failure.message for word in words)
         assert tally.small.get("float64", set()) <= sound.small["float64"], "what shrinking tried is no case"
@@ -364,7 +365,7 @@ def test_a_leak_is_found_where_no_budget_shows_it(
 ) -> None:
     """By the law: a ten millionth of the mean of the logits, of which NaN is not small."""
     monkeypatch.setattr(causal, "KEPT", tmp_path)
-    monkeypatch.setattr(causal, "CHUNK", 25)
+    monkeypatch.setattr(causal, "CHUNK", 12)
     place = causal.LANES.index(Lane("law", dtype))
     with OPERATORS["logits know the sequence"].put_in():
         (failure,) = causal.run(place * causal.CHUNK, causal.CHUNK, SETTING).failures
@@ -522,9 +523,10 @@ def test_a_second_run_on_a_state_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert sum(found["solver"].tally.cases.values()) == 2 * sum(tally.cases.values())
 
 
-def lines_of_a_state(folder: Path) -> list[bytes]:
+@pytest.fixture(scope="module")
+def lines_of_a_state(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     """A header, one of selection and one of the solver."""
-    with State(folder / "whole", HEADER) as state:
+    with State(tmp_path_factory.mktemp("state") / "whole", HEADER) as state:
         for kind in BATCHED:
             state.add(kind.NAME, 0, kind.run(0, 20, SETTING))
         return state.path.read_bytes().splitlines(keepends=True)
@@ -565,11 +567,14 @@ CORRUPT: dict[str, Callable[[list[bytes]], list[bytes]]] = {
 
 @pytest.mark.parametrize("how", CORRUPT.values(), ids=[name.replace(" ", "-") for name in CORRUPT])
 def test_a_corrupt_state_is_named(
-    how: Callable[[list[bytes]], list[bytes]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    how: Callable[[list[bytes]], list[bytes]],
+    lines_of_a_state: list[bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """And left as it was, by a run as by a report."""
     path = tmp_path / "state"
-    content = b"".join(how(lines_of_a_state(tmp_path)))
+    content = b"".join(how(lines_of_a_state))
     path.write_bytes(content)
     with pytest.raises(StateError, match=rf"^{path}: expected the state of a campaign, got another line \d"):
         State(path, HEADER)
@@ -658,6 +663,7 @@ def test_what_a_process_prints_is_no_answer(tmp_path: Path) -> None:
     assert sum(state.parts["selection"].tally.cases.values()) == 500, "its chunks are not short"
 
 
+@pytest.mark.usefixtures("short_chunks")
 def test_the_worst_of_a_report_is_what_failed() -> None:
     """Also where the state tells of it in its list of failures only."""
     tally = layer.run(0, 15, SETTING)

@@ -255,7 +255,7 @@ EIGHTS = CausalCase({**SMALL, "dim": 16, "dim_head": 8, "local_attn_window_size"
 
 
 def tails(case: CausalCase, x: Tensor, cut: int) -> Iterator[tuple[str, Tensor]]:
-    """What comes from the cut on, changed."""
+    """What comes from the cut on, changed. Where nothing comes before the cut, or after it, one way stands for all."""
     rest = x[:, cut:]
     largest = torch.finfo(x.dtype).max
     changed = {
@@ -267,7 +267,8 @@ def tails(case: CausalCase, x: Tensor, cut: int) -> Iterator[tuple[str, Tensor]]
         "shown before": x[:, :1].expand_as(rest),
     }
     for name, tail in changed.items():
-        yield name, torch.cat((x[:, :cut], tail), 1)
+        if name == "noise" or 0 < cut < case.n:
+            yield name, torch.cat((x[:, :cut], tail), 1)
 
 
 # Finite scores that are so large that weights made anew from them, in a backward, would be infinite.

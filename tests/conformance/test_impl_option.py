@@ -84,72 +84,80 @@ def test_modules_without_a_layer(source: str, message: str, tmp_path: Path, monk
         factory_of(f"{module}:Layer")
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
-    """pytest in a process of its own."""
-    environment = {name: v for name, v in os.environ.items() if name != "PYTEST_ADDOPTS"}  # which --impl may refuse
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+# One process imports once for several sessions. Each ends its output with a line of its exit status.
+SESSIONS = """
+import json, sys, pytest
+for options in json.loads(sys.argv[1]):
+    print("ended with", int(pytest.main(["-p", "no:cacheprovider", *options])), flush=True)
+"""
+MIXES, AHEAD, WIDTH = "mixed", "ahead", "wide"
+SOURCES = {
+    MIXES: "from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n",
+    AHEAD: "from tests.noise.layers import SequenceTopK as Layer\n",  # which says nothing of itself
+    WIDTH: "def Layer(width):\n    pass\n",
+}
 
 
 @pytest.mark.cpu  # whatever the device, the child runs on the CPU; what it shrinks to is that of a Hypothesis
-def test_a_run_on_a_faulty_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Across processes too. The snippets of the report raise what they say, without pytest."""
-    (tmp_path / "theirs.py").write_text("from tests.faults.layers import LAYERS\nLayer = LAYERS['experts are mixed']\n")
-    written = tmp_path / "report.md"
+def test_runs_on_layers_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One across processes too. The snippets of the reports raise what they say, without pytest."""
+    for name, source in SOURCES.items():
+        (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    here = ["tests/conformance", "tests/test_launch.py"]  # of the repository's own tests a few would do
-    options = ["--impl", "theirs:Layer", "--impl-report", str(written), "-k", "experts or batch", "--max-examples", "5"]
-    done = run(*here, "-n", "1", *options)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert f"its {len(PROPERTIES)} properties and no other tests are selected" in done.stdout
-    assert "conformance of theirs:Layer: 4 hold, 1 fail, 0 not offered" in done.stdout
-    assert re.search(r"experts read their own tokens +│ FAILS +│ B=1 N=3 D=8 E=2", done.stdout)
-    assert re.search(r"=+ 1 failed, 4 passed\b", done.stdout), "tests of this repository ran as well"
-    [snippet] = blocks(written)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # which --impl may refuse
     monkeypatch.syspath_prepend(tmp_path)
+    mixed, ahead = tmp_path / "mixed.md", tmp_path / "ahead.md"
+    here = ["tests/conformance", "tests/test_launch.py"]  # of the repository's own tests a few would do
+    few = ["--impl-report", str(mixed), "-k", "experts or batch", "--max-examples", "5"]
+    law = ["--causal", "--impl-report", str(ahead), "-k", "later_one or items_and", "--max-examples", "20"]
+    options = [
+        [*here, "-n", "1", "--impl", f"{MIXES}:Layer", *few],
+        ["tests/conformance", "--impl", f"{AHEAD}:Layer", *law],
+        ["tests/conformance", "--impl", f"{WIDTH}:Layer", "-k", "dtype", "--max-examples", "1"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SESSIONS, json.dumps(options)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said = re.split(r"^(?<=\n)ended with (\d+)\n", done.stdout, flags=re.MULTILINE)
+    assert said[1::2] == ["1", "1", str(int(pytest.ExitCode.NO_TESTS_COLLECTED))], done.stdout + done.stderr
+    check_run_of_mixed_experts(said[0], mixed)
+    check_run_of_one_that_looks_ahead(said[2], ahead)
+    check_run_that_checks_nothing(said[4])
+
+
+def check_run_of_mixed_experts(stdout: str, written: Path) -> None:
+    assert f"its {len(PROPERTIES)} properties and no other tests are selected" in stdout
+    assert f"conformance of {MIXES}:Layer: 4 hold, 1 fail, 0 not offered" in stdout
+    assert re.search(r"experts read their own tokens +│ FAILS +│ B=1 N=3 D=8 E=2", stdout)
+    assert re.search(r"=+ 1 failed, 4 passed\b", stdout), "tests of this repository ran as well"
+    [snippet] = blocks(written)
     with pytest.raises(AssertionError, match="the output of other experts changed by"):
         exec(snippet, {})
 
 
-@pytest.mark.cpu
-def test_a_run_on_a_causal_layer_that_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that says nothing of itself. Its report names the cut, and its snippet raises."""
-    source = "from tests.noise.layers import SequenceTopK as Layer\n"
-    (tmp_path / "leaking.py").write_text(source)
-    written = tmp_path / "report.md"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    options = ["--impl", "leaking:Layer", "--causal", "--impl-report", str(written), "-k", "later_one or items_and"]
-    done = run("tests/conformance", *options, "--max-examples", "20")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert f"its {len(SETS[True].properties)} properties and no other tests are selected" in done.stdout
-    assert "conformance of leaking:Layer: 1 hold, 1 fail, 1 not offered" in done.stdout
-    assert re.search(r"=+ 1 failed, 1 passed, 1 skipped\b", done.stdout)
+def check_run_of_one_that_looks_ahead(stdout: str, written: Path) -> None:
+    """Its report names the cut, and its snippet raises."""
+    assert f"its {len(SETS[True].properties)} properties and no other tests are selected" in stdout
+    assert f"conformance of {AHEAD}:Layer: 1 hold, 1 fail, 1 not offered" in stdout
+    assert re.search(r"=+ 1 failed, 1 passed, 1 skipped\b", stdout)
     text = written.read_text()
-    assert "pytest --impl leaking:Layer --causal --impl-report FILE" in text
+    assert f"pytest --impl {AHEAD}:Layer --causal --impl-report FILE" in text
     cut = int(re.search(r"Smallest example: B=1 N=\d+ .* w=\d W=\d .*cut=(\d+)", text)[1])
     [snippet] = blocks(written)
     assert f"    cut={cut},\n" in snippet
-    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(AssertionError, match=rf"^tokens from {cut} on changed \(.*\): token \d+ changed by "):
         exec(snippet, {})
 
 
-@pytest.mark.cpu
-def test_a_run_that_checks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "theirs.py").write_text("def Layer(width):\n    pass\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    done = run("tests/conformance", "--impl", "theirs:Layer", "-k", "dtype", "--max-examples", "1")
-    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
-    assert "conformance of theirs:Layer: 0 hold, 0 fail, 5 not offered" in done.stdout
-    assert "nothing was checked" in done.stdout
-    assert re.search(r"SKIPPED .* not offered: constructor: got an unexpected keyword argument", done.stdout)
-    assert re.search(r"=+ 5 skipped, \d+ deselected", done.stdout)
+def check_run_that_checks_nothing(stdout: str) -> None:
+    assert f"conformance of {WIDTH}:Layer: 0 hold, 0 fail, 5 not offered" in stdout
+    assert "nothing was checked" in stdout
+    assert re.search(r"SKIPPED .* not offered: constructor: got an unexpected keyword argument", stdout)
+    assert re.search(r"=+ 5 skipped, \d+ deselected", stdout)
+
+
+def test_a_module_without_the_layer_is_wrong_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     given = {"impl": "theirs:NoLayer", "causal": False, "impl_report": None, "impl_timeout": None, "report": None}
     option = SimpleNamespace(**given, device="cpu", numprocesses=None)
@@ -163,7 +171,7 @@ import os, signal, sys, time, unittest
 from pathlib import Path
 import hypothesis, pytest, reference
 
-KIND = Path(__file__).with_suffix(".txt")
+KIND, ASLEEP = (Path(__file__).with_suffix(suffix) for suffix in (".txt", ".asleep"))
 
 class Layer(reference.MixtureOfAttention):
     def forward(self, x, **given):
@@ -172,6 +180,21 @@ class Layer(reference.MixtureOfAttention):
             exec(kind)
         return super().forward(x, **given)
 """
+
+
+class Patient:
+    """The end of a pipe whose time begins when the layer sleeps, however slow the machine is until then."""
+
+    def __init__(self, connection: Any, asleep: Path) -> None:
+        self._connection, self._asleep = connection, asleep
+
+    def poll(self, timeout: float) -> bool:
+        while not (self._connection.poll(0.05) or self._asleep.exists()):
+            pass
+        return self._connection.poll(timeout)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
 
 
 @pytest.mark.cpu
@@ -188,14 +211,16 @@ def test_layers_that_do_not_return(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "raise KeyboardInterrupt": "KeyboardInterrupt: ",
         "os._exit(0)": "the process ended, exit code 0",
         "os.kill(os.getpid(), signal.SIGSEGV)": "the process ended, by SIGSEGV",
-        "time.sleep(3600)": "no answer within 20 seconds",
+        "ASLEEP.touch(); time.sleep(3600)": "no answer within 0.5 seconds",
     }
     try:
         for kind, reason in kinds.items():
             (tmp_path / "stops.txt").write_text("")
             assert examiner.examine("inputs_are_left_alone", 2).verdict == HOLDS
             (tmp_path / "stops.txt").write_text(kind)
-            examiner.timeout = 20.0 if "sleep" in kind else 300.0
+            if "sleep" in kind:
+                examiner.timeout = 0.5
+                examiner._connection = Patient(examiner._connection, tmp_path / "stops.asleep")
             found = examiner.examine("inputs_are_left_alone", 10)
             assert (found.verdict, found.reason[: len(reason)]) == (FAILS, reason)
             assert int(re.search(r"n=(\d+),", found.snippet)[1]) > 3

@@ -72,7 +72,7 @@ def test_compiled(package: str) -> None:
         assert torch.equal(actual, expected)
 
 
-@PACKAGES
+@pytest.mark.parametrize("package", [pytest.param("reference", marks=pytest.mark.thorough), "optimized"])
 def test_compiled_step(package: str) -> None:
     """A token at a time, across the ends of blocks, in one graph for all of them but the first with a cache."""
     layer, x = layer_of(package), tokens(11)
