@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -99,8 +98,8 @@ def test_one_version_everywhere() -> None:
     assert all(found.values())
 
 
-def test_programs_are_as_new_as_the_extra_wants_them() -> None:
-    versions = sys.modules["conftest"].PROGRAMS
+def test_programs_are_as_new_as_the_extra_wants_them(pytestconfig: pytest.Config) -> None:
+    versions = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py")).PROGRAMS
     wanted = dict(re.findall(r'"(\w+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
     assert versions == {name: wanted[name] for name in versions}
 

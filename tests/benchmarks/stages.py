@@ -39,6 +39,10 @@ MODULES = {
     "attention": "attention",
     "keep": "attention",
     "layer_norm": "norm",
+    "step_tokens": "router",
+    "step_products": "GEMM",
+    "step_attention": "attention",
+    "step_output": "GEMM",
     "value_score": "null slot",  # both are about values and scores around the flash kernel
 }
 LIBRARIES = (  # in this order: flash-attn 4's kernels are called cutlass too
