@@ -182,7 +182,8 @@ PLAN = Profile(
 SUMS = Profile(("test_cases.py",), "is_right and (partial_sums or combine)", interpreted=True)
 AT_ONCE = Profile(
     ("test_operators.py", "test_mixture.py"),
-    "(mixture and (pytorch_form or only_what)) or (optimized_matches and not triton)",
+    "(mixture and (pytorch_form or only_what or (whole_stages and plain))) or (optimized_matches and not triton) "
+    "or (test_mixture and (average_divides or padding_changes) and not triton)",
     examples=10,
 )
 CONTRACT = Profile(("test_validation.py", "test_modules.py"), "test_validation or distributed or half_precision")
