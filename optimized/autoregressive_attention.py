@@ -259,7 +259,8 @@ def attend_rows(
 ) -> Float[Tensor, "E B J C H d"]:
     """Attention of a block as a row of its own.
 
-    A query that is not finite, or sees what is not, gets NaN, others nothing of it (`ops.finite`).
+    A query that is not finite, or sees what is not, gets NaN, others nothing of it (`ops.finite`). The null slot is
+    merged by PyTorch: beside that a backward leaves out the queries that nobody asked.
     """
     k, v = held.rows.flatten(0, 2).unbind(2)
     odd_scores = held.scores.isnan()
@@ -269,7 +270,7 @@ def attend_rows(
     null_k, null_v = null_kv.squeeze(3).unbind(0)
     out = ops.attention(
         q.masked_fill(odd[..., None], 0).flatten(0, 2), k, v, null_k, null_v, held.counts.flatten().int(), None,
-        dropout, -1, False, plan.routed_attention, plan.dispatch,
+        dropout, -1, False, plan.routed_attention, False,
     )[0]  # fmt: skip
     return out.view(q.shape).masked_fill(odd[..., None], torch.nan)
 

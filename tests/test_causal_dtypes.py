@@ -272,6 +272,10 @@ def tails(case: CausalCase, x: Tensor, cut: int) -> Iterator[tuple[str, Tensor]]
 
 
 # Finite scores that are so large that weights made anew from them, in a backward, would be infinite.
+MANY = {
+    "routed_window_size": 8, "num_routed_queries": 4, "num_routed_key_values": 16, "num_experts": 3, "heads": 1,
+    "solver": "iterative", "cosine_sim_routing": True, "fetch_k_ratio": 1.0, "eps": 0.03, "n_iters": 3,
+}  # fmt: skip
 LARGE = {**RAW, "dim_head": 2, "solver": "sigmoid", "straight_through": False, "capacity_factor": 1.0}
 
 
@@ -282,6 +286,7 @@ LARGE = {**RAW, "dim_head": 2, "solver": "sigmoid", "straight_through": False, "
 @example(case=CausalCase({**LARGE, "routed_window_size": 4, "heads": 2, "num_experts": 1}, 1, 7, 262, cut=0.25))
 @example(case=CausalCase({**LARGE, "routed_window_size": 16, "heads": 1, "num_experts": 1}, 1, 15, 1, cut=0.25))
 @example(case=CausalCase({**LARGE, "routed_window_size": 2, "heads": 1}, 2, 3, 1, cut=0.25))
+@example(case=CausalCase({**LARGE, **MANY}, 1, 31, 3, cut=0.25))
 @counted
 def test_later_tokens_change_nothing_in_any_dtype(
     kernels: str, deterministic: None, case: CausalCase, dtype: torch.dtype, device: torch.device

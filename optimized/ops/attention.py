@@ -104,8 +104,15 @@ class attention:
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
         dk, dv = a.k.new_empty(a.k.shape), a.v.new_empty(a.v.shape)
-        results = a.out, a.lse, a.keep, a.state
-        dq, made, dnull = attend_backward(_call(a), g.out, (a.q, a.k, a.v), _null(a), results, (dk, dv))
+        q, out, lse = a.q, a.out, a.lse
+        if not a.triton:
+            # Weights are made anew from the log-sum-exp, and of large scores they may be infinite, as may be out: times
+            # the gradient of a query that nobody asked, 0, that is NaN for all keys. Such a query may as well be 0.
+            idle = (g.out == 0).all(-1)
+            q, out = (t.masked_fill(idle[..., None], 0) for t in (q, out))
+            lse = lse.masked_fill(idle.mT, 0)
+        results = out, lse, a.keep, a.state
+        dq, made, dnull = attend_backward(_call(a), g.out, (q, a.k, a.v), _null(a), results, (dk, dv))
         calls.copy((dk, dv), made)
         found = {"q": dq, "k": dk, "v": dv}
         if dnull is not None:
