@@ -18,6 +18,7 @@ import optimized
 import reference
 from optimized.autoregressive_step import obstacle_to_fused_step
 
+pytestmark = pytest.mark.interpreted  # on a CPU too: without kernels of ours there is nothing to test
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 SIZES = {**SMALL, "dim": 20, "dim_head": 6, "heads": 3, "local_attn_heads": 2, "num_experts": 2}
 CASE = CausalCase(SIZES, batch=2, n=12, seed=7)
