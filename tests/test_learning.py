@@ -372,7 +372,13 @@ def test_summary_by_hand() -> None:
     for name in ("n", "pairs"):  # each by itself
         elsewhere = {**other, "settings": other["settings"] | {name: settings[name] + 1}}
         assert summary.rows([run, elsewhere])[0]["at_equal_macs"] == 1.0
-    assert not any("at_equal_seconds" in row for row in summary.rows([run, other | {"side_by_side": 2}]))
+    shared = other | {"side_by_side": 2, "seconds": 90.0}
+    dense, local = summary.rows([run, shared])  # what shared its device has no seconds to compare
+    assert dense["at_equal_seconds"] == 1.0
+    assert "at_equal_seconds" not in local
+    again = shared | {"settings": other["settings"] | {"seed": 1}}  # a seed that shared it adds a loss, no seconds
+    local = summary.rows([run, other, again])[1]
+    assert (local["seeds"], local["seconds"], local["at_equal_seconds"]) == (2, 40.0, 3.0)
     assert dense["still_falling"] == 0.0  # both before the first look
     assert summary.at(run, 7.5, 1.0) == 2.0
     runs = [

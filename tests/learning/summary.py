@@ -39,30 +39,36 @@ def at(run: dict[str, Any], spent: float, of_a_step: float) -> float:
     return points[-1][1]
 
 
-def seconds_of_a_step(run: dict[str, Any]) -> float:
-    return run["seconds"] / run["settings"]["steps"]
+def alone(runs: Runs) -> Runs:
+    """Those that had their device to themselves, whose seconds are comparable."""
+    return [run for run in runs if run["side_by_side"] == 1]
+
+
+def seconds_of_a_step(group: Runs) -> float:
+    """Of those that were alone, if any was."""
+    return mean([run["seconds"] / run["settings"]["steps"] for run in alone(group) or group])
 
 
 def rows(runs: Runs) -> list[dict[str, Any]]:
     """A line for each group. At equal MACs and seconds: those of the run of its length and pairs that spent least, so
-    that all have them. Seconds are compared only where every run had its device to itself.
+    that all have them. Seconds are compared only where some run of a group had its device to itself.
     """
-    alone = all(run["side_by_side"] == 1 for run in runs)
     found = []
     for group in alike(runs):
         s, first = group[0]["settings"], group[0]
         beside = [r for r in runs if all(r["settings"][name] == s[name] for name in ("n", "pairs"))]
         least = min(r["macs_of_a_step"] * r["settings"]["steps"] for r in beside)
-        soonest = min(r["seconds"] for r in beside)
         losses = [run["loss"] for run in group]
         row = {"model": s["model"], **{name: s[name] for name in VARIED}, "seeds": len(group)}
         row |= {"steps": s["steps"], "parameters": first["parameters"], "loss": mean(losses)}
         row |= {"spread": max(losses) - min(losses), "accuracy": mean([run["accuracy"] for run in group])}
         row["macs"] = first["macs_of_a_step"] * s["steps"]
         row["at_equal_macs"] = mean([at(run, least, run["macs_of_a_step"]) for run in group])
-        row["seconds"] = mean([run["seconds"] for run in group])
-        if alone:
-            row["at_equal_seconds"] = mean([at(run, soonest, seconds_of_a_step(run)) for run in group])
+        of_a_step = seconds_of_a_step(group)
+        row["seconds"] = of_a_step * s["steps"]
+        if alone(group):
+            soonest = min(run["seconds"] for run in alone(beside))
+            row["at_equal_seconds"] = mean([at(run, soonest, of_a_step) for run in group])
         if first["honest"] is not None:
             for name in ("teacher_forced", "honest"):
                 row[name] = mean([run["honest"][name] for run in group])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from ..summary import Runs, alike, bits, compared, mean, seconds_of_a_step
+from ..summary import Runs, alike, alone, bits, compared, mean, seconds_of_a_step
 from . import style
 
 
@@ -22,10 +23,10 @@ def draw(path: Path, report: dict[str, Any], runs: Runs) -> None:
     most = max(run["macs_of_a_step"] * run["settings"]["steps"] for run in same)
     unit = 10.0 ** (3 * int(math.log10(most) // 3))
     label = f"multiply-accumulates of training, {unit:.0e}".replace("e+", "e")
-    _against(axes[0], same, lambda run: run["macs_of_a_step"] / unit, label)
+    _against(axes[0], same, lambda group: group[0]["macs_of_a_step"] / unit, label)
     _against(axes[1], same, seconds_of_a_step, "seconds of training")
-    if any(run["side_by_side"] > 1 for run in same):
-        axes[1].set_title("runs shared a device", fontsize=9)
+    if not all(alone(group) for group in alike(same)):
+        axes[1].set_title("some had to share a device", fontsize=9)
     for axis, name in zip(axes[2:], varied):
         _over(axis, style.like(runs, **{k: v for k, v in usual.items() if k != name}), name)
     for axis in axes:
@@ -44,11 +45,11 @@ def draw(path: Path, report: dict[str, Any], runs: Runs) -> None:
     style.save(made, path)
 
 
-def _against(axis: Axes, runs: Runs, of_a_step: Any, label: str) -> None:
+def _against(axis: Axes, runs: Runs, of_a_step: Callable[[Runs], float], label: str) -> None:
     """The mean of the seeds; what a model that looks ahead reaches without looking ahead is a cross."""
     for model, found in style.models_of(runs):
         for group in alike(found):
-            unit = mean([of_a_step(run) for run in group])
+            unit = of_a_step(group)
             points: dict[float, list[float]] = {}
             for run in group:
                 for step, loss, _ in run["curve"]:
