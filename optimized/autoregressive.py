@@ -237,7 +237,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         nowhere = routed.new_zeros(*routed.shape, 1, 1, dtype=torch.int64)
         inverse = routed.int()[..., None] - 1
         ones = torch.ones_like(held)
-        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, ones, cache.length, None)
+        asked = Asked(nowhere, routed[..., None, None], inverse, None, held, ones, cache.length[:, None], None)
         stored, scores = (cache.keys, cache.values), stored_scores(cache, c)
         given = {"plan": plan} if _is(self.attn, MemoryAttention) else {}
         y, _ = self.attn(x, asked, scores, stored, rotary_emb, **given)
@@ -293,8 +293,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
             memory.columns[:, :, by_block],
             memory.counts[:, :, by_block],
             queries.filled[:, :, by_block].sum(-1, dtype=torch.int32),
-            places.start,
-            None if cache is not None or kept else self.config.routed_window_size,
+            None if places.start is None else places.start[:, None] + torch.arange(m, device=inverse.device),
+            None if cache is not None or kept else (self.config.routed_window_size,) * 2,
         )
         if places.filled is not None:  # what has a slot already is not asked again
             new = torch.arange(m, device=inverse.device) >= places.filled[:, None]

@@ -34,12 +34,12 @@ class Asked(NamedTuple):
     columns: Int[Tensor, "B E J K"] | None  # None: all blocks see the stored ones, and no row of x
     counts: Int[Tensor, "B E J"]
     q_counts: Int[Tensor, "B E J"]  # slots that hold a query, of this call or not, the first ones
-    start: Int[Tensor, " B"] | None  # position of the first row of x; None for 0
-    block: int | None  # W, where blocks are those from the second on of the rows of x, whose keys nobody keeps
+    positions: Int[Tensor, "B M"] | None  # of rows of x; None for 0, 1, ...
+    new: tuple[int, int] | None  # (W, P): list j holds columns below P + j W, whose keys nobody keeps
 
-    def positions(self, index: Tensor) -> Tensor:
-        """Of rows of x (B, ...)."""
-        return index if self.start is None else index + self.start.view(-1, *(1,) * (index.ndim - 1))
+    def positions_of(self, index: Int[Tensor, "B ..."]) -> Tensor:
+        """Of rows of x."""
+        return index if self.positions is None else self.positions.gather(1, index.flatten(1)).view(index.shape)
 
 
 class MemoryAttention(RoutedAttention):
@@ -70,12 +70,12 @@ class MemoryAttention(RoutedAttention):
             plan = bind(kind)
         null_kv: Tensor = self.null_kv  # read once: a parametrization computes it
         contract.ordinary("null_kv", null_kv)
-        if asked.block is not None and rotary_emb is None and scores.ndim == 3 and self._fuses(x, plan):
+        if asked.new is not None and rotary_emb is None and scores.ndim == 3 and self._fuses(x, plan):
             return self._fused(x, asked, scores, null_kv, plan), None
         angles = None if rotary_emb is None else _angles(rotary_emb, plan)
         q = self._queries(x, asked, plan)
         if angles is not None:
-            q = _rotated(q, angles, asked.positions(asked.places).flatten(2).transpose(0, 1), plan)
+            q = _rotated(q, angles, asked.positions_of(asked.places).flatten(2).transpose(0, 1), plan)
         dropout, kv = self.probability(), None
         null_kv = null_kv.to(plan.dtype)
         old = None if stored is None else torch.stack([t.to(plan.dtype).transpose(0, 1) for t in stored], 3)
@@ -85,7 +85,7 @@ class MemoryAttention(RoutedAttention):
         else:
             kv = self._keys_values(x, plan)
             if angles is not None:
-                at = asked.positions(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
+                at = asked.positions_of(torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1))
                 k, v = kv.unbind(3)
                 kv = torch.stack((_rotated(k, angles, at.expand(k.shape[0], -1, -1), plan), v), 3)
             kv = kv if old is None else torch.cat((old, kv), 2)
@@ -105,9 +105,10 @@ class MemoryAttention(RoutedAttention):
 
     def _fused(self, x: Tensor, asked: Asked, scores: Tensor, null_kv: Tensor, plan: Plan) -> Tensor:
         gammas = [None if norm is None else norm.gamma for norm in (self.norm, self.context_norm)]
-        given = asked.places, asked.mask, asked.inverse, asked.columns, asked.counts, asked.q_counts, asked.block
+        given = asked.places, asked.mask, asked.inverse, asked.columns, asked.counts, asked.q_counts
+        assert asked.new is not None
         return ops.memory_experts.first(
-            x, *gammas, *self.fused_parameters(plan, null_kv), scores, *given, self.probability(), True
+            x, *gammas, *self.fused_parameters(plan, null_kv), scores, *given, *asked.new, self.probability(), True
         )
 
     def _queries(self, x: Tensor, asked: Asked, plan: Plan) -> Float[Tensor, "E B Q H d"]:

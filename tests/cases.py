@@ -438,10 +438,14 @@ def admitted(x: Inputs, s: Sizes) -> Yielded:
     logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
     shown = torch.rand(s.batch, s.n, generator=generator(s.n)) < 0.9
     # Also the list of a block that begins behind the last column, as of a sequence that goes on.
-    given = [(width, remembered(logits, shown, k, width, width, s.n + 1)) for k, width, _ in _blocks(s.n)]
-    found = [kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width) for width, lists in given]
+    blocks = [(k, width, first) for k, width, prior in _blocks(s.n) for first in sorted({width, prior, 2 * width + 1})]
+    given = [remembered(logits, shown, k, width, prior, s.n + 1) for k, width, prior in blocks]
+    found = [
+        kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width, prior)
+        for lists, (_, width, prior) in zip(given, blocks)
+    ]
     places, results, truths = torch.arange(s.n), {}, {}
-    for i, (listed, (_, (indices, counts))) in enumerate(zip(found, given)):
+    for i, (listed, (indices, counts)) in enumerate(zip(found, given)):
         there = torch.arange(indices.shape[-1]) < counts[..., None]
         at = torch.where(there, indices.long(), s.n).flatten(2)
         ever = torch.zeros(*at.shape[:2], s.n + 1, dtype=torch.bool).scatter_(-1, at, True)[..., : s.n]

@@ -289,6 +289,7 @@ def memory_experts(s: Sample) -> dict[str, Any]:
         "counts": counts.contiguous(),
         "q_counts": torch.full_like(counts, 2),
         "block": 2,
+        "prior": 2,
         "dropout": 0.0,
     }
 

@@ -25,7 +25,7 @@ _attention: Any = memory_attention  # an Operator
 @operator(
     "(Tensor x, Tensor? q_gamma, Tensor? kv_gamma, Tensor w_q, Tensor w_kv, Tensor w_out, Tensor null_kv,"
     " Tensor scores, Tensor places, Tensor slots, Tensor inverse, Tensor indices, Tensor counts, Tensor q_counts,"
-    " SymInt block, float dropout, bool triton)"
+    " SymInt block, SymInt prior, float dropout, bool triton)"
     " -> (Tensor y, Tensor norms, Tensor rows, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor seed)",
     wrt="x q_gamma kv_gamma w_q w_kv w_out null_kv scores",
     gradients_of="y",
@@ -42,7 +42,7 @@ class memory_experts:
             `expert_attention`.
         scores, indices, counts, q_counts, dropout: as of `memory_attention`, of the N columns.
         places (B, E, J, C), slots, inverse (B, E, N): the rows of x that are queries, as of `gather_norm`.
-        block: W; the lists are those of blocks 1, 2, ..., so that list j holds columns below (j + 1) W.
+        block, prior: W and P; list j holds columns below P + j W, and no column returns that a list has left out.
     Then for the backward: norms (B, N), empty without gamma, rows (E, B, J C, D) of queries, q (E, B, J, C, H, d), keys
     and values (E, B, N, 2, H, d), 0 of columns that are never listed, and the results of `memory_attention`.
     """
@@ -127,7 +127,7 @@ def _attended(a: Any, norms: Tensor, rows: Tensor, whole: bool) -> tuple[Tensor,
         from optimized.kernels.admitted import admitted
 
         kv = (torch.zeros if whole else torch.empty)(shape, dtype=a.x.dtype, device=a.x.device)
-        kernel.project(a.x, weight, _or_none(norms), admitted(a.indices, a.counts, n, a.block), kv)
+        kernel.project(a.x, weight, _or_none(norms), admitted(a.indices, a.counts, n, a.block, a.prior), kv)
     else:
         x = a.x if a.kv_gamma is None else _unit(a.x, norms)
         kv = F.linear(x, weight.flatten(0, 1)).unflatten(2, (experts, shape[3])).permute(2, 0, 1, 3)
@@ -178,7 +178,7 @@ def _gradients_by_triton(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool
         (found["q_gamma"],), dots = gather_norm.slot_gradients(a.x, norms, (group,), (drows,), size)
     if not (tokens or weight):
         return found
-    listed = admitted(a.indices, a.counts, n, a.block)
+    listed = admitted(a.indices, a.counts, n, a.block, a.prior)
     if weight:
         found |= _of_the_weight(a, admitted_rows.weight_gradient(dkv, a.x, norms, listed))
     if drows is not None and tokens:

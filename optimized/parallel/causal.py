@@ -19,10 +19,18 @@ from torch.func import functional_call
 
 from optimized import ops
 from optimized.autoregressive import MixtureOfAutoregressiveAttention, _is
-from optimized.autoregressive_attention import Asked, MemoryAttention, _angles, _projected, _rotated
+from optimized.autoregressive_attention import Asked, MemoryAttention
 from optimized.autoregressive_layout import first_call
 from optimized.autoregressive_local import CausalLocalAttention
-from optimized.autoregressive_routing import Decided, LogitsRouter, own_scores, queries_of, remember, solved_scores
+from optimized.autoregressive_routing import (
+    Decided,
+    LogitsRouter,
+    Queries,
+    own_scores,
+    queries_of,
+    remember,
+    solved_scores,
+)
 from optimized.parallel.arguments import Over, Spread, stand_in
 from optimized.parallel.mixture import READ as OF_MIXTURE
 from optimized.parallel.parameters import Held, held, unattached
@@ -124,48 +132,58 @@ class ContextParallelCausal(Spread, MixtureOfAutoregressiveAttention):
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """What the experts have for the queries of this rank, (E, B, Q, D), and scores, indices, slot mask and inverse.
 
-        rows: from the first block's start to the rank's last token.
+        rows: from the first block's start to the rank's last token. Before them the experts' memories are laid out.
         """
         c, (queries, _, memory, scores) = self.config, decided
-        blocks, m = slice(part.first, part.last), rows.shape[1]
-        at = queries.places[:, :, blocks]
-        mine = queries.filled[:, :, blocks] & (at >= shard.start) & (at < shard.end)
-        stored, held_at = self._stored(x, shard, decided, there, plan, rotary_emb)
-        k, columns = held_at.shape[-1], memory.columns[:, :, blocks]
-        late = columns >= part.begin
-        earlier = (
-            torch.searchsorted(held_at, columns.flatten(2).contiguous()).view(columns.shape).clamp_max(max(k - 1, 0))
-        )
-        shown = torch.arange(columns.shape[-1], device=x.device) < memory.counts[:, :, blocks, None]
-        columns = torch.where(late, k + columns - part.begin, earlier).masked_fill(~shown, 0).int()
-        inverse = queries.inverse[..., shard.start : shard.end] - part.first * c.capacity
-        inverse = inverse.masked_fill(queries.inverse[..., shard.start : shard.end] < 0, -1)
-        given = (at - part.begin).masked_fill(~mine, 0)
-        asked = Asked(
-            given,
-            mine,
-            F.pad(inverse, (shard.start - part.begin, 0), value=-1).contiguous(),
-            columns,
-            memory.counts[:, :, blocks],
-            queries.filled[:, :, blocks].sum(-1, dtype=torch.int32),
-            torch.full((x.shape[0],), part.begin, device=x.device),
-            None,
-        )
+        blocks, experts, k = slice(part.first, part.last), c.num_experts, memory.columns.shape[-1]
+        remembered, held_at = self._remembered(x, shard, decided, plan)
+        prior = experts * k
+        columns = memory.columns[:, :, blocks]
+        earlier = torch.searchsorted(held_at, columns.flatten(2).contiguous()).clamp_max(max(k - 1, 0))
+        earlier = (earlier + k * torch.arange(experts, device=x.device)[:, None]).view(columns.shape)
+        shown = torch.arange(k, device=x.device) < memory.counts[:, :, blocks, None]
+        columns = torch.where(columns >= part.begin, columns + (prior - part.begin), earlier).masked_fill(~shown, 0)
         if scores.ndim == 3:
             far = scores.gather(-1, held_at.clamp(0, max(scores.shape[-1] - 1, 0)).long())
-            by_column = torch.cat((far, scores[..., part.begin : part.begin + m]), -1)
+            far = far[:, :, None].expand(-1, -1, experts, -1).flatten(2)  # of columns of another expert anything
+            scores = torch.cat((far, scores[..., part.begin : part.begin + rows.shape[1]]), -1)
         else:
-            by_column = scores[:, :, blocks]
-        y = attend(self.attn, there, (rows, asked, by_column, stored, rotary_emb), plan)[0]
+            scores = scores[:, :, blocks]
+        at, mine, of_queries, inverse = self._own(queries, shard, part)
+        positions = held_at.clamp(0, max(shard.n - 1, 0)).flatten(1).long()
+        since = torch.arange(part.begin, part.begin + rows.shape[1], device=x.device).expand(x.shape[0], -1)
+        asked = Asked(
+            (at + (prior - part.begin)).masked_fill(~mine, 0),
+            mine,
+            F.pad(inverse, (prior + shard.start - part.begin, 0), value=-1).contiguous(),
+            columns.int(),
+            memory.counts[:, :, blocks],
+            mine.sum(-1, dtype=torch.int32),
+            torch.cat((positions, since), 1),
+            (c.routed_window_size, prior),
+        )
+        y = attend(self.attn, there, (torch.cat((remembered, rows), 1), asked, scores, None, rotary_emb), plan)[0]
         local = (at - shard.start).masked_fill(~mine, 0)
-        of_slots = (t.flatten(2) for t in (queries.scores[:, :, blocks], local, mine))
-        return y, (*of_slots, inverse.contiguous())  # type: ignore[return-value]
+        return y, (of_queries.flatten(2), local.flatten(2), mine.flatten(2), inverse.contiguous())
 
-    def _stored(
-        self, x: Tensor, shard: Shard, decided: Decided, there: Held, plan: Plan, rotary_emb: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Keys and values (B, E, K, H, d) of the memory at the start of the rank's first block, and its tokens
-        (B, E, K), ascending; behind them what is later than any.
+    def _own(self, queries: Queries, shard: Shard, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens of the rank's slots (B, E, J, C), which of these are filled, the first ones, scores, and inverse."""
+        blocks, capacity = slice(part.first, part.last), self.config.capacity
+        at, filled, scores = (t[:, :, blocks] for t in (queries.places, queries.filled, queries.scores))
+        inverse = queries.inverse[..., shard.start : shard.end]
+        nowhere, inverse = inverse < 0, inverse - part.first * capacity
+        if part.begin < shard.start:  # the first slots of the first block are another rank's
+            others = (filled[:, :, :1] & (at[:, :, :1] < shard.start)).sum(-1, dtype=torch.int32)
+            slot = torch.arange(capacity, device=at.device)
+            moved = F.pad(others, (0, at.shape[2] - 1))[..., None] + slot
+            filled = filled.gather(-1, moved.clamp_max(capacity - 1)) & (moved < capacity)
+            at, scores = (t.gather(-1, moved.clamp_max(capacity - 1)) for t in (at, scores))
+            inverse = torch.where(inverse < capacity, inverse - others, inverse)
+        return at, filled & (at < shard.end), scores, inverse.masked_fill(nowhere, -1)
+
+    def _remembered(self, x: Tensor, shard: Shard, decided: Decided, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Rows (B, E K, D) of the experts' memories at the start of the rank's first block, and their tokens (B, E, K),
+        ascending; behind them what is later than any.
 
         Every rank has the rows of its own tokens for all others, and zeros: one reduce-scatter.
         """
@@ -186,16 +204,9 @@ class ContextParallelCausal(Spread, MixtureOfAutoregressiveAttention):
         here = (local >= 0) & (local < shard.size)
         local = local.masked_fill(~here, 0)
         inverse = ops.inverse_map(local.masked_fill(~here, x.shape[1]), here, x.shape[1] + 1)[..., :-1].contiguous()
-        gamma = None if there.kv_gamma is None else there.kv_gamma.repeat(ranks.size, 1, 1)
-        rows = ops.gather_norm.first(x, gamma, local, here, inverse, plan.dispatch).to(plan.dtype)
+        rows = ops.gather_norm.first(x, None, local, here, inverse, plan.dispatch)
         rows = ranks.scatter(rows.unflatten(0, (ranks.size, experts)))
-        kv = _projected(rows, there.matrices[1], plan).unflatten(-1, (2, c.heads, c.dim_head))
-        keys, values = kv.unbind(3)
-        held_at = tokens[ranks.rank].contiguous()
-        if rotary_emb is not None:
-            at = held_at.clamp(0, max(shard.n - 1, 0)).long().transpose(0, 1)
-            keys = _rotated(keys, _angles(rotary_emb, plan), at, plan)
-        return (keys.transpose(0, 1), values.transpose(0, 1)), held_at
+        return rows.transpose(0, 1).flatten(1, 2), tokens[ranks.rank].contiguous()
 
 
 def near(local: Any, rows: Tensor, there: Held, plan: Plan) -> Tensor:

@@ -53,7 +53,7 @@ class ExpertParallelCausal(Spread, MixtureOfAutoregressiveAttention):
         (shared,) = over.ranks.alike(own)
         shared, tokens = (t if order is None else order.forth(t, plan.dispatch) for t in (shared, own))
         places, decided = self._decided(shared, order, there, plan)
-        asked, scores = self._asked(places, decided, None, True)
+        asked, scores = self._asked(places, decided, None, False)
         y = attend(self.attn, there, (places.x, asked, scores, None, rotary_emb), plan)[0]
         out = over.ranks.total(self._summed(y, decided, own, there, plan))
         out = out + near(self.local_attn, tokens, there, plan)

@@ -238,7 +238,7 @@ SHARDS = Profile(
     "inputs-2 or neighbours-2 or blocks-2 or nan or (divide and 2) or (test_experts.py and one_process and 2)",
 )
 SPREAD_EXPERTS = Profile(("parallel/test_experts.py",), "2")
-CAUSAL_SHARDS = Profile(("parallel/test_causal_layer.py",), "one_process and 2")
+CAUSAL_SHARDS = Profile(("parallel/test_causal_layer.py",), "(one_process and 2) or (nan and context)")
 
 PROFILES = {
     "optimized/kernels/admitted.py": ADMITTED,

@@ -52,6 +52,7 @@ class Case:
     plain: bool = False  # plain shards, no DTensors
     inject: bool = False  # routes of the layer's own, as decisions from outside
     hide: bool = False  # NaN in masked tokens
+    nan: tuple[int, ...] = ()  # tokens of the first item that are NaN
     seed: int = 0
 
     def layer(self, **more: Any) -> Any:
@@ -67,6 +68,7 @@ class Case:
         call: dict[str, Any] = dict(call_of(Call(self.arguments, self.given), self.n, self.seed))
         if self.hide:
             call["x"] = call["x"].masked_fill(~call["mask"][..., None], torch.nan)
+        call["x"][0, list(self.nan)] = torch.nan
         for name, t in call.items():
             if t.is_floating_point() and name != "rotary_emb":
                 call[name] = t.requires_grad_()
@@ -163,7 +165,9 @@ def together(case: Case, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Ten
         if case.style != "experts" and name in ("out", *(f"d {name}" for name in SHARDED)):
             found[name] = torch.cat(each, 1)
         elif ": " in name or case.style == "experts" or (case.style == "sharded" and not name.startswith("d ")):
-            assert all(torch.equal(t, each[0]) for t in each[1:]), f"{name}: differs between ranks"
+            whole = each[0].isnan(), each[0].nan_to_num()
+            for t in each[1:]:
+                assert all(map(torch.equal, (t.isnan(), t.nan_to_num()), whole)), f"{name}: differs between ranks"
             found[name] = each[0]
         else:
             found[name] = torch.stack(each).sum(0)

@@ -202,7 +202,7 @@ EDITS: Edits = {
     },
     "optimized/kernels/admitted.py": {
         "admitted-old-columns-counted-again": edit(
-            "old = _lesser(indices_ptr + i.to(tl.int64) * k, i * block, count, earlier, STEPS)",
+            "old = _lesser(indices_ptr + i.to(tl.int64) * k, _first_new(i, prior, block), count, earlier, STEPS)",
             "old = _lesser(indices_ptr + i.to(tl.int64) * k, i, count, earlier, STEPS)",
             "stale saved tensor",
         ),
@@ -210,6 +210,10 @@ EDITS: Edits = {
             "tl.store(columns_ptr + before + place - first, column",
             "tl.store(columns_ptr + place - first, column",
             "32-bit index",
+        ),
+        "admitted-prior-is-a-block": edit("prior + (j - 1) * block)", "block + (j - 1) * block)", "causality"),
+        "admitted-a-block-s-end-from-its-start": edit(
+            "end = tl.minimum(prior + j * block, n)", "end = tl.minimum(j * block + block, n)", "tail mask"
         ),
         "admitted-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
     },

@@ -81,15 +81,30 @@ EDITS: Edits = {
     },
     "optimized/parallel/causal.py": {
         "columns-from-the-rank-s-first-token": edit(
-            "torch.where(late, k + columns - part.begin, earlier)",
-            "torch.where(late, k + columns - shard.start, earlier)",
-            "causality",
+            "columns + (prior - part.begin), earlier)", "columns + (prior - shard.start), earlier)", "causality"
         ),
         "first-token-of-a-block-is-remembered": edit(
-            "late = columns >= part.begin", "late = columns > part.begin", "causality"
+            "torch.where(columns >= part.begin,", "torch.where(columns > part.begin,", "causality"
         ),
-        "queries-of-the-neighbour-too": edit(
-            "& (at >= shard.start) & (at < shard.end)", "& (at < shard.end)", "missing gradient"
+        "memory-of-the-first-expert": edit(
+            "(earlier + k * torch.arange(experts, device=x.device)[:, None])",
+            "(earlier + 0 * torch.arange(experts, device=x.device)[:, None])",
+            "expert mix-up",
+        ),
+        "queries-of-the-next-rank-too": edit("filled & (at < shard.end), scores", "filled, scores", "missing gradient"),
+        "slots-of-the-rank-before-stay": edit(
+            "(filled[:, :, :1] & (at[:, :, :1] < shard.start)).sum(-1",
+            "(filled[:, :, :1] & (at[:, :, :1] < part.begin)).sum(-1",
+            "masked rows and sentinels",
+        ),
+        "inverse-of-moved-slots-stays": edit(
+            "torch.where(inverse < capacity, inverse - others, inverse)", "inverse + 0 * others", "missing gradient"
+        ),
+        "inverse-of-later-blocks-moves": edit(
+            "torch.where(inverse < capacity, inverse - others, inverse)", "inverse - others", "missing gradient"
+        ),
+        "positions-of-memory-from-the-shard-s-start": edit(
+            "torch.cat((positions, since), 1)", "torch.cat((positions * 0, since), 1)", "rotary"
         ),
         "blocks-no-longer-than-the-window": edit(
             "before = max(c.local_attn_window_size, c.routed_window_size - 1)",
