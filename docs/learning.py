@@ -34,12 +34,17 @@ def rows(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def text() -> str:
-    parts = []
-    for path in sorted(REPORTS.glob("learning-*.json")):
+    """A table for each kind of device, of all its reports."""
+    by_device: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for path in sorted(REPORTS.glob("learning-*.json"), key=lambda path: path.stem):
         found = report.read(path)
-        s = found["runs"][0]["settings"]
-        made = f"*{found['hardware']['name']}, torch {found['versions']['torch']}, {s['precision']}; [report]"
-        parts.append(table(HEADINGS, rows(found), left=2) + f"\n\n{made}(../tests/reports/{path.name})*")
+        by_device.setdefault(found["hardware"]["name"], []).append((path, found))
+    parts = []
+    for name, reports in by_device.items():
+        first = reports[0][1]
+        links = ", ".join(f"[{path.stem}](../tests/reports/{path.name})" for path, _ in reports)
+        said = f"*{name}, torch {first['versions']['torch']}, {first['runs'][0]['settings']['precision']}; {links}*"
+        parts.append(table(HEADINGS, rows(report.joined([found for _, found in reports])), left=2) + f"\n\n{said}")
     return "\n\n".join(parts)
 
 

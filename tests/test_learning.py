@@ -379,6 +379,10 @@ def test_summary_by_hand() -> None:
     again = shared | {"settings": other["settings"] | {"seed": 1}}  # a seed that shared it adds a loss, no seconds
     local = summary.rows([run, other, again])[1]
     assert (local["seeds"], local["seconds"], local["at_equal_seconds"]) == (2, 40.0, 3.0)
+    assert report.joined([{"a": 1, "runs": [run]}, {"a": 2, "runs": [run | {"loss": 9.0}, other]}]) == {
+        "a": 1,
+        "runs": [run, other],
+    }
     assert dense["still_falling"] == 0.0  # both before the first look
     assert summary.at(run, 7.5, 1.0) == 2.0
     runs = [

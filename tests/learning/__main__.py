@@ -152,8 +152,7 @@ def main(given: list[str] | None = None) -> int:
         return 0
     aside = 0
     if options.read:
-        first, *others = [report.read(path) for path in options.read]
-        made = first | {"runs": [run for found in (first, *others) for run in found["runs"]]}
+        made = report.joined([report.read(path) for path in options.read])
     else:
         try:
             made = resumed(options)

@@ -51,6 +51,15 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
+def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """As one, with every run of the first that has it: of trees between which these models compute the same."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for run in report["runs"]:
+            found.setdefault(json.dumps(run["settings"], sort_keys=True), run)
+    return reports[0] | {"runs": list(found.values())}
+
+
 def of_task(report: dict[str, Any], task: str) -> list[dict[str, Any]]:
     """Its finished runs."""
     return [run for run in report["runs"] if run["settings"]["task"] == task and "reason" not in run]

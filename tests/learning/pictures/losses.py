@@ -74,7 +74,8 @@ def _over(axis: Axes, runs: Runs, name: str) -> None:
         points: dict[float, list[float]] = {}
         for run in some:
             points.setdefault(run["settings"][name], []).append(bits(run["loss"]))
-        style.band(axis, model, points, model, marker="o")
+        if len(points) > 1:
+            style.band(axis, model, points, model, marker="o")
     values = sorted({run["settings"][name] for run in runs if run["settings"][name]})
     style.by_twos(axis, values, {"experts": "E, experts", "keys": "K, tokens an expert remembers"}[name])
 
