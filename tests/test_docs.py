@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import check_identical
 from markdown_it import MarkdownIt
-from record import ROOT, table, write_between
+from record import REPORTS, ROOT, read, table, write_between
 
 import optimized.parallel
 import reference
@@ -256,6 +256,15 @@ def test_what_the_layer_does_not_do(package: ModuleType, local: bool) -> None:
     for routes in layer(poisoned, mask=mask, return_routes=True)[1]:
         assert not routes.logits[..., 9:].any()
         assert routes.logits[..., :9].all()
+
+
+def test_every_report_says_what_it_is_of() -> None:
+    """Those without a kind are of the suite: the writers of tables tell them apart by it."""
+    reports = {path.stem: read(path) for path in sorted(REPORTS.glob("*.json"))}
+    suites = {name for name, report in reports.items() if "worst_fraction" in report}
+    assert suites == {name for name, report in reports.items() if "kind" not in report}
+    for name in reports.keys() - suites:
+        assert reports[name]["kind"] == name.split("-")[0]
 
 
 def test_table() -> None:

@@ -224,7 +224,10 @@ def main(given: list[str] | None = None) -> int:
         kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
         kept = [row for row in kept if row["ranks"] != mesh.size()]
         made = record.made(device, ("optimized", "tests"), args.commit)
-        record.write(args.out, made | {"rows": [*kept, *({**row, "commit": made["commit"]} for row in rows)]})
+        record.write(
+            args.out,
+            {"kind": "scaling", **made} | {"rows": [*kept, *({**row, "commit": made["commit"]} for row in rows)]},
+        )
     dist.destroy_process_group()
     return 0
 
