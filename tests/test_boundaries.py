@@ -91,7 +91,7 @@ CHANNELS = (
     "admitted_rows",
     "step_tokens",
 )
-TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows")
+TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows", "token_gradient")
 HEADS = (
     "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"
 )  # fmt: skip
@@ -150,6 +150,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "selection.ALONE": "rows",
     "sigmoid.BLOCK": "rows",
     "token_gradient.EXPERTS": "experts",
+    "token_gradient.TILE": "tokens",
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",
 }

@@ -38,7 +38,7 @@ from optimized.kernels.rows import (
     row_arguments,
     sum_both,
 )
-from optimized.kernels.temperature import rate_of, temperature_of
+from optimized.kernels.temperature import temperature_of
 
 # A double's bits may look divisible by 16, a number of steps may be 1: no reason to compile again. A mask that is
 # loaded in vectors has another layout than the row, and costs shared memory.
@@ -91,7 +91,7 @@ def _descent_kernel(
     for t in range(1, n_iters):
         hot *= cooling
         temperature = tl.maximum(hot, coldest).to(dtype)
-        rate = rate_of(temperature, dtype)
+        rate = 1.0 / temperature
         bound = -a
         peak = tl.minimum(top, bound)
         peak = tl.where(peak == -float("inf"), 0.0, peak)
@@ -109,7 +109,7 @@ def _descent_kernel(
         a = tl.where(poisoned > 0, float("nan"), a)
         tl.store(a_ptr + tl.cast(t, tl.int64) * rows + row, a)
         tl.store(counts_ptr + tl.cast(t, tl.int64) * rows + row, count.to(dtype))
-    rate = rate_of(temperature_of(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
+    rate = 1.0 / temperature_of(n_iters, eps_bits, eps_init_bits, eps_decay_bits, dtype)
     for start in range(0, n, BLOCK):
         if not ONE_BLOCK:
             s, valid = load_row(s_ptr, mask_ptr, start + lanes, n, HAS_MASK)
@@ -177,7 +177,7 @@ def _descent_sums_kernel(
         factor = count * tl.exp((following - mine) / temperature) * inverse_k
         product = later_steps * tl.cumprod(tl.where(later, tl.where(count > 0, factor, 0.0), 1.0))
         tl.store(c_ptr + at, product * inverse_k, mask=t >= 1)
-        rate = rate_of(temperature_of(t, eps_bits, eps_init_bits, eps_decay_bits, dtype), dtype)
+        rate = 1.0 / temperature_of(t, eps_bits, eps_init_bits, eps_decay_bits, dtype)
         tl.store(rates_ptr + t, rate, mask=t >= tl.where(row == 0, 1, n_iters))
         later_steps = tl.sum(tl.where(lanes == SCALARS - 1, product, 0.0))
 

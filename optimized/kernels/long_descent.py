@@ -16,7 +16,6 @@ from torch import Tensor
 
 from optimized.kernels.launch import cdiv, double_bits, from_bits, launch
 from optimized.kernels.rows import load_row, mass_arguments, mass_of_row, part_length, row_arguments, sum_both
-from optimized.kernels.temperature import rate_of
 
 BLOCK = 4096  # logits of a chunk at a time
 CHUNKS = 32  # of a row, at most
@@ -97,7 +96,7 @@ def _descent_step_kernel(
             a_ptr, counts_ptr, tops_ptr, sums_ptr, tallies_ptr, row, rows, t - 1, log_k,
             from_bits(earlier_bits).to(dtype), dtype, CHUNKS,
         )  # fmt: skip
-        rate = rate_of(from_bits(now_bits).to(dtype), dtype)
+        rate = 1.0 / from_bits(now_bits).to(dtype)
         bound = -a
         peak = _peak(top, bound)
         totals = tl.zeros((BLOCK,), dtype)

@@ -54,6 +54,29 @@ def _whole(total, PRODUCT: tl.constexpr):
         return tl.sum(total, 1)[None, :]
 
 
+@triton.jit
+def _projected(
+    x_ptr, b, shown, mean, rate, scale_ptr, first_scale, bias_ptr, w_ptr, rows, here, dim,
+    NORM: tl.constexpr, BIAS: tl.constexpr, PRODUCT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(items, columns): normalised items times rows of a matrix."""
+    channels = tl.arange(0, BLOCK_K)
+    total = _sums(PRODUCT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K)
+    for start in range(0, dim, BLOCK_K):
+        at = start + channels
+        inside = at < dim
+        w = tl.load(w_ptr + rows + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_ptr + b[:, None] * dim + at[None, :], mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)
+        if NORM:
+            x = (x - mean) * rate * tl.load(scale_ptr + first_scale + at, mask=inside, other=0.0).to(DTYPE)[None, :]
+            if BIAS:
+                x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(DTYPE)[None, :]
+            x = tl.where(inside[None, :], x, 0.0)
+        total = _more(total, x, w, w_ptr, PRODUCT, HALF, DTYPE)
+    return _whole(total, PRODUCT)
+
+
 @triton.jit(do_not_specialize=["batch", "experts", "local_tiles", "expert_tiles"])
 def _step_products_kernel(
     x_ptr, rates_ptr, norm_w_ptr, norm_b_ptr, gamma_ptr, w_qkv_ptr, w_q_ptr, out_ptr,
@@ -63,40 +86,27 @@ def _step_products_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     local = program < local_tiles
-    e = tl.where(local, 0, (program - local_tiles) // expert_tiles)
+    e = tl.where(local, 0, (program - local_tiles) // expert_tiles).to(tl.int64)
     tile = tl.where(local, program, (program - local_tiles) % expert_tiles)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     here = column < tl.where(local, local_columns, expert_columns)
     b = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     shown = b < batch
-    if local:  # noqa: SIM108 - of a pointer
-        w_ptr = w_qkv_ptr
-    else:
-        w_ptr = w_q_ptr + e.to(tl.int64) * expert_columns * dim
     rows = column.to(tl.int64)[:, None] * dim
     mean = tl.load(rates_ptr + b, mask=b < tl.where(local, batch, 0), other=0.0)[:, None]
     rate = tl.load(rates_ptr + tl.where(local, batch, 2 * batch) + b, mask=shown, other=0.0)[:, None]
-    of_w = tl.where(local, dim, 0)
-    channels = tl.arange(0, BLOCK_K)
-    total = _sums(PRODUCT, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K)
-    for start in range(0, dim, BLOCK_K):
-        at = start + channels
-        inside = at < dim
-        w = tl.load(w_ptr + rows + at[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-        x = tl.load(x_ptr + b[:, None] * dim + at[None, :], mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        if NORM:
-            of_local = tl.load(norm_w_ptr + at, mask=at < of_w, other=0.0).to(DTYPE)
-            of_expert = tl.load(gamma_ptr + e * dim + at, mask=at < dim - of_w, other=0.0).to(DTYPE)
-            x = (x - mean) * rate * tl.where(local, of_local, of_expert)[None, :]
-            if BIAS:
-                x += tl.load(norm_b_ptr + at, mask=at < of_w, other=0.0).to(DTYPE)[None, :]
-            x = tl.where(inside[None, :], x, 0.0)
-        total = _more(total, x, w, w_qkv_ptr, PRODUCT, HALF, DTYPE)
-    out = _whole(total, PRODUCT)
+    if local:  # a pointer to one of two is more than every compiler can take
+        out = _projected(
+            x_ptr, b, shown, mean, rate, norm_w_ptr, 0, norm_b_ptr, w_qkv_ptr, rows, here, dim,
+            NORM, BIAS, PRODUCT, HALF, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        out = _projected(
+            x_ptr, b, shown, mean, rate, gamma_ptr, e * dim, gamma_ptr, w_q_ptr + e * expert_columns * dim, rows, here,
+            dim, NORM, False, PRODUCT, HALF, DTYPE, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
     width = local_columns + experts.to(tl.int64) * expert_columns
-    out_ptr += (
-        b[:, None] * width + tl.where(local, 0, local_columns + e.to(tl.int64) * expert_columns) + column[None, :]
-    )
+    out_ptr += b[:, None] * width + tl.where(local, 0, local_columns + e * expert_columns) + column[None, :]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mask=shown[:, None] & here[None, :])
 
 

@@ -1,4 +1,4 @@
-"""The temperature of a step of the iterative solver, and its reciprocal."""
+"""The temperature of a step of the iterative solver."""
 
 from __future__ import annotations
 
@@ -13,10 +13,3 @@ def temperature_of(t, eps_bits, eps_init_bits, eps_decay_bits, DTYPE: tl.constex
     """max(eps_init * eps_decay ** t, eps), in double until the end."""
     decay = tl.exp2(t * tl.log2(from_bits(eps_decay_bits)))
     return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)
-
-
-@triton.jit
-def rate_of(temperature, DTYPE: tl.constexpr):
-    """Its reciprocal, finite: a difference of 0 over a temperature that underflowed is 0, not NaN."""
-    largest: tl.constexpr = 1.7e308 if DTYPE == tl.float64 else 3.4e38
-    return tl.minimum(1.0 / temperature, largest)

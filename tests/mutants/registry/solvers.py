@@ -14,8 +14,8 @@ EDITS: Edits = {
             "masked rows and sentinels",
         ),
         "descent-kernel-last-temperature": edit(
-            "rate = rate_of(temperature_of(n_iters, eps_bits",
-            "rate = rate_of(temperature_of(n_iters - 1, eps_bits",
+            "rate = 1.0 / temperature_of(n_iters, eps_bits",
+            "rate = 1.0 / temperature_of(n_iters - 1, eps_bits",
             "mass",
         ),
         "descent-kernel-cools-too-late": edit(
@@ -139,11 +139,6 @@ EDITS: Edits = {
             "return tl.maximum(from_bits(eps_init_bits) * decay, from_bits(eps_bits)).to(DTYPE)",
             "return (from_bits(eps_init_bits) * decay).to(DTYPE)",
             "log-sum-exp and scale",
-        ),
-        "temperature-infinite-rate": edit(
-            "return tl.minimum(1.0 / temperature, largest)",
-            "return 1.0 / temperature",
-            "fla-org/flash-linear-attention#1214",
         ),
     },
     "optimized/kernels/sigmoid.py": {

@@ -23,13 +23,13 @@ EDITS: Edits = {
     },
     "optimized/kernels/step_products.py": {
         "step-scale-of-expert-0": edit(
-            "tl.load(gamma_ptr + e * dim + at", "tl.load(gamma_ptr + at", "BobMcDear/attorch#14"
+            "mean, rate, gamma_ptr, e * dim,", "mean, rate, gamma_ptr, 0 * e,", "BobMcDear/attorch#14"
         ),
         "step-queries-of-expert-0": edit(
-            "w_ptr = w_q_ptr + e.to(tl.int64) * expert_columns * dim", "w_ptr = w_q_ptr", "BobMcDear/attorch#14"
+            "gamma_ptr, w_q_ptr + e * expert_columns * dim", "gamma_ptr, w_q_ptr", "BobMcDear/attorch#14"
         ),
         "step-rates-of-the-other-norm": edit(
-            "tl.where(local, batch, 2 * batch) + b", "tl.where(local, 2 * batch, batch) + b", "log-sum-exp and scale"
+            "tl.where(local, batch, 2 * batch)", "tl.where(local, 2 * batch, batch)", "log-sum-exp and scale"
         ),
         "step-norm-without-its-mean": edit("x = (x - mean) * rate", "x = x * rate", "log-sum-exp and scale"),
     },
