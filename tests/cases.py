@@ -16,6 +16,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from strategies import draw, generator
@@ -438,13 +439,18 @@ def admitted(x: Inputs, s: Sizes) -> Yielded:
 
     logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
     shown = torch.rand(s.batch, s.n, generator=generator(s.n)) < 0.9
-    # Also the list of a block that begins behind the last column, as of a sequence that goes on.
+    shown[:, 0] = False
+    # Also the list of a block that begins behind the last column, as of a sequence that goes on; lists of a power of 2.
     blocks = [(k, width, first) for k, width, prior in _blocks(s.n) for first in sorted({width, prior, 2 * width + 1})]
-    given = [remembered(logits, shown, k, width, prior, s.n + 1) for k, width, prior in blocks]
-    found = [
-        kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width, prior)
-        for lists, (_, width, prior) in zip(given, blocks)
-    ]
+    blocks.append((4, max(s.n // 4, 1), 1))
+    given, found = [], []
+    for i, (k, width, prior) in enumerate(blocks):
+        indices, counts = remembered(logits, shown, k, width, prior, s.n + 1)
+        last = (prior - 1 + width * torch.arange(indices.shape[2], dtype=torch.int32))[:, None]
+        indices = torch.where(torch.arange(indices.shape[-1]) < counts[..., None], indices, last)  # not listed there
+        given.append((indices, counts))
+        with mock.patch.object(kernel, "LANES", kernel.LANES if i else 2):  # of few lists and columns, too
+            found.append(kernel.admitted(*(x.lay(t.to(x.device)) for t in given[-1]), s.n, width, prior))
     places, results, truths = torch.arange(s.n), {}, {}
     for i, (listed, (indices, counts)) in enumerate(zip(found, given)):
         there = torch.arange(indices.shape[-1]) < counts[..., None]
@@ -884,26 +890,30 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
 
 @case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
-    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; and
-    of so many rows that several programs share them."""
+    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; of
+    so many rows, behind a few, that several programs share them; and of so many programs that several share these."""
     from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
     outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    before = 3
     few, rows = min(width, 40), kernel.MOST + s.n % 2 + 1  # the last part has few
-    many = x.normal(groups * rows, stride, seed=41, wide=True).contiguous()
-    shared = torch.empty(groups, few, dtype=x.dtype, device=x.device)
+    many = x.normal(before + groups * rows, stride, seed=41, wide=True).contiguous()
+    ahead, shared, again = (torch.empty(n, few, dtype=x.dtype, device=x.device) for n in (1, groups, groups))
     first, second = (kernel.Sum(out, groups, count) for out, count in zip(outs, counts))
     second = second._replace(first=groups * s.n * stride)
     kernel.add_up(partial, width, stride, first, second)
     kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
-    kernel.add_up(many, few, stride, kernel.Sum(shared, groups, rows))
-    names = "first", "second", "alone", "shared"
-    yield dict(zip(names, (*outs, shared)))
+    kernel.add_up(many, few, stride, kernel.Sum(ahead, 1, before), kernel.Sum(shared, groups, rows, before * stride))
+    with mock.patch.multiple(kernel, MOST=8, SHARE=8):
+        kernel.add_up(many, few, stride, kernel.Sum(again, groups, 67, before * stride))
+    names = "first", "second", "alone", "ahead", "shared", "again"
+    yield dict(zip(names, (*outs, ahead, shared, again)))
     terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
-    terms.append(many.double().unflatten(0, (groups, -1))[..., :few])
+    behind = many.double()[before:, :few]
+    terms += many.double()[None, :before, :few], *(behind[: groups * n].unflatten(0, (groups, -1)) for n in (rows, 67))
     yield dict(zip(names, [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]))
 
 
