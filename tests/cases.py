@@ -442,6 +442,7 @@ def admitted(x: Inputs, s: Sizes) -> Yielded:
     shown[:, 0] = False
     # Also the list of a block that begins behind the last column, as of a sequence that goes on; lists of a power of 2.
     blocks = [(k, width, first) for k, width, prior in _blocks(s.n) for first in sorted({width, prior, 2 * width + 1})]
+    blocks = [block for block in blocks if block[2] <= s.n]  # else there is no list
     blocks.append((4, max(s.n // 4, 1), 1))
     given, found = [], []
     for i, (k, width, prior) in enumerate(blocks):
