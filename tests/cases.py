@@ -16,6 +16,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from strategies import draw, generator
@@ -23,6 +24,7 @@ from torch import Tensor
 
 EPSILONS = (0.3, 4.0, 0.7)  # of the solvers: eps, eps_init, eps_decay
 SCALE = 8.0  # of cosine routing
+EPS = 1e-3  # of a LayerNorm, not the usual
 WINDOW = 3  # in which what is not finite is seen
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WIDE = DTYPES[:2]  # of routing, which computes in no less
@@ -437,13 +439,19 @@ def admitted(x: Inputs, s: Sizes) -> Yielded:
 
     logits = draw((s.batch, 2 * s.group, s.n), "normal", s.n)
     shown = torch.rand(s.batch, s.n, generator=generator(s.n)) < 0.9
-    # Also the list of a block that begins behind the last column, as of a sequence that goes on.
+    shown[:, 0] = False
+    # Also the list of a block that begins behind the last column, as of a sequence that goes on; lists of a power of 2.
     blocks = [(k, width, first) for k, width, prior in _blocks(s.n) for first in sorted({width, prior, 2 * width + 1})]
-    given = [remembered(logits, shown, k, width, prior, s.n + 1) for k, width, prior in blocks]
-    found = [
-        kernel.admitted(*(x.lay(t.to(x.device)) for t in lists), s.n, width, prior)
-        for lists, (_, width, prior) in zip(given, blocks)
-    ]
+    blocks = [block for block in blocks if block[2] <= s.n]  # else there is no list
+    blocks.append((4, max(s.n // 4, 1), 1))
+    given, found = [], []
+    for i, (k, width, prior) in enumerate(blocks):
+        indices, counts = remembered(logits, shown, k, width, prior, s.n + 1)
+        last = (prior - 1 + width * torch.arange(indices.shape[2], dtype=torch.int32))[:, None]
+        indices = torch.where(torch.arange(indices.shape[-1]) < counts[..., None], indices, last)  # not listed there
+        given.append((indices, counts))
+        with mock.patch.object(kernel, "LANES", kernel.LANES if i else 2):  # of few lists and columns, too
+            found.append(kernel.admitted(*(x.lay(t.to(x.device)) for t in given[-1]), s.n, width, prior))
     places, results, truths = torch.arange(s.n), {}, {}
     for i, (listed, (indices, counts)) in enumerate(zip(found, given)):
         there = torch.arange(indices.shape[-1]) < counts[..., None]
@@ -883,26 +891,30 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
 
 @case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
-    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; and
-    of so many rows that several programs share them."""
+    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; of
+    so many rows, behind a few, that several programs share them; and of so many programs that several share these."""
     from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
     outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    before = 3
     few, rows = min(width, 40), kernel.MOST + s.n % 2 + 1  # the last part has few
-    many = x.normal(groups * rows, stride, seed=41, wide=True).contiguous()
-    shared = torch.empty(groups, few, dtype=x.dtype, device=x.device)
+    many = x.normal(before + groups * rows, stride, seed=41, wide=True).contiguous()
+    ahead, shared, again = (torch.empty(n, few, dtype=x.dtype, device=x.device) for n in (1, groups, groups))
     first, second = (kernel.Sum(out, groups, count) for out, count in zip(outs, counts))
     second = second._replace(first=groups * s.n * stride)
     kernel.add_up(partial, width, stride, first, second)
     kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
-    kernel.add_up(many, few, stride, kernel.Sum(shared, groups, rows))
-    names = "first", "second", "alone", "shared"
-    yield dict(zip(names, (*outs, shared)))
+    kernel.add_up(many, few, stride, kernel.Sum(ahead, 1, before), kernel.Sum(shared, groups, rows, before * stride))
+    with mock.patch.multiple(kernel, MOST=8, SHARE=8):
+        kernel.add_up(many, few, stride, kernel.Sum(again, groups, 67, before * stride))
+    names = "first", "second", "alone", "ahead", "shared", "again"
+    yield dict(zip(names, (*outs, ahead, shared, again)))
     terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
-    terms.append(many.double().unflatten(0, (groups, -1))[..., :few])
+    behind = many.double()[before:, :few]
+    terms += many.double()[None, :before, :few], *(behind[: groups * n].unflatten(0, (groups, -1)) for n in (rows, 67))
     yield dict(zip(names, [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]))
 
 
@@ -985,12 +997,15 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
 
 @case("channels")
 def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
-    """Logits have the bits of `router_logits`. The last item has no place left in its block, no angle of its own."""
+    """Logits have the bits of `router_logits`. The first item is 0; the last one has no place left in its block, no
+    angle of its own. In float64 the experts of both routers are more than a tile has.
+    """
     from optimized.kernels import router_logits
     from optimized.kernels import step_tokens as kernel
 
-    batch, width, head = s.batch + 1, 7, 6
-    tokens, rows = x.normal(batch, s.dim, seed=60), [x.normal(s.experts, s.dim, seed=61 + i) for i in range(2)]
+    batch, experts, width, head = s.batch + 1, s.experts + 1, 7, 6
+    tokens, rows = x.normal(batch, s.dim, seed=60), [x.normal(experts, s.dim, seed=61 + i) for i in range(2)]
+    tokens[0] = 0
     angles = x.normal(batch + 5, head, seed=63) if rotary else None
     length = torch.arange(5, 5 + batch, device=x.device)
     start = torch.where(length == length[-1], length - width - 1, length - 1)
@@ -998,9 +1013,9 @@ def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
     def empty(*shape: int, dtype: torch.dtype = x.wide) -> Tensor:
         return torch.zeros(batch, *shape, dtype=dtype, device=x.device)
 
-    logits, scale = [empty(s.experts, width) for _ in range(2)], SCALE if cosine else None
+    logits, scale = [empty(experts, width) for _ in range(2)], SCALE if cosine else None
     block = kernel.Block(empty(width, s.dim, dtype=x.dtype), *logits, length, start)
-    rates, tables = kernel.step_tokens(tokens, *rows, scale, 1e-5, angles, head, block)
+    rates, tables = kernel.step_tokens(tokens, *rows, scale, EPS, angles, head, block)
     given = 4 if rotary else 2
     found = {"tail": block.tail, "logits": torch.stack(logits), "rates": rates, "tables": tables[:, :given]}
     same = router_logits.router_logits(tokens[None], torch.cat(rows), None, scale)[0].permute(2, 1, 0)
@@ -1009,9 +1024,9 @@ def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
     here = torch.arange(width, device=x.device) == place[:, None]
     t = tokens.double()
     middle = t.mean(-1, keepdim=True)
-    each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    each = 1 / ((t - middle).square().mean(-1, keepdim=True) + EPS).sqrt()
     gain = 1 + (each * (t.abs() + t.abs().mean(-1, keepdim=True))).square().mean(-1, keepdim=True)
-    rate = s.dim**0.5 / t.norm(dim=-1)
+    rate = s.dim**0.5 / t.norm(dim=-1).clamp_min(1e-12)
     value = torch.stack((middle[:, 0], each[:, 0], rate))
     terms = torch.stack((t.abs().mean(-1), (gain * each)[:, 0], rate))
     exponent = torch.arange(0, head, 2, device=x.device, dtype=torch.float64) / head
@@ -1027,12 +1042,17 @@ def step_tokens(x: Inputs, s: Sizes, *, cosine: bool, rotary: bool) -> Yielded:
     }
 
 
+def _several(x: Inputs, s: Sizes) -> int:
+    """Items of a step: more than a tile of products has. In float64 it has one."""
+    return s.batch + 1 if x.dtype == torch.float64 else 66
+
+
 @case("channels")
 def step_products(x: Inputs, s: Sizes, *, norm: bool, bias: bool) -> Yielded:
     """Of several items, and of one."""
     from optimized.kernels import step_products as kernel
 
-    batch = s.batch + 1
+    batch = _several(x, s)
     tokens, rates = x.normal(batch, s.dim, seed=64), x.normal(3, batch, seed=65, wide=True).contiguous()
     w_qkv, w_q = x.normal(21, s.dim, seed=66), x.normal(s.experts * 10, s.dim, seed=67)
     scale, shift, gamma = (x.weight(*shape, s.dim, seed=68 + i) for i, shape in enumerate([(), (), (s.experts,)]))
@@ -1066,7 +1086,7 @@ def step_output(x: Inputs, s: Sizes, *, average: bool, parts: bool) -> Yielded:
     from optimized.kernels import step_attention
     from optimized.kernels import step_output as kernel
 
-    batch, local, heads, head, count = 1 if parts else s.batch + 1, 3, 2, 6, 2 if parts else 1
+    batch, local, heads, head, count = 1 if parts else _several(x, s), 3, 2, 6, 2 if parts else 1
     units = local + s.experts * heads
     kinds = torch.arange(batch * s.experts).view(batch, s.experts) % 2 + 1
     kinds[1:2] = 0
@@ -1339,10 +1359,12 @@ def value_score(x: Inputs, s: Sizes) -> Yielded:
 
 
 @case("heads")
-def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts: bool) -> Yielded:
-    """What is not seen holds NaN. The first of several items has no memory, the last one no place left in its block.
+def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts: bool, unit: bool) -> Yielded:
+    """What is not seen holds NaN. Of several items the first has no memory, the second fewer tokens than a window, and
+    the last one no place left in its block.
 
-    A query and a key of the window are too large, and a key of a memory is infinite.
+    A query, a new value and a key of the window are too large; of memories keys of both signs and a value are infinite,
+    and, of several items, a logit is NaN.
     """
     from optimized.kernels import step_attention as kernel
 
@@ -1350,7 +1372,7 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
         yield {}
         yield {}
         return
-    batch, width, window, local, slots = 1 if parts else s.batch + 2, 4, s.length, s.heads + 1, s.length + 4
+    batch, width, window, local, slots = 1 if parts else s.batch + 2, 4, s.length + 2, s.heads + 2, s.length + 4
     shape, units = (batch, s.experts), local + s.experts * s.heads
     projected = x.normal(batch, (3 * local + s.experts * s.heads) * s.dim_head, seed=80).contiguous()
     turns = 3 * x.drawn((batch, 2, s.dim_head), 81)
@@ -1370,12 +1392,16 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     seen = (back >= 0) & (back <= length.clamp_max(window)[:, None])
     near.masked_fill_(~(seen & (back > 0))[None, :, :, None, None], torch.nan)
     keys.masked_fill_(~filled[None, None, None, :, None, None], torch.nan)
-    projected[0, 0], near[0, -1, window + width - 2, -1, 0], keys[0, -1, -1, 0, -1, 0] = 200.0, 200.0, torch.inf
+    projected[0, [0, (2 * local + 1) * s.dim_head]] = near[0, -1, window + width - 2, -1, 0] = 200.0
+    keys[0, -1, [-1, 0], 0, -1, 0] = torch.tensor([torch.inf, -torch.inf], dtype=x.dtype, device=x.device)
+    keys[1, -1, -1, 0, 0, 0] = torch.inf
     odd = torch.zeros(batch, units, dtype=torch.bool, device=x.device)
-    odd[0, 0] = odd[-1, local - 1] = odd[-1, -1] = True
+    odd[0, :2] = odd[-1, local - 1] = odd[-1, -1] = odd[-1, local + s.heads - 1] = odd[-1, -s.heads] = True
+    if not parts:
+        logits[1, 0, 0], odd[1, local : local + s.heads] = torch.nan, True
     null = x.weight(2, s.experts, s.heads, 1, s.dim_head, seed=86)
     held = kernel.Held(length, start, *near.clone(), q_logits, threshold, logits, positions, *keys)
-    given = None if everybody else 2, rotary, False, 100.0, 2 if parts else None
+    given = None if everybody else 2, rotary, unit, 100.0, 2 if parts else None
     made = kernel.step_attention(projected, tables, held, null, *given)
     at = torch.arange(batch, device=x.device), window + place
     new = torch.stack((held.local_keys[at], held.local_values[at]))
@@ -1397,7 +1423,7 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
     kinds = torch.where(picked, 1, torch.where(length >= width, 2, 0)[:, None])
     truths = {
         "kinds": Truth(kinds),
-        "scores": x.truth(own.double().sigmoid() * picked, 1 + own.double().abs(), 0, x.wide),
+        "scores": x.truth((1.0 if unit else own.double().sigmoid()) * picked, 1 + own.double().abs(), 0, x.wide),
     }
     q, k, v, rest = projected.double().unflatten(1, (-1, s.dim_head)).split((local,) * 3 + (units - local,), 1)
     cos, sin, *others = (table[:, None] for table in tables.double().unbind(1))
@@ -1413,7 +1439,8 @@ def step_attention(x: Inputs, s: Sizes, *, rotary: bool, everybody: bool, parts:
         torch.cat((a.double().expand(batch, -1, -1, -1, -1), b.double().nan_to_num(0, 0, 0).transpose(2, 3)), 3)
         for a, b in zip(null[:, None], keys)
     )
-    score = torch.nn.functional.pad(logits.double().sigmoid() * filled, (1, 0), value=1.0)
+    score = logits.double() * 0 + 1 if unit else logits.double().sigmoid()  # of NaN NaN
+    score = torch.nn.functional.pad(score * filled, (1, 0), value=1.0)
     by_head = [t.flatten(1, 2) for t in (keys, values, score[:, :, None].expand(-1, -1, s.heads, -1))]
     sides.append((rest, *by_head))
     found = []

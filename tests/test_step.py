@@ -22,6 +22,10 @@ pytestmark = pytest.mark.interpreted  # on a CPU too: without kernels of ours th
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 SIZES = {**SMALL, "dim": 20, "dim_head": 6, "heads": 3, "local_attn_heads": 2, "num_experts": 2}
 CASE = CausalCase(SIZES, batch=2, n=12, seed=7)
+# All that is not usual: every token is routed, scores of 1, angles.
+OTHER = CausalCase(
+    {**SIZES, "num_routed_queries": 4, "straight_through": True, "average_routed": True}, 2, 12, 7, rotary=True
+)
 
 
 def begun(case: Case, device: torch.device) -> tuple[Any, Tensor, Any]:
@@ -67,6 +71,10 @@ def replaced_norm(layer: Any, x: Tensor, cache: Any) -> None:
     layer.local_attn.norm = nn.LayerNorm(layer.config.dim, dtype=x.dtype)
 
 
+def unscaled(layer: Any, x: Tensor, cache: Any) -> None:
+    layer.local_attn.norm = type(layer.local_attn.norm)(layer.config.dim, elementwise_affine=False)
+
+
 def without_a_norm(layer: Any, x: Tensor, cache: Any) -> None:
     layer.attn.norm = None
 
@@ -98,6 +106,7 @@ def apart(layer: Any, x: Tensor, cache: Any) -> None:
 CHANGES: dict[Callable[..., None], str] = {
     hooked: "to_q has a forward hook",
     replaced_norm: "a norm is called",
+    unscaled: "a norm has no weight",
     without_a_norm: "one norm of two is there",
     parametrized: "local_attn.to_out is of class ParametrizedLinear",
     adapted: "to_out is of class Sequential",
@@ -139,14 +148,17 @@ def test_where_other_kernels_compute(kernels: str, device: torch.device) -> None
 
 
 @TRITON
-def test_a_hook_is_called_and_changes_nothing_else(kernels: str, device: torch.device) -> None:
+@pytest.mark.parametrize("case", [CASE, OTHER], ids=["usual", "other"])
+def test_a_hook_is_called_and_changes_nothing_else(kernels: str, case: Case, device: torch.device) -> None:
     """The two ways to step, in float64: results, and all that the cache holds."""
-    layer, x, cache = begun(CASE, device)
+    layer, x, cache = begun(case, device)
+    rotary = case.call(device)[1].get("rotary_emb")
+    layer.local_attn.norm.eps = 0.1
     other, calls = cache.static(), []
     with torch.no_grad():
-        expected = layer.step(x, cache)
+        expected = layer.step(x, cache, rotary)
         layer.local_attn.to_out.register_forward_hook(lambda *_: calls.append(1))
-        same(layer.step(x, other), expected)
+        same(layer.step(x, other, rotary), expected)
     assert calls == [1]
     for name, t in vars(cache).items():
         if isinstance(t, Tensor):

@@ -102,6 +102,16 @@ def test_padding_changes_nothing(cls: type, mask: Tensor) -> None:
 
 
 @MODELS
+def test_padding_has_no_embedding(cls: type) -> None:
+    """Nothing of the token 0 that stands for it is seen."""
+    model, tokens = model_of(cls, tied=cls is not Decoder), tokens_of().clamp_min(1)
+    expected = gradients(model, tokens, LEFT)
+    with torch.no_grad():
+        model.embedding.weight[0] = torch.nan
+    assert_all_same(gradients(model, tokens, LEFT), expected)
+
+
+@MODELS
 def test_an_item_of_padding_alone(cls: type) -> None:
     """It leaves nothing in a gradient, no NaN of a softmax over nothing either."""
     model, tokens, mask = model_of(cls), tokens_of(), torch.tensor([[True], [False]]).expand(2, N)
@@ -227,6 +237,7 @@ def test_sampling() -> None:
     assert warm.unique().tolist() == [0, 2, 3]
     assert sample(logits, 1.0, 1.0, torch.Generator().manual_seed(3)).unique().tolist() == [0, 1, 2, 3]
     assert not sample(logits, 1.0, 1e-9, None).any()
+    assert not sample(torch.zeros(200, 2), 1.0, 0.5, None).any()  # the first alone has as much
     assert not sample(logits, 1e-30, 1.0, None).any()
     assert not sample(logits, 0, 1.0, None).any()
     assert sample(logits, 100.0, 1.0, torch.Generator().manual_seed(3)).bincount().min() > 50

@@ -89,7 +89,10 @@ class Trunk(nn.Module):
         order = None if mask is None else Order.of(mask)
         if order is not None:  # what a masked place holds need not be a token
             tokens = tokens.gather(1, order.indices).masked_fill(~order.here, 0)
-        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)
+        x = self.embedding(tokens)
+        if order is not None:  # a NaN of token 0 would be seen by dense attention, times 0
+            x = x.masked_fill(~order.here[..., None], 0)
+        x = F.dropout(x, self.config.dropout, self.training)
         shared = self._shared(x, order, cache, use_cache, return_loads)
         past = [None] * len(self.blocks) if cache is None else cache.layers
         kept, loads = [], []
