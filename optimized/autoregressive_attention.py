@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optimized import ops
 from optimized.choice import choices
-from optimized.ops.finite import odd_rows
+from optimized.ops.finite import Projected, odd_rows
 from optimized.plain import obstacle_to_fusion, plain
 from optimized.plan import Kind, Plan, bind
 from optimized.routed_attention import CLASSES as ROUTED
@@ -136,7 +135,7 @@ class MemoryAttention(RoutedAttention):
                 wide = torch.promote_types(weight.dtype, torch.float32)
                 gamma = norm.gamma.squeeze(-1).to(wide)[:, None]
                 weight = (weight.to(wide).unflatten(0, (experts, -1)) * gamma).flatten(0, 1)
-            kv = F.linear(x.to(plan.dtype), weight.to(plan.dtype))
+            kv = Projected.apply(x.to(plan.dtype), weight.to(plan.dtype))
             return kv.unflatten(2, (experts, *heads)).permute(2, 0, 1, 3, 4, 5).contiguous()
         rows = x.expand(experts, *x.shape)
         return project(self.to_kv, rows if norm is None else norm(rows)).to(plan.dtype).unflatten(3, heads)

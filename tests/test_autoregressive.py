@@ -407,6 +407,23 @@ def test_a_slot_without_a_query_spoils_no_weight(
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("lengths", [None, [7], [3, 4]], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf], ids=str)
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_a_key_that_is_not_finite_spoils_no_weight(
+    prenorm: bool, value: float, lengths: list[int] | None, device: torch.device
+) -> None:
+    """Who sees it passes it no gradient, and 0 times it would be its part of that of the keys' weight."""
+    case = Case({**SMALL, "prenorm": prenorm}, 1, 7, 5)
+    layer, (x, given) = case.layer(optimized, device), case.call(device)
+    x[0, 1, 1] = value
+    out = layer(x, **given) if lengths is None else in_pieces(layer, x, given, lengths)[0]
+    assert out[0, 1].isnan().any()
+    weights = [layer.attn.to_kv.weight, *([layer.attn.context_norm.gamma] if prenorm else [])]
+    gradients = torch.autograd.grad(out, weights, case.normal(*out.shape, seed=4, device=device))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @BOTH
 @given(drawn=pieces())
 @counted

@@ -664,6 +664,23 @@ def test_gradient_of_a_temperature_that_falls(
 NAMES = ("n_iters", "eps", "eps_init", "eps_decay")
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_key_that_is_not_finite_spoils_no_weight(norm: bool, kernels: str, device: torch.device) -> None:
+    """Listed or not, of one item: 0 times it is no part of the gradient of the keys' weight."""
+    named = named_arguments("memory_experts", Sample(n=8, experts=2), device, triton=kernels == "triton")
+    named["x"] = named["x"].detach().clone()
+    named["x"][0, 0, 0], named["x"][0, 1, 1], named["x"][0, -1, 2] = torch.nan, torch.inf, -torch.inf
+    if not norm:
+        named |= {"q_gamma": None, "kv_gamma": None}
+    named["w_kv"] = named["w_kv"].detach().requires_grad_()
+    y = ops.memory_experts.first(*named.values())
+    (gradient,) = torch.autograd.grad(y, named["w_kv"], draw(tuple(y.shape), "normal", 5).to(y))
+    assert gradient.isfinite().all()
+    assert gradient.any()
+
+
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,8 @@ Of a weight w (E, F, D) and a scale r = sqrt(D) / max(||x||, 1e-12) of a token (
     project:          out[e, b, n] = r w[e] x[b, n],
     rows_gradient:    h[e, b, n] = w[e]^T g[e, b, n], and <out, g> / r of every row, which is <gamma h, x> where out was
                       projected by w gamma: `token_gradient` asks for it, and it takes fewer channels than x has,
-    weight_gradient:  dw[e] = sum over b and n of g[e, b, n] (r x[b, n])^T, in the order of items and columns.
+    weight_gradient:  dw[e] = sum over b and n of g[e, b, n] (r x[b, n])^T, in the order of items and columns, without
+                      what of r x is not finite: a key that is not gets no gradient.
 
 Only rows of those columns are written. A program of the first two has some columns of an item and expert and some
 channels; one of the last a tile of the weight, and goes through a part of the columns of each item; where tiles are few
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from optimized.kernels.admitted import Admitted
 from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.memory_tiles import _finite
 from optimized.kernels.window import _product, _rounded
 
 PROGRAMS = 128  # that fill a GPU: with four times as many, parts, and their sum, took longer
@@ -120,6 +122,7 @@ def _weight_kernel(
             if HAS_NORM:  # of x, not of g, which a float16 might not hold
                 scale = _scales(norms_ptr, b * n + column, there, root_dim, HAS_NORM, DTYPE)
                 x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)
+            x = tl.where(_finite(x), x, 0.0)  # of a key that is not finite g is 0, and 0 times NaN is NaN
             dw = _product(tl.trans(g), x, dw, HALF, DTYPE)
     rows, channels = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     stored = ((part * experts + e) * g_width + rows[:, None]) * dim + channels[None, :]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optimized.ops.finite import finite_part
 from optimized.ops.gather_norm import Taken, gamma_gradient, gather, input_gradient, token_norms
 from optimized.ops.memory_attention import memory_attention
 from optimized.ops.operator import Arguments, operator
@@ -206,7 +207,7 @@ def _gradients(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool, weight: 
     if drows is not None and a.q_gamma is not None:
         found["q_gamma"] = gamma_gradient(a.x, a.norms, queries, drows)
     if weight:
-        x = a.x if a.kv_gamma is None else _unit(a.x, a.norms)
+        x = finite_part(a.x if a.kv_gamma is None else _unit(a.x, a.norms))
         dw = torch.bmm(dkv.flatten(1, 2).mT, x.expand(experts, *x.shape).flatten(1, 2))
         found |= _of_the_weight(a, _wide(dw))
     if drows is not None and tokens:

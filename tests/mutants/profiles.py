@@ -218,7 +218,7 @@ MEMORY_ATTENTION_TORCH = Profile(
 )
 ADMITTED = Profile(
     ("test_cases.py", "test_operators.py"),
-    "(is_right and admitted) or (memory_experts and pytorch_form)",
+    "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not",
     interpreted=True,
 )
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
@@ -230,7 +230,9 @@ SHARED_KEYS = Profile(
 STEP = Profile(
     ("test_cases.py", "test_step.py"), "(is_right and step and float) or (test_step.py and not match)", interpreted=True
 )
-MEMORY_EXPERTS = Profile(("test_operators.py",), "memory_experts and (gradcheck or pytorch_form)", interpreted=True)
+MEMORY_EXPERTS = Profile(
+    ("test_operators.py",), "(memory_experts and (gradcheck or pytorch_form)) or key_that_is_not", interpreted=True
+)
 
 # Processes start slowly, and their tests are chosen by what two of them see.
 SHARDS = Profile(

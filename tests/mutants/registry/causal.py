@@ -231,6 +231,7 @@ EDITS: Edits = {
         "admitted-rows-weight-of-one-item": edit(
             "for item in range(batch):", "for item in range(1):", "missing gradient"
         ),
+        "admitted-rows-weight-of-what-is-not-finite": edit("x = tl.where(_finite(x), x, 0.0)", "x = x", "NaN order"),
         "admitted-rows-parts-overlap": edit("there = at < end", "there = at < total", "missing gradient"),
         "admitted-rows-weight-of-raw-tokens": edit(
             "x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)", "x = x", "missing gradient"
@@ -264,6 +265,11 @@ EDITS: Edits = {
             "kv = kv.masked_fill(~_listed(a, n).transpose(0, 1)[..., None], 0).contiguous()",
             "kv = kv.contiguous()",
             "uninitialised output",
+        ),
+        "memory-experts-weight-of-what-is-not-finite": edit(
+            "x = finite_part(a.x if a.kv_gamma is None else _unit(a.x, a.norms))",
+            "x = a.x if a.kv_gamma is None else _unit(a.x, a.norms)",
+            "NaN order",
         ),
         "memory-experts-output-of-unscored-slots": edit(
             'found["w_out"] = torch.bmm(dy.mT, a.out.flatten(4)',
