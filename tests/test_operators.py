@@ -666,6 +666,29 @@ NAMES = ("n_iters", "eps", "eps_init", "eps_decay")
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("alone", range(5))
+def test_a_token_far_from_all_others_that_experts_took(alone: int, kernels: str, device: torch.device) -> None:
+    """It has its gradient. A scale that is NaN is felt by that expert's token, a NaN that nobody took by none."""
+    experts, n, other = 5, 300, (alone + 1) % 5
+    x, gamma = draw((1, n, 16), "normal", 1), draw((experts, 16, 1), "normal", 2)
+    indices = torch.arange(experts)[None, :, None].clone()
+    indices[0, alone] = n - 10
+    g = draw((experts, 1, 1, 16), "normal", 3)
+    leaf = x.clone().requires_grad_()
+    picked = leaf[0, indices[0, :, 0]] / leaf[0, indices[0, :, 0]].norm(dim=-1, keepdim=True) * 4 * gamma[..., 0]
+    (expected,) = torch.autograd.grad(picked, leaf, g[:, 0, 0])
+    expected[0, indices[0, other, 0]] = torch.nan
+    x[0, 150], gamma[other] = torch.nan, torch.nan
+    leaf, indices = x.to(device).requires_grad_(), indices.to(device)
+    there = torch.ones_like(indices, dtype=torch.bool)
+    inverse = ops.inverse_map(indices, there, n)
+    rows = ops.gather_norm(leaf, gamma.to(device), indices, there, inverse, kernels == "triton")[0]
+    (dx,) = torch.autograd.grad(rows, leaf, g.to(device))
+    torch.testing.assert_close(dx.cpu(), expected, rtol=1e-11, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("norm", [True, False])
 def test_a_key_that_is_not_finite_spoils_no_weight(norm: bool, kernels: str, device: torch.device) -> None:
     """Listed or not, of one item: 0 times it is no part of the gradient of the keys' weight."""
