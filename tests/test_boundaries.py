@@ -91,7 +91,7 @@ CHANNELS = (
     "admitted_rows",
     "step_tokens",
 )
-TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows", "token_gradient")
+TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows")
 HEADS = (
     "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"
 )  # fmt: skip
@@ -146,11 +146,11 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "partial_sums.ROWS": "tokens",
     "partial_sums.MOST": "tokens",
     "partial_sums.SHARE": "tokens",
+    "admitted_rows.UNITS": "channels",
     "router_logits.CHUNK_N": "router",
     "selection.ALONE": "rows",
     "sigmoid.BLOCK": "rows",
     "token_gradient.EXPERTS": "experts",
-    "token_gradient.TILE": "tokens",
     "token_gradient.MOST_CHANNELS": "channels",
     "value_score.SLOTS": "queries",
 }

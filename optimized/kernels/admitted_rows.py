@@ -7,7 +7,8 @@ Of a weight w (E, F, D) and a scale r = sqrt(D) / max(||x||, 1e-12) of a token (
     rows_gradient:    h[e, b, n] = w[e]^T g[e, b, n], and <out, g> / r of every row, which is <gamma h, x> where out was
                       projected by w gamma: `token_gradient` asks for it, and it takes fewer channels than x has,
     weight_gradient:  dw[e] = sum over b and n of g[e, b, n] (r x[b, n])^T, in the order of items and columns, without
-                      what of r x is not finite: a key that is not gets no gradient.
+                      what of r x is not finite: a key that is not gets no gradient. r x is made once, for all experts
+                      and tiles: a product that scales what it reads took twice as long.
 
 Only rows of those columns are written. A program of the first two has some columns of an item and expert and some
 channels; one of the last a tile of the weight, and goes through a part of the columns of each item; where tiles are few
@@ -26,12 +27,22 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.kernels.admitted import Admitted
-from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.launch import (
+    arithmetic,
+    cdiv,
+    channel_constants,
+    clamped_norm,
+    contiguous,
+    launch,
+    next_power_of_2,
+    wide,
+)
 from optimized.kernels.memory_tiles import _finite
-from optimized.kernels.window import _product, _rounded
+from optimized.kernels.window import _product
 
+UNITS = 1024  # numbers of a program that scales rows, at least
 PROGRAMS = 128  # that fill a GPU: with four times as many, parts, and their sum, took longer
-SIZES = ["n", "batch", "experts", "root_dim"]
+SIZES = ["n", "batch", "experts"]
 
 
 @triton.jit
@@ -40,7 +51,7 @@ def _scales(norms_ptr, token, there, root_dim, HAS_NORM: tl.constexpr, DTYPE: tl
     # root_dim is an integer: a Python float would arrive in float32.
     if HAS_NORM:
         root = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE)
-        return root / tl.maximum(tl.load(norms_ptr + token, mask=there, other=1.0), 1e-12)
+        return root / clamped_norm(tl.load(norms_ptr + token, mask=there, other=1.0))
     return tl.full(token.shape, 1.0, DTYPE)
 
 
@@ -52,7 +63,7 @@ def _tile(ptr, rows, width, there, start, BLOCK: tl.constexpr):
     return tl.load(ptr + at, mask=there[:, None] & (channels < width)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "row_e"])
+@triton.jit(do_not_specialize=[*SIZES, "root_dim", "row_e"])
 def _rows_kernel(
     t_ptr, w_ptr, columns_ptr, totals_ptr, norms_ptr, other_ptr, out_ptr, dots_ptr,
     n, batch, experts, root_dim, row_e, width, out_width, w_in, w_out,
@@ -96,12 +107,28 @@ def _rows_kernel(
             tl.store(dots_ptr + made, tl.where(scale > 0, dot / scale, 0.0), mask=there)  # 0 of an infinite norm
 
 
+@triton.jit(do_not_specialize=["rows", "root_dim"])
+def _units_kernel(
+    x_ptr, norms_ptr, out_ptr, rows, root_dim, dim,
+    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = token < rows
+    start = tl.program_id(1) * BLOCK_D
+    x = _tile(x_ptr, token, dim, there, start, BLOCK_D).to(DTYPE)
+    x *= _scales(norms_ptr, token, there, root_dim, HAS_NORM, DTYPE)[:, None]
+    x = tl.where(_finite(x), x, 0.0)  # of a key that is not finite g is 0, and 0 times NaN is NaN
+    channels = start + tl.arange(0, BLOCK_D)
+    at = token[:, None] * dim + channels[None, :]
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=there[:, None] & (channels < dim)[None, :])
+
+
 @triton.jit(do_not_specialize=[*SIZES, "parts"])
 def _weight_kernel(
-    g_ptr, x_ptr, columns_ptr, totals_ptr, norms_ptr, dw_ptr, n, batch, experts, root_dim, parts, g_width, dim,
-    HAS_NORM: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    g_ptr, x_ptr, columns_ptr, totals_ptr, dw_ptr, n, batch, experts, parts, g_width, dim,
+    HALF: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """x: rows r x, finite."""
     across = tl.cdiv(dim, BLOCK_N)
     down = tl.cdiv(g_width, BLOCK_M)
     first_n = tl.program_id(0) % across * BLOCK_N
@@ -119,10 +146,6 @@ def _weight_kernel(
             column = tl.load(columns_ptr + (b * experts + e) * n + at, mask=there, other=0).to(tl.int64)
             g = _tile(g_ptr, (e * batch + b) * n + column, g_width, there, first_m, BLOCK_M)
             x = _tile(x_ptr, b * n + column, dim, there, first_n, BLOCK_N)
-            if HAS_NORM:  # of x, not of g, which a float16 might not hold
-                scale = _scales(norms_ptr, b * n + column, there, root_dim, HAS_NORM, DTYPE)
-                x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)
-            x = tl.where(_finite(x), x, 0.0)  # of a key that is not finite g is 0, and 0 times NaN is NaN
             dw = _product(tl.trans(g), x, dw, HALF, DTYPE)
     rows, channels = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     stored = ((part * experts + e) * g_width + rows[:, None]) * dim + channels[None, :]
@@ -178,10 +201,23 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
     if dw.numel():
         launch(
             _weight_kernel, (tiles * parts,),
-            g.contiguous(), x.contiguous(), listed.columns, listed.totals, contiguous(norms), dw,
-            n, batch, experts, dim, parts, width, dim, HAS_NORM=norms is not None, **sizes,
+            g.contiguous(), _units(x, norms), listed.columns, listed.totals, dw,
+            n, batch, experts, parts, width, dim, **sizes,
         )  # fmt: skip
     return dw[0] if parts == 1 else dw.sum(0)
+
+
+def _units(x: Tensor, norms: Tensor | None) -> Tensor:
+    """r x of all tokens; 0 where it is not finite."""
+    batch, n, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    constants = channel_constants(dim, x.dtype)
+    rows = max(UNITS // constants["BLOCK_D"], 1)
+    launch(
+        _units_kernel, (cdiv(batch * n, rows), cdiv(dim, constants["BLOCK_D"])),
+        x.contiguous(), contiguous(norms), out, batch * n, dim, dim, HAS_NORM=norms is not None, ROWS=rows, **constants,
+    )  # fmt: skip
+    return out
 
 
 def _sizes(dtype: torch.dtype, rows: int, columns: int, inner: int, warps: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2, wide
+from optimized.kernels.launch import arithmetic, cdiv, clamped_norm, contiguous, launch, next_power_of_2, wide
 from optimized.kernels.partial_sums import Sum, add_up
 
 NORM_TOKENS = 16  # of a program of the norms
@@ -88,7 +88,7 @@ def _gather_kernel(
     if HAS_NORM:
         # root_dim = dim, as an integer: a Python float would arrive in float32.
         root = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE)
-        r = root / tl.maximum(tl.load(norms_ptr + token, mask=valid, other=1.0), 1e-12)
+        r = root / clamped_norm(tl.load(norms_ptr + token, mask=valid, other=1.0))
         gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
         y = y.to(DTYPE) * r[:, None] * gamma[None, :]
     out = out_0 + row[:, None] * dim + channels[None, :]
@@ -125,7 +125,7 @@ def _slots_gradient_kernel(
         readable = valid[:, None] & inside[None, :]  # of a masked slot neither token nor gradient: either may be NaN
         x = tl.load(x_ptr + token[:, None] * dim + channels[None, :], mask=readable, other=0.0).to(DTYPE)
         g = tl.load(g_0 + row[:, None] * dim + channels[None, :], mask=readable, other=0.0).to(DTYPE)
-        r = root / tl.maximum(tl.load(norms_ptr + token, mask=valid, other=1.0), 1e-12)
+        r = root / clamped_norm(tl.load(norms_ptr + token, mask=valid, other=1.0))
         gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
         products = g * x
         total += products * r[:, None]

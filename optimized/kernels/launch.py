@@ -43,6 +43,18 @@ def from_bits(bits):
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def norm_floor(norm):
+    """1e-12 in the dtype of the norms; Triton to 3.6 rounds a number beside float64 to float32."""
+    return tl.full((), 1e-12, norm.dtype)
+
+
+@triton.jit
+def clamped_norm(norm):
+    """By which a row is divided."""
+    return tl.maximum(norm, norm_floor(norm))
+
+
 def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 

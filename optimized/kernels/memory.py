@@ -25,9 +25,9 @@ from torch import Tensor
 from optimized.kernels.launch import cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
-KEYS = 2048  # in registers at a time
-GROUP = 4096  # columns of a group, at least, and four times K: then a list is a quarter of it at most
-LONG = 16384  # columns beyond which a row is searched in groups
+KEYS = 8192  # in registers at a time
+GROUP = 2048  # columns of a group, at least, and four times K: then a list is a quarter of it at most
+LONG = 4096  # columns beyond which a row is searched in groups
 
 
 @triton.jit(do_not_specialize=["n", "k", "prior", "width", "blocks", "group", "targets", "experts"])
@@ -130,14 +130,16 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
         )  # fmt: skip
 
     found, group = (indices, counts), cdiv(max(GROUP, 4 * k), block)
+    before = prior
     if n <= LONG or group >= blocks:
         group = blocks
     else:
+        before = max(prior, k)
         groups = cdiv(blocks, group) - 1  # the last sets no start
         lists = indices.new_empty(rows, groups, k), counts.new_empty(rows, groups)
         search(0, groups, prior + group * block, lists, lists)
         search(1, groups, groups * k, lists, found)
-    search(2, blocks, prior + k + (group - 1) * block, found, found)
+    search(2, blocks, before + (group - 1) * block, found, found)
     return found
 
 

@@ -23,7 +23,7 @@ from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _pla
 from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LOG2_E, _product, _rounded
 
-PROGRAMS = 1024  # that fill a GPU
+PROGRAMS = 512  # that fill a GPU
 SPAN = 2  # blocks of a program, at least
 
 

@@ -104,13 +104,15 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     """Blocks and warps. A product has at least 16 channels. BLOCK_M: queries, BLOCK_N: keys."""
     block_d = max(next_power_of_2(dim), 16)
     half = dtype in (torch.float16, torch.bfloat16)
+    stages = 1 if role == "keys" else 2
     if dtype == torch.float64:
         rows, warps = (16, 16), 4
     elif not half:
         rows, warps = ((32, 32) if role == "forward" else (16, 32)) if block_d <= 64 else (16, 16), 8
-    else:
-        # Of wide heads larger tiles spill, some on one GPU and some on another.
-        rows, warps = ((64, 64), 4) if block_d <= 64 else ((32, 32), 8)
+    elif block_d <= 64:  # measured: docs/lab-log.md
+        rows, (warps, stages) = (64, 64), {"forward": (4, 1), "queries": (2, 3), "keys": (4, 1)}[role]
+    else:  # larger tiles spill, some on one GPU and some on another
+        rows, warps = (32, 32), 8
     return {
         "HALF": half,
         "DTYPE": arithmetic(dtype),
@@ -118,5 +120,5 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
         "BLOCK_N": rows[1],
         "BLOCK_D": block_d,
         "num_warps": warps,
-        "num_stages": 1 if role == "keys" else 3 if half and block_d <= 64 else 2,
+        "num_stages": stages,
     }

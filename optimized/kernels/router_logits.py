@@ -33,6 +33,7 @@ from optimized.kernels.launch import (
     INTERPRETED,
     arithmetic,
     cdiv,
+    clamped_norm,
     contiguous,
     double_bits,
     from_bits,
@@ -91,8 +92,8 @@ def _logits_kernel(
             r_squares += r.to(DTYPE) * r.to(DTYPE)
     norms = tl.sqrt(tl.sum(x_squares, 1))
     if COSINE:
-        factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sqrt(tl.sum(r_squares, 0)), 1e-12)
-        total = total / tl.maximum(norms, 1e-12)[:, None] * factors[None, :]
+        factors = from_bits(scale_bits).to(DTYPE) / clamped_norm(tl.sqrt(tl.sum(r_squares, 0)))
+        total = total / clamped_norm(norms)[:, None] * factors[None, :]
         first = tl.where(tile == 0, experts, 0)
         tl.store(factors_ptr + b * experts + here, factors, mask=here < first)
     logits_ptr += (b * experts + here[None, :]) * n + rows[:, None]
@@ -124,7 +125,7 @@ def _dr_kernel(
         if COSINE:
             norms = tl.load(norms_ptr + b * n + rows, mask=shown, other=1.0)
             factors = tl.load(factors_ptr + b * experts + here, mask=here < experts, other=0.0)
-            weight = weight / tl.maximum(norms, 1e-12)[None, :] * factors[:, None]
+            weight = weight / clamped_norm(norms)[None, :] * factors[:, None]
         tile = (b * n + rows[:, None]) * dim + channels[None, :]
         x = tl.load(x_ptr + tile, mask=shown[:, None] & inside[None, :], other=0.0).to(DTYPE)
         if DTYPE == tl.float64:

@@ -26,6 +26,7 @@ from optimized.kernels.launch import (
     MAX_BLOCK_D,
     arithmetic,
     cdiv,
+    clamped_norm,
     double_bits,
     from_bits,
     launch,
@@ -78,8 +79,8 @@ def _logits_of_step(
             r_squares += r.to(DTYPE) * r.to(DTYPE)
     norms = tl.sqrt(tl.sum(x_squares, 1))
     if COSINE:
-        factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sqrt(tl.sum(r_squares, 0)), 1e-12)
-        total = total / tl.maximum(norms, 1e-12)[:, None] * factors[None, :]
+        factors = from_bits(scale_bits).to(DTYPE) / clamped_norm(tl.sqrt(tl.sum(r_squares, 0)))
+        total = total / clamped_norm(norms)[:, None] * factors[None, :]
     place = _place(length_ptr, start_ptr, b, shown, width)
     at = (b * experts * width + place)[:, None]
     tl.store(q_logits_ptr + at + here[None, :] * width, total, mask=shown[:, None] & first[None, :])
@@ -115,7 +116,7 @@ def _item_of_step(
     root = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE)  # an integer: a Python float would arrive in float32
     tl.store(rates_ptr + b, mean)
     tl.store(rates_ptr + batch + b, rate)
-    tl.store(rates_ptr + 2 * batch + b, root / tl.maximum(norm, 1e-12))
+    tl.store(rates_ptr + 2 * batch + b, root / clamped_norm(norm))
     at = tl.arange(0, BLOCK_HEAD)
     length = tl.load(length_ptr + b)
     two = tl.full((BLOCK_HEAD,), 2.0, tl.float64)

@@ -11,12 +11,12 @@ The router adds, with the gradient l' (B, R, N) of its logits l (see `router_log
 
     dx += sum_e l' cx cr r_e - x cx^2 sum_e l' l   (cx = cr = 1 and no second term but with cosine routing)
 
-A program has some tokens of an item and some channels: a routing token is read once for all of them, and inverse maps
-and gradients of logits lie side by side. Of four experts at a time it asks whether any has one of its tokens; if so,
-their rows are on their way together, and are added in the order of the experts, so always the same bits. A token that
-nobody took is not read but for cosine routing: it may hold NaN.
+A program per token and block of channels: what the experts hold of a token differs from its neighbour's, so a branch of
+its own per row that was taken costs less than a tile that waits for the longest. All inverse maps of a token are read
+at once, `EXPERTS` of them; then its rows in the order of the experts, so always the same bits. A token that nobody took
+is not read but for cosine routing: it may hold NaN.
 
-Blind spots: norms, dots and the second term's sum are made anew for each block of channels.
+Blind spots: inverse maps and logits are read by the token, which leaves most of a sector of memory to its neighbours.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import arithmetic, cdiv, contiguous, launch, next_power_of_2
+from optimized.kernels.launch import cdiv, channel_constants, clamped_norm, contiguous, launch, norm_floor
 from optimized.kernels.router_logits import item_rows
 
-EXPERTS = 4  # of `_add_rows` at a time
-TILE = 4096  # numbers of a program
-MOST_CHANNELS = 128
+EXPERTS = 32  # whose inverse maps are read at once: one for each thread of a warp
+MOST_CHANNELS = 1024  # of a program
 
 
 class TakenRows(NamedTuple):
@@ -54,63 +53,33 @@ class RouterGradient(NamedTuple):
 
 
 @triton.jit
-def _slots_of(inverse_ptr, b, e, position, shown, n, experts):
-    """What an expert says of the tokens; -1 of none."""
-    known = tl.zeros_like(position) + e < experts
-    return tl.load(inverse_ptr + (b * experts + e) * n + position, mask=shown & known, other=-1)
-
-
-@triton.jit
-def _add_row(
-    total, dot, slots, e, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, experts, channel_blocks, all_rows,
-    HAS_NORM: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    taken = slots >= 0
-    inside = channels < dim
-    row = (tl.cast(e, tl.int64) * batch + b) * k + slots
-    read = taken[:, None] & inside[None, :]
-    g = tl.load(g_ptr + row[:, None] * dim + channels[None, :], mask=read, other=0.0).to(DTYPE)
-    if HAS_NORM:
-        known = inside & (tl.zeros_like(channels) + e < experts)
-        gamma = tl.load(gamma_ptr + tl.cast(e, tl.int64) * dim + channels, mask=known, other=0.0).to(DTYPE)
-        g = tl.where(taken[:, None], g * gamma[None, :], 0.0)  # a scale may be NaN
-        for block in range(channel_blocks):
-            dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row, mask=taken, other=0.0)
-    return total + g, dot
+def _slots_of(inverse_ptr, b, position, n, first, experts, EXPERTS: tl.constexpr):
+    """What `EXPERTS` experts from the first on say of a token."""
+    e = first + tl.arange(0, EXPERTS)
+    return tl.load(inverse_ptr + (b * experts + e) * n + position, mask=e < experts, other=-1)
 
 
 @triton.jit
 def _add_rows(
-    total, dot, count, inverse_ptr, g_ptr, gamma_ptr, dots_ptr, b, position, shown, channels, n, k, dim, batch, experts,
-    channel_blocks, all_rows,
+    total, dot, slots, first, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, channel_blocks, all_rows,
     HAS_NORM: tl.constexpr, DTYPE: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """h, <x, h>, and by how many experts a token was taken, with a group more."""
-    for e in range(0, experts, EXPERTS):
-        first = _slots_of(inverse_ptr, b, e, position, shown, n, experts)
-        second = _slots_of(inverse_ptr, b, e + 1, position, shown, n, experts)
-        third = _slots_of(inverse_ptr, b, e + 2, position, shown, n, experts)
-        fourth = _slots_of(inverse_ptr, b, e + 3, position, shown, n, experts)
-        count += (first >= 0).to(tl.int32) + (second >= 0).to(tl.int32)
-        count += (third >= 0).to(tl.int32) + (fourth >= 0).to(tl.int32)
-        if tl.max(tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))) >= 0:
-            total, dot = _add_row(
-                total, dot, first, e, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, experts, channel_blocks,
-                all_rows, HAS_NORM, DTYPE,
-            )  # fmt: skip
-            total, dot = _add_row(
-                total, dot, second, e + 1, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, experts,
-                channel_blocks, all_rows, HAS_NORM, DTYPE,
-            )  # fmt: skip
-            total, dot = _add_row(
-                total, dot, third, e + 2, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, experts,
-                channel_blocks, all_rows, HAS_NORM, DTYPE,
-            )  # fmt: skip
-            total, dot = _add_row(
-                total, dot, fourth, e + 3, g_ptr, gamma_ptr, dots_ptr, b, channels, k, dim, batch, experts,
-                channel_blocks, all_rows, HAS_NORM, DTYPE,
-            )  # fmt: skip
-    return total, dot, count
+    """h and <x, h> with the rows in these slots more."""
+    inside = channels < dim
+    lanes = tl.arange(0, EXPERTS)
+    for _ in range(tl.sum((slots >= 0).to(tl.int32))):
+        lane = tl.min(tl.where(slots >= 0, lanes, EXPERTS))  # the first that is left
+        slot = tl.max(tl.where(lanes == lane, slots, -1)).to(tl.int64)
+        slots = tl.where(lanes == lane, -1, slots)
+        e = (first + lane).to(tl.int64)
+        row = (e * batch + b) * k + slot
+        g = tl.load(g_ptr + row * dim + channels, mask=inside, other=0.0).to(DTYPE)
+        if HAS_NORM:
+            g *= tl.load(gamma_ptr + e * dim + channels, mask=inside, other=0.0).to(DTYPE)
+            for block in range(channel_blocks):
+                dot += tl.load(dots_ptr + tl.cast(block, tl.int64) * all_rows + row)
+        total += g
+    return total, dot
 
 
 @triton.jit(
@@ -124,67 +93,99 @@ def _tokens_gradient_kernel(
     dlogits_ptr, logits_ptr, r_ptr, factors_ptr, dx_ptr,
     n, k_0, k_1, dim, batch, experts, router_experts, item_rows, root_dim, channel_blocks, all_rows, rows_0,
     GROUPS: tl.constexpr, HAS_NORM: tl.constexpr, ROUTER: tl.constexpr, COSINE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DTYPE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rows_0: rows of the first group, whose dots come first."""
-    tiles = tl.cdiv(n, BLOCK_N)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    position = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = position < n
-    token = b * n + position
+    token = tl.program_id(0).to(tl.int64)  # (b, n)
+    b = token // n
+    position = token % n
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < dim
+    lanes = tl.arange(0, EXPERTS)
 
-    total = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    dot = tl.zeros((BLOCK_N,), DTYPE)
-    count = tl.zeros((BLOCK_N,), tl.int32)
-    if GROUPS > 0:
-        total, dot, count = _add_rows(
-            total, dot, count, inverse_0, g_0, gamma_0, dots_ptr, b, position, there, channels, n, k_0, dim, batch,
-            experts, channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
-        )  # fmt: skip
-    if GROUPS > 1:
-        total, dot, count = _add_rows(
-            total, dot, count, inverse_1, g_1, gamma_1, dots_ptr + rows_0, b, position, there, channels, n, k_1, dim,
-            batch, experts, channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
-        )  # fmt: skip
-    shown = there
+    # All that tells what to read is on its way before any of it is waited for.
+    shown = tl.full((), 1, tl.int32)
     if ROUTER and HAS_MASK:
-        shown = tl.load(mask_ptr + token, mask=there, other=0) != 0
-    reads = count > 0
+        shown = tl.load(mask_ptr + token).to(tl.int32)
+    slots_0 = tl.full((EXPERTS,), -1, tl.int32)
+    slots_1 = tl.full((EXPERTS,), -1, tl.int32)
+    if GROUPS > 0:
+        slots_0 = _slots_of(inverse_0, b, position, n, 0, experts, EXPERTS)
+    if GROUPS > 1:
+        slots_1 = _slots_of(inverse_1, b, position, n, 0, experts, EXPERTS)
+    norm = tl.full((), 1.0, DTYPE)
+    if HAS_NORM or COSINE:
+        norm = tl.load(norms_ptr + token)
+    weights = tl.zeros((EXPERTS,), DTYPE)
+    if ROUTER:
+        place = (b * router_experts + lanes) * n + position
+        weights = tl.load(dlogits_ptr + place, mask=lanes < router_experts, other=0.0).to(DTYPE)
+
+    count = tl.sum((slots_0 >= 0).to(tl.int32)) + tl.sum((slots_1 >= 0).to(tl.int32))
+    for first in range(EXPERTS, experts, EXPERTS):
+        if GROUPS > 0:
+            count += tl.sum((_slots_of(inverse_0, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
+        if GROUPS > 1:
+            count += tl.sum((_slots_of(inverse_1, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
+    reads = count
     if COSINE:
         reads = shown
-    norm = tl.full((BLOCK_N,), 1.0, DTYPE)
-    x = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
-    at = token[:, None] * dim + channels[None, :]
+    norm = tl.where(reads > 0, norm, 1.0)  # that of a token that nobody took may be NaN
+    inverse_norm = 1.0 / clamped_norm(norm)
+    x = tl.zeros((BLOCK_D,), DTYPE)
     if HAS_NORM or COSINE:
-        norm = tl.load(norms_ptr + token, mask=reads, other=1.0)  # that of a token that nobody took may be NaN
-        x = tl.load(x_ptr + at, mask=reads[:, None] & inside[None, :], other=0.0).to(DTYPE)
-    inverse_norm = 1.0 / tl.maximum(norm, 1e-12)
-    slope = tl.zeros((BLOCK_N,), DTYPE)  # of the term in x
+        x = tl.load(x_ptr + token * dim + channels, mask=tl.where(inside, reads, 0) > 0, other=0.0).to(DTYPE)
+
+    total = tl.zeros((BLOCK_D,), DTYPE)
+    dot = tl.full((), 0.0, DTYPE)
+    if GROUPS > 0:
+        total, dot = _add_rows(
+            total, dot, slots_0, 0, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks, all_rows,
+            HAS_NORM, DTYPE, EXPERTS,
+        )  # fmt: skip
+        for first in range(EXPERTS, experts, EXPERTS):
+            more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)
+            total, dot = _add_rows(
+                total, dot, more, first, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks,
+                all_rows, HAS_NORM, DTYPE, EXPERTS,
+            )  # fmt: skip
+    if GROUPS > 1:
+        total, dot = _add_rows(
+            total, dot, slots_1, 0, g_1, gamma_1, dots_ptr + rows_0, b, channels, k_1, dim, batch, channel_blocks,
+            all_rows, HAS_NORM, DTYPE, EXPERTS,
+        )  # fmt: skip
+        for first in range(EXPERTS, experts, EXPERTS):
+            more = _slots_of(inverse_1, b, position, n, first, experts, EXPERTS)
+            total, dot = _add_rows(
+                total, dot, more, first, g_1, gamma_1, dots_ptr + rows_0, b, channels, k_1, dim, batch,
+                channel_blocks, all_rows, HAS_NORM, DTYPE, EXPERTS,
+            )  # fmt: skip
+    slope = tl.full((), 0.0, DTYPE)  # of the term in x
     if HAS_NORM:
         # root_dim = dim, as an integer: a Python float would arrive in float32.
         scale = tl.sqrt(tl.cast(root_dim, tl.float64)).to(DTYPE) * inverse_norm
-        total *= scale[:, None]
-        slope = tl.where((count > 0) & (norm > 1e-12), scale * ((dot * inverse_norm) * inverse_norm), 0.0)
+        total *= scale
+        slope = tl.where((count > 0) & (norm > norm_floor(norm)), scale * ((dot * inverse_norm) * inverse_norm), 0.0)
     if ROUTER:
-        moment = tl.zeros((BLOCK_N,), DTYPE)
-        for e in range(router_experts):
-            place = (b * router_experts + e) * n + position
-            weight = tl.load(dlogits_ptr + place, mask=shown, other=0.0).to(DTYPE)
+        moment = tl.full((), 0.0, DTYPE)
+        # Not of a masked token: a routing token may be NaN, and 0 * NaN is NaN.
+        for first in range(0, tl.where(shown > 0, router_experts, 0), EXPERTS):
+            place = b * router_experts + first + lanes
+            known = first + lanes < router_experts
+            if first > 0:
+                weights = tl.load(dlogits_ptr + place * n + position, mask=known, other=0.0).to(DTYPE)
             if COSINE:
-                moment += weight * tl.load(logits_ptr + place, mask=shown, other=0.0)
-                weight *= inverse_norm * tl.load(factors_ptr + b * router_experts + e)
-            routing = tl.load(r_ptr + (b * item_rows + e) * dim + channels, mask=inside, other=0.0).to(DTYPE)
-            added = weight[:, None] * routing[None, :]
-            if HAS_MASK:  # a routing token may be NaN, and 0 * NaN is NaN
-                added = tl.where(shown[:, None], added, 0.0)
-            total += added
+                moment += tl.sum(weights * tl.load(logits_ptr + place * n + position, mask=known, other=0.0))
+                weights *= inverse_norm * tl.load(factors_ptr + place, mask=known, other=0.0)
+            for lane in range(tl.minimum(router_experts - first, EXPERTS)):
+                weight = tl.sum(tl.where(lanes == lane, weights, 0.0))
+                row = r_ptr + (b * item_rows + first + lane) * dim
+                total += weight * tl.load(row + channels, mask=inside, other=0.0).to(DTYPE)
         if COSINE:
-            slope += tl.where(norm > 1e-12, moment * inverse_norm * inverse_norm, 0.0)
+            slope += tl.where(norm > norm_floor(norm), moment * inverse_norm * inverse_norm, 0.0)
     if HAS_NORM or COSINE:
-        total -= x * slope[:, None]
-    tl.store(dx_ptr + at, total.to(dx_ptr.dtype.element_ty), mask=there[:, None] & inside[None, :])
+        total -= x * slope
+    tl.store(dx_ptr + token * dim + channels, total.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def token_gradient(
@@ -212,15 +213,14 @@ def token_gradient(
     groups = [part for rows in (first, second) for part in (rows.gradient, rows.inverse, rows.gamma)]
     tokens = x if router is None else router.tokens.contiguous()
     parts = (None,) * 4 if router is None else (router.gradient, router.logits, tokens, router.factors)
-    block_d = min(next_power_of_2(dim), MOST_CHANNELS)
-    block_n = max(min(TILE // norms.dtype.itemsize * 4 // block_d, next_power_of_2(n)), 1)
+    constants = channel_constants(min(dim, MOST_CHANNELS), norms.dtype)
     launch(
-        _tokens_gradient_kernel, (batch * cdiv(n, block_n), cdiv(dim, block_d)),
+        _tokens_gradient_kernel, (batch * n, cdiv(dim, constants["BLOCK_D"])),
         x, contiguous(mask), norms, *map(contiguous, groups), dots, *map(contiguous, parts), dx,
         n, k_0, k_1, dim, batch, experts, 0 if router is None else router.gradient.shape[1], item_rows(tokens),
         dim, dots.shape[0], dots.shape[-1], experts * batch * k_0,
         GROUPS=len(taken), HAS_NORM=has_norm, ROUTER=router is not None,
         COSINE=router is not None and router.factors.numel() > 0, HAS_MASK=mask is not None,
-        DTYPE=arithmetic(norms.dtype), EXPERTS=EXPERTS, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=4,
+        EXPERTS=EXPERTS, **constants,
     )  # fmt: skip
     return dx

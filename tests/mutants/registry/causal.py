@@ -234,7 +234,11 @@ EDITS: Edits = {
         "admitted-rows-weight-of-what-is-not-finite": edit("x = tl.where(_finite(x), x, 0.0)", "x = x", "NaN order"),
         "admitted-rows-parts-overlap": edit("there = at < end", "there = at < total", "missing gradient"),
         "admitted-rows-weight-of-raw-tokens": edit(
-            "x = _rounded(x.to(DTYPE) * scale[:, None], x_ptr)", "x = x", "missing gradient"
+            "x *= _scales(norms_ptr, token, there, root_dim, HAS_NORM, DTYPE)[:, None]", "x *= 1.0", "missing gradient"
+        ),
+        "admitted-rows-last-unit-forgotten": edit("there = token < rows\n", "there = token < rows - 1\n", "tail mask"),
+        "admitted-rows-units-of-the-first-channels": edit(
+            "start = tl.program_id(1) * BLOCK_D", "start = tl.program_id(1) * 0", "stride and layout"
         ),
     },
     "optimized/kernels/finite.py": {

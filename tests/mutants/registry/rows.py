@@ -15,8 +15,8 @@ EDITS: Edits = {
             "r_ptr += (b * item_rows + here[None, :])", "r_ptr += here[None, :]", "fla-org/flash-linear-attention#1115"
         ),
         "logits-scale-of-cosine-squared": edit(
-            "factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sqrt(tl.sum(r_squares, 0)), 1e-12)",
-            "factors = from_bits(scale_bits).to(DTYPE) / tl.maximum(tl.sum(r_squares, 0), 1e-12)",
+            "factors = from_bits(scale_bits).to(DTYPE) / clamped_norm(tl.sqrt(tl.sum(r_squares, 0)))",
+            "factors = from_bits(scale_bits).to(DTYPE) / clamped_norm(tl.sum(r_squares, 0))",
             "log-sum-exp and scale",
         ),
         "routing-token-gradient-without-cosine-term": edit(
@@ -47,9 +47,9 @@ EDITS: Edits = {
             "BobMcDear/attorch#14",
         ),
         "gather-norm-of-the-slot": edit(
-            "tl.load(norms_ptr + token, mask=valid, other=1.0), 1e-12)\n"
+            "tl.load(norms_ptr + token, mask=valid, other=1.0))\n"
             "        gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)\n        y",
-            "tl.load(norms_ptr + b, mask=valid, other=1.0), 1e-12)\n"
+            "tl.load(norms_ptr + b, mask=valid, other=1.0))\n"
             "        gamma = tl.load(gamma_0 + e * dim + channels, mask=inside, other=0.0).to(DTYPE)\n        y",
             "stride and layout",
         ),
@@ -81,9 +81,7 @@ EDITS: Edits = {
             "scale * ((dot * inverse_norm) * inverse_norm), 0.0)", "0.0 * dot, 0.0)", "unslothai/unsloth#10617"
         ),
         "token-gradient-norm-term-twice": edit(
-            "        total -= x * slope[:, None]\n",
-            "        total -= 2 * x * slope[:, None]\n",
-            "tenstorrent/tt-metal#53204",
+            "        total -= x * slope\n", "        total -= 2 * x * slope\n", "tenstorrent/tt-metal#53204"
         ),
         "token-gradient-of-one-group": edit(
             "    if GROUPS > 1:\n        total, dot",
@@ -91,55 +89,48 @@ EDITS: Edits = {
             "lucidrains/CoLT5-attention#8",
         ),
         "token-gradient-of-the-last-expert": edit(
-            "    return total + g, dot\n",
-            "    return g, dot\n",
-            "vllm-project/vllm-xpu-kernels#453",
-            "missing gradient",
+            "        total += g\n", "        total = g\n", "vllm-project/vllm-xpu-kernels#453", "missing gradient"
         ),
         "token-gradient-rows-of-other-items": edit(
-            "row = (tl.cast(e, tl.int64) * batch + b) * k",
-            "row = tl.cast(e, tl.int64) * batch * k",
-            "fla-org/flash-linear-attention#1115",
+            "row = (e * batch + b) * k + slot", "row = e * batch * k + slot", "fla-org/flash-linear-attention#1115"
         ),
         "token-gradient-without-the-router": edit(
-            "            total += added\n", "            total += 0.0 * added\n", "lucidrains/CoLT5-attention#8"
+            "                total += weight * tl.load(row",
+            "                total += 0.0 * weight * tl.load(row",
+            "lucidrains/CoLT5-attention#8",
         ),
         "token-gradient-without-cosine-term": edit(
-            "            slope += tl.where(norm > 1e-12, moment * inverse_norm * inverse_norm, 0.0)\n",
+            "            slope += tl.where(norm > norm_floor(norm), moment * inverse_norm * inverse_norm, 0.0)\n",
             "            slope += 0.0 * moment\n",
             "lucidrains/CoLT5-attention#8",
         ),
         "token-gradient-router-of-masked-tokens": edit(
-            "        shown = tl.load(mask_ptr + token, mask=there, other=0) != 0\n",
-            "        shown = tl.load(mask_ptr + token, mask=there, other=0) >= 0\n",
+            "        shown = tl.load(mask_ptr + token).to(tl.int32)\n",
+            "        shown = 1 + 0 * tl.load(mask_ptr + token).to(tl.int32)\n",
             "trymirai/lalamo#310",
         ),
         "token-gradient-first-channel-block-of-dots": edit(
-            "        for block in range(channel_blocks):\n",
-            "        for block in range(1):\n",
+            "            for block in range(channel_blocks):\n",
+            "            for block in range(1):\n",
             "pytorch/pytorch#153799",
         ),
-        "token-gradient-of-the-first-experts": edit(
-            "    for e in range(0, experts, EXPERTS):\n",
-            "    for e in range(0, 1, EXPERTS):\n",
+        "token-gradient-of-the-first-32-experts": edit(
+            "            more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)\n",
+            "            more = _slots_of(inverse_0, b, position, n, first, 0 * experts, EXPERTS)\n",
             "pytorch/pytorch#153799",
         ),
-        "token-gradient-counts-three-of-four": edit(
-            "count += (third >= 0).to(tl.int32) + (fourth >= 0).to(tl.int32)",
-            "count += (third >= 0).to(tl.int32)",
-            "missing gradient",
-        ),
-        "token-gradient-asks-three-of-four": edit(
-            "tl.maximum(third, fourth))) >= 0", "tl.maximum(third, third))) >= 0", "missing gradient"
-        ),
-        "token-gradient-scale-of-who-did-not-take-it": edit(
-            "g = tl.where(taken[:, None], g * gamma[None, :], 0.0)", "g = g * gamma[None, :]", "NaN order"
+        "token-gradient-counts-the-first-32-experts": edit(
+            "            count += tl.sum((_slots_of(inverse_0",
+            "            count += 0 * tl.sum((_slots_of(inverse_0",
+            "pytorch/pytorch#153799",
         ),
         "token-gradient-reads-what-nobody-took": edit(
-            "    reads = count > 0\n", "    reads = count >= 0\n", "masked rows and sentinels"
+            "    reads = count\n", "    reads = count + 1\n", "masked rows and sentinels"
         ),
-        "token-gradient-router-of-one-expert": edit(
-            "        for e in range(router_experts):\n", "        for e in range(1):\n", "pytorch/pytorch#153799"
+        "token-gradient-router-of-the-first-32-experts": edit(
+            "        for first in range(0, tl.where(shown > 0, router_experts, 0), EXPERTS):\n",
+            "        for first in range(0, tl.where(shown > 0, 1, 0), EXPERTS):\n",
+            "pytorch/pytorch#153799",
         ),
     },
     "optimized/ops/gather_norm.py": {
