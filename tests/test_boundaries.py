@@ -25,6 +25,7 @@ NO_SIZE = {  # entries of a table, warps, bits; chunks of a row are few only whe
     "launch.MOST_LAUNCHES",
     *("long_selection.WARPS", "long_selection.DIGIT", "long_selection.CHUNKS"),
     *(
+        "memory_keys.ALONE",
         "memory_keys.PROGRAMS",
         "memory_keys.SPAN",
         "admitted_rows.PROGRAMS",
@@ -136,6 +137,7 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "memory.KEYS": "rows",
     "memory.GROUP": "rows",
     "memory.LONG": "rows",
+    "memory.VERY_LONG": "rows",
     "memory_places.LANES": "rows",
     "launch.ROWS_IN_REGISTERS": "rows",
     "long_descent.BLOCK": "rows",

@@ -41,7 +41,7 @@ from optimized.kernels.memory_tiles import _finite
 from optimized.kernels.window import _product
 
 UNITS = 1024  # numbers of a program that scales rows, at least
-PROGRAMS = 128  # that fill a GPU: with four times as many, parts, and their sum, took longer
+PROGRAMS = 256  # that fill a GPU; with twice as many, parts, and their sum, took longer
 SIZES = ["n", "batch", "experts"]
 
 

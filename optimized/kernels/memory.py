@@ -25,8 +25,11 @@ from torch import Tensor
 from optimized.kernels.launch import cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
-KEYS = 8192  # in registers at a time
-GROUP = 2048  # columns of a group, at least, and four times K: then a list is a quarter of it at most
+KEYS = 4096  # in registers at a time
+GROUP = (
+    2048  # columns of a group, at least, twice as many of a long row, and four times K: then a list is a quarter of it
+)
+VERY_LONG = 65536  # columns of such a row
 LONG = 4096  # columns beyond which a row is searched in groups
 
 
@@ -129,7 +132,7 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
             BITS=8 * s.element_size(), STAGE=stage, HAS_MASK=mask is not None, **_sizes(longest),
         )  # fmt: skip
 
-    found, group = (indices, counts), cdiv(max(GROUP, 4 * k), block)
+    found, group = (indices, counts), cdiv(max(GROUP if n <= VERY_LONG else 2 * GROUP, 4 * k), block)
     before = prior
     if n <= LONG or group >= blocks:
         group = blocks

@@ -91,9 +91,9 @@ def _memory_attention_kernel(
         score = tl.load(scores_ptr + columns, mask=seen, other=0.0).to(DTYPE)
         s = _product(q, tl.trans(keys), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
         s = tl.where(s == -float("inf"), float("nan"), s)
-        s = tl.where(seen[None, :], s * to_base_2, -float("inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
+        s = tl.where(seen[None, :], s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * to_base_2)
+        p = tl.exp2(s * to_base_2 - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(p, 1)
         p = p * score[None, :]

@@ -19,26 +19,30 @@ from torch import Tensor
 from optimized.kernels.admitted import _lesser
 from optimized.kernels.launch import cdiv, from_bits, launch
 from optimized.kernels.memory_places import memory_places
-from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _row_products, _store, _tile
+from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
 from optimized.kernels.probability import at_most_one
 from optimized.kernels.window import LOG2_E, _product, _rounded
 
-PROGRAMS = 512  # that fill a GPU
+ALONE = 512  # programs that fill a GPU, so that none share blocks
+PROGRAMS = 1024  # where they do
 SPAN = 2  # blocks of a program, at least
 
 
 @triton.jit
 def _write(
-    kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+    scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, dsigma, stride, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The gradients of columns that are `done`. What is not finite passes nothing on."""
-    score = tl.load(scores_ptr + held, mask=done, other=0.0).to(DTYPE)
-    score = tl.where(_finite(score), score, 0.0)
-    values = _tile(kv_ptr + stride, held, 2 * stride, done, dim, BLOCK_D).to(DTYPE)
-    values = tl.where(_finite(values), values, 0.0)
-    tl.store(dscores_ptr + held, _row_products(u, values), mask=done)
+    """The gradients of columns that are `done`. A score that is not finite passes nothing on."""
+    score = _finite_scores(scores_ptr, held, done, DTYPE)
+    tl.store(dscores_ptr + held, dsigma, mask=done)
     _store(dkv_ptr, held, 2 * stride, done, dk, dim, BLOCK_D)
     _store(dkv_ptr + stride, held, 2 * stride, done, u * score[:, None], dim, BLOCK_D)
+
+
+@triton.jit
+def _finite_scores(scores_ptr, held, there, DTYPE: tl.constexpr):
+    score = tl.load(scores_ptr + held, mask=there, other=0.0).to(DTYPE)
+    return tl.where(_finite(score), score, 0.0)
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def _listed(indices_ptr, counts_ptr, block, k, columns, there, STEPS: tl.constex
 @triton.jit(do_not_specialize=[*SIZES, "span", "chunks"])
 def _memory_keys_kernel(
     q_ptr, kv_ptr, scores_ptr, null_ptr, counts_ptr, q_counts_ptr, seed_ptr, indices_ptr, places_ptr, lse_ptr, dout_ptr,
-    delta_ptr, dkv_ptr, dscores_ptr, shares_ptr,
+    delta_ptr, dkv_ptr, dscores_ptr, shares_ptr, sigma_shares_ptr,
     n, k, slots, blocks, batch, experts, heads, dim, tiles, scale_bits, drop, keep_bits, span, chunks,
     CHUNKED: tl.constexpr, STEPS: tl.constexpr, DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -76,6 +80,9 @@ def _memory_keys_kernel(
         every = experts.to(tl.int64) * batch * heads * k * 2 * dim
         whole_ptr = shares_ptr + (row * heads + h) * k * 2 * dim + (chunk + 1) * every
         old_ptr = shares_ptr + (row * heads + h) * k * 2 * dim + (chunks + chunk) * every
+        every = experts.to(tl.int64) * batch * heads * k
+        whole_sigma_ptr = sigma_shares_ptr + (row * heads + h) * k + (chunk + 1) * every
+        old_sigma_ptr = sigma_shares_ptr + (row * heads + h) * k + (chunks + chunk) * every
     scale = from_bits(scale_bits).to(DTYPE)
     to_base_2 = (from_bits(scale_bits) * LOG2_E).to(DTYPE)
     seed = tl.full((), 0, tl.int64)
@@ -85,73 +92,82 @@ def _memory_keys_kernel(
     old = tl.full((BLOCK_N,), -1, tl.int32)  # places of those that the block before the first listed, too
     dk = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
     u = tl.zeros((BLOCK_N, BLOCK_D), DTYPE)
+    dsigma = tl.zeros((BLOCK_N,), DTYPE)
+    lanes = tl.arange(0, BLOCK_M)
+    columns = tl.load(places_ptr + at, mask=at < k, other=-1)
+    filled = tl.minimum(tl.load(q_counts_ptr + first), slots)
     # Once more than there are blocks: what is held to the end is written by the same instructions as what is not.
     for j in range(first, last + 1):
-        columns = tl.full((BLOCK_N,), -1, tl.int32)
-        filled = tl.full((), 0, tl.int32)
-        if j < last:
-            columns = tl.load(places_ptr + at, mask=at < k, other=-1)
-            filled = tl.minimum(tl.load(q_counts_ptr + j), slots)
+        # What tells what to read is on its way before it is asked for.
         places_ptr += k
+        next_columns = tl.load(places_ptr + at, mask=(at < k) & (at * 0 + j + 1 < last), other=-1)
+        next_filled = tl.minimum(tl.load(q_counts_ptr + j + 1, mask=j + 1 < last, other=0), slots)
+        start = (row * blocks + j) * slots * stride + h * dim
+        place = ((row * blocks + j) * heads + h) * slots
+        lse = tl.load(lse_ptr + place + lanes, mask=lanes < filled, other=float("inf"))
         changed = columns != held
         if tl.max(changed.to(tl.int32)) > 0:
             done = changed & (held >= 0)
             if CHUNKED:
                 _store(old_ptr, old, 2 * dim, done & (old >= 0), dk, dim, BLOCK_D)
                 _store(old_ptr + dim, old, 2 * dim, done & (old >= 0), u, dim, BLOCK_D)
+                tl.store(old_sigma_ptr + old, dsigma, mask=done & (old >= 0))
                 done = done & (old < 0)
                 if (j == last) & (j < blocks):
-                    stays, place = _listed(indices_ptr, counts_ptr, j, k, held, done, STEPS)
-                    _store(whole_ptr, place, 2 * dim, done & stays, dk, dim, BLOCK_D)
-                    _store(whole_ptr + dim, place, 2 * dim, done & stays, u, dim, BLOCK_D)
+                    stays, there_at = _listed(indices_ptr, counts_ptr, j, k, held, done, STEPS)
+                    _store(whole_ptr, there_at, 2 * dim, done & stays, dk, dim, BLOCK_D)
+                    _store(whole_ptr + dim, there_at, 2 * dim, done & stays, u, dim, BLOCK_D)
+                    tl.store(whole_sigma_ptr + there_at, dsigma, mask=done & stays)
                     done = done & (stays == 0)
                 old = tl.where(changed, -1, old)
                 if (j == first) & (j > 0):
                     stayed, _at = _listed(indices_ptr, counts_ptr, j - 1, k, columns, columns >= 0, STEPS)
                     old = tl.where(stayed & (columns >= 0), at, -1)
-            _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, stride, dim, DTYPE, BLOCK_D)
+            _write(scores_ptr, dkv_ptr, dscores_ptr, held, done, dk, u, dsigma, stride, dim, DTYPE, BLOCK_D)
             dk = tl.where(changed[:, None], 0.0, dk)
             u = tl.where(changed[:, None], 0.0, u)
+            dsigma = tl.where(changed, 0.0, dsigma)
             held = columns
         there = held >= 0
         keys = _tile(kv_ptr, held, 2 * stride, there, dim, BLOCK_D)
         values = _tile(kv_ptr + stride, held, 2 * stride, there, dim, BLOCK_D)
-        score = tl.load(scores_ptr + held, mask=there, other=0.0).to(DTYPE)
-        start = (row * blocks + j) * slots * stride + h * dim
-        place = ((row * blocks + j) * heads + h) * slots
+        score = _finite_scores(scores_ptr, held, there, DTYPE)
         for begin in range(0, filled, BLOCK_M):
-            i = begin + tl.arange(0, BLOCK_M)
-            lse = tl.load(lse_ptr + place + i, mask=i < filled, other=float("inf"))
+            i = begin + lanes
             live = lse < float("inf")
-            delta = tl.load(delta_ptr + place + i, mask=i < filled, other=0.0)
-            # All that is read is on its way before any of it is waited for.
-            q = tl.where(live[:, None], _tile(q_ptr + start, i, stride, i < filled, dim, BLOCK_D), 0.0)
-            dout = tl.where(live[:, None], _tile(dout_ptr + start, i, stride, i < filled, dim, BLOCK_D), 0.0)
+            delta = tl.load(delta_ptr + place + i, mask=live, other=0.0)
+            q = _tile(q_ptr + start, i, stride, live, dim, BLOCK_D)
+            dout = _tile(dout_ptr + start, i, stride, live, dim, BLOCK_D)
             pairs = there[:, None] & live[None, :]
             s = _product(keys, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
             p = tl.where(pairs, at_most_one(s * to_base_2 - (lse * LOG2_E)[None, :]), 0.0)
-            dp = _product(values, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]
+            dp = _product(values, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
+            dp = tl.where(pairs, dp, 0.0)
             weighted = p
+            scored = dp * score[:, None]
             if DROPOUT:
                 queries = ((row * heads + h) * blocks + j) * slots + i
                 kept = _kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop, keep_bits, DTYPE)
-                dp = dp * kept
+                scored = scored * kept
                 weighted = p * kept
-            ds = tl.where(pairs, p * (dp - delta[None, :]) * scale, 0.0)
+            dsigma += tl.sum(weighted * dp, 1)
+            ds = p * (scored - delta[None, :]) * scale
             u = _product(_rounded(weighted, dout_ptr), dout, u, HALF, DTYPE)
             dk = _product(_rounded(ds, q_ptr), q, dk, HALF, DTYPE)
+            lse = tl.load(lse_ptr + place + i + BLOCK_M, mask=i + BLOCK_M < filled, other=float("inf"))
+        columns = next_columns
+        filled = next_filled
 
 
 @triton.jit(do_not_specialize=["n", "k", "blocks", "batch", "experts", "heads", "tiles", "span", "chunks"])
 def _join_kernel(
-    kv_ptr, scores_ptr, indices_ptr, counts_ptr, shares_ptr, dkv_ptr, dscores_ptr,
+    scores_ptr, indices_ptr, counts_ptr, shares_ptr, sigma_shares_ptr, dkv_ptr, dscores_ptr,
     n, k, blocks, batch, experts, heads, dim, tiles, span, chunks,
     STEPS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Columns that were listed first in the blocks of one program, and still are in the first block of the next."""
     row, chunk, h, tile, row_be = _place(chunks - 1, batch, experts, heads, tiles)
     stride = heads * dim
-    kv_ptr += row * n * 2 * stride + h * dim
     dkv_ptr += row * n * 2 * stride + h * dim
     scores_ptr += row_be * n
     dscores_ptr += (row_be * heads + h) * n
@@ -159,6 +175,8 @@ def _join_kernel(
     counts_ptr += row_be * blocks
     every = experts.to(tl.int64) * batch * heads * k * 2 * dim
     shares_ptr += (row * heads + h) * k * 2 * dim
+    every_sigma = experts.to(tl.int64) * batch * heads * k
+    sigma_shares_ptr += (row * heads + h) * k
     at = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     block = (chunk + 1) * span
     inside = at < tl.load(counts_ptr + block)
@@ -172,6 +190,7 @@ def _join_kernel(
     whole_ptr = shares_ptr + (chunk + 1) * every
     dk = _tile(whole_ptr, at, 2 * dim, mine, dim, BLOCK_D)
     u = _tile(whole_ptr + dim, at, 2 * dim, mine, dim, BLOCK_D)
+    dsigma = tl.load(sigma_shares_ptr + (chunk + 1) * every_sigma + at, mask=mine, other=0.0)
     left = mine.to(tl.int32)
     for later in range(chunk + 1, chunks):
         if tl.max(left) > 0:
@@ -181,7 +200,8 @@ def _join_kernel(
             old_ptr = shares_ptr + (chunks + later) * every
             dk += _tile(old_ptr, place, 2 * dim, there, dim, BLOCK_D)
             u += _tile(old_ptr + dim, place, 2 * dim, there, dim, BLOCK_D)
-    _write(kv_ptr, scores_ptr, dkv_ptr, dscores_ptr, held, mine, dk, u, stride, dim, DTYPE, BLOCK_D)
+            dsigma += tl.load(sigma_shares_ptr + (chunks + later) * every_sigma + place, mask=there, other=0.0)
+    _write(scores_ptr, dkv_ptr, dscores_ptr, held, mine, dk, u, dsigma, stride, dim, DTYPE, BLOCK_D)
 
 
 def keys_gradient(m: Memories, dout: Tensor, lse: Tensor, delta: Tensor, dkv: Tensor) -> Tensor:
@@ -192,17 +212,20 @@ def keys_gradient(m: Memories, dout: Tensor, lse: Tensor, delta: Tensor, dkv: Te
     constants, tiles, programs = m.grid("keys", k)
     span = _span(programs, blocks)
     chunks, rows = cdiv(blocks, span), experts * batch * heads
-    shares = None if chunks == 1 else lse.new_empty(2, chunks, rows, k, 2, dim)
+    shares = sigma_shares = None
+    if chunks > 1:
+        shares, sigma_shares = (lse.new_empty(2, chunks, rows, k, *size) for size in ((2, dim), ()))
     indices, steps = m.indices.contiguous(), k.bit_length()
     read = m.read()
     launch(
         _memory_keys_kernel, (programs * chunks,), *read, indices, memory_places(indices, m.counts, n, span), lse, dout,
-        delta, dkv, dscores, shares, *m.numbers(tiles), span, chunks, CHUNKED=chunks > 1, STEPS=steps, **constants,
+        delta, dkv, dscores, shares, sigma_shares, *m.numbers(tiles), span, chunks,
+        CHUNKED=chunks > 1, STEPS=steps, **constants,
     )  # fmt: skip
     if shares is not None:
         same = {name: constants[name] for name in ("DTYPE", "BLOCK_D", "num_warps")}
         launch(
-            _join_kernel, (programs * (chunks - 1),), read[1], read[2], indices, read[4], shares, dkv, dscores,
+            _join_kernel, (programs * (chunks - 1),), read[2], indices, read[4], shares, sigma_shares, dkv, dscores,
             n, k, blocks, batch, experts, heads, dim, tiles, span, chunks,
             STEPS=steps, BLOCK_N=constants["BLOCK_N"], **same,
         )  # fmt: skip
@@ -211,4 +234,5 @@ def keys_gradient(m: Memories, dout: Tensor, lse: Tensor, delta: Tensor, dkv: Te
 
 def _span(programs: int, blocks: int) -> int:
     """Blocks of a program where there are so many for all of them."""
-    return cdiv(blocks, max(min(cdiv(PROGRAMS, programs), blocks // SPAN), 1))
+    shared = 1 if programs >= ALONE else cdiv(PROGRAMS, programs)
+    return cdiv(blocks, max(min(shared, blocks // SPAN), 1))

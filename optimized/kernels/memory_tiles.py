@@ -40,19 +40,6 @@ def _tile(ptr, rows, stride, shown, dim, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _row_products(a, b):
-    """<a, b> of rows (M, D), with the same bits in any kernel: by halves, which are the same in any layout, and of
-    products that no compiler can fuse into a sum. D is a power of 2.
-    """
-    t = a * b
-    t = tl.maximum(t, 0.0) + tl.minimum(t, 0.0)
-    for _ in tl.static_range(12):
-        if t.shape[1] > 1:
-            t = tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)), 2)
-    return tl.reshape(t, (t.shape[0],))
-
-
-@triton.jit
 def _store(ptr, rows, stride, shown, tile, dim, BLOCK_D: tl.constexpr):
     channels = tl.arange(0, BLOCK_D)
     at = rows[:, None].to(tl.int64) * stride + channels[None, :]
@@ -95,6 +82,8 @@ class Memories(NamedTuple):
     def grid(self, role: str, length: int) -> tuple[dict[str, Any], int, int]:
         """Constants; tiles of so many queries or places; programs of a head of a row of a block."""
         sizes = _sizes(self.q.dtype, self.q.shape[-1], role)
+        if role == "keys" and self.q.shape[3] <= 32:  # blocks have as many queries, side by side
+            sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 32)
         tiles = cdiv(length, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
         experts, batch, _, _, heads, _ = self.q.shape
         return {"DROPOUT": self.dropout > 0, **sizes}, tiles, experts * batch * heads * tiles
@@ -110,7 +99,7 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     elif not half:
         rows, warps = ((32, 32) if role == "forward" else (16, 32)) if block_d <= 64 else (16, 16), 8
     elif block_d <= 64:  # measured: docs/lab-log.md
-        rows, (warps, stages) = (64, 64), {"forward": (4, 1), "queries": (2, 3), "keys": (4, 1)}[role]
+        rows, warps, stages = (64, 128 if role == "queries" else 64), 4, 2 if role == "queries" else 1
     else:  # larger tiles spill, some on one GPU and some on another
         rows, warps = (32, 32), 8
     return {

@@ -43,6 +43,7 @@ from optimized.kernels.probability import along, at_most_one
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+FAR = tl.constexpr(1 << 30)  # twice as many tokens as a row may have
 
 
 @triton.jit
@@ -107,9 +108,19 @@ def _valid(mask_ptr, rows, n, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _seen(i, j, valid_i, valid_j, before, after):
-    """Whether a query at i sees a key at j. Each sees itself, so that no sum is empty."""
-    return ((j - i >= -before) & (j - i <= after) & valid_i & valid_j) | (i == j)
+def _seen(i, j, valid_i, valid_j, before, after, HAS_MASK: tl.constexpr):
+    """Whether a query at i sees a key at j: by one comparison of unsigned numbers, where what is negative is too large.
+
+    With a mask each sees itself, too, so that no sum is empty.
+    """
+    last = tl.where(valid_j, j, -FAR)
+    first = i - before
+    if HAS_MASK:
+        first = tl.where(valid_i, first, FAR)
+    seen = (last - first).to(tl.uint32, bitcast=True) <= (before + after).to(tl.uint32)
+    if HAS_MASK:
+        seen = seen | (i == j)
+    return seen
 
 
 @triton.jit
@@ -150,7 +161,7 @@ def _window_kernel(
         s = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
         if _cut(first, start, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
             valid_j = _valid(mask_ptr, j, n, HAS_MASK)
-            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
+            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after, HAS_MASK)
             s = tl.where(seen, s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1) * to_base_2)
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # a block that shows nothing yet
@@ -204,7 +215,7 @@ def _window_queries_kernel(
         p = at_most_one(s * (scale * LOG2_E) - lse[:, None])
         if _cut(first, start, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
             valid_j = _valid(mask_ptr, j, n, HAS_MASK)
-            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after)
+            seen = _seen(i[:, None], j[None, :], valid_i[:, None], valid_j[None, :], before, after, HAS_MASK)
             p = tl.where(seen, p, 0.0)
         dp = _product(dout, tl.trans(v), tl.zeros((BLOCK_M, BLOCK_N), DTYPE), HALF, DTYPE)
         dq = _product(_rounded(p * (dp - delta[:, None]) * scale, k_ptr), k, dq, HALF, DTYPE)
@@ -251,7 +262,7 @@ def _window_keys_kernel(
         p = at_most_one(s * (scale * LOG2_E) - lse[None, :])
         if _cut(start, first, before, after, n, HAS_MASK, BLOCK_M, BLOCK_N):
             valid_i = _valid(mask_ptr, i, n, HAS_MASK)
-            seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after)
+            seen = _seen(i[None, :], j[:, None], valid_i[None, :], valid_j[:, None], before, after, HAS_MASK)
             p = tl.where(seen, p, 0.0)
         dv = _product(_rounded(p, dout_ptr), dout, dv, HALF, DTYPE)
         dp = _product(v, tl.trans(dout), tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)
@@ -271,6 +282,8 @@ class Band(NamedTuple):
 
     @classmethod
     def of(cls, n: int, window: int, causal: bool, mask: Tensor | None) -> Band:
+        if n > FAR.value // 2:
+            raise ValueError(f"n: expected at most {FAR.value // 2} tokens in a row, got {n}")
         before = min(window, max(n - 1, 0))
         return cls(before, 0 if causal else before, mask)
 
@@ -351,7 +364,7 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
         rows, warps = (32, 32) if half <= (16 if keys else 32) else (16, 32) if keys else (32, 16), 8
     elif half <= 32:  # measured: docs/lab-log.md
         rows, warps, stages = (
-            {"forward": (64, 64), "queries": (64, 32), "keys": (32, 64)}[role],
+            {"forward": (64, 32), "queries": (64, 32), "keys": (32, 64)}[role],
             4,
             1 if role == "keys" else 3,
         )

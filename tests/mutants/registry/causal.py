@@ -111,7 +111,7 @@ EDITS: Edits = {
             "combination",
         ),
         "memory-attention-tail-of-the-list-seen": edit(
-            's = tl.where(seen[None, :], s * to_base_2, -float("inf"))', "s = s * to_base_2", "pytorch/pytorch#158212"
+            's = tl.where(seen[None, :], s, -float("inf"))', "s = s", "pytorch/pytorch#158212"
         ),
         "memory-attention-nan-in-its-channel-alone": edit(
             "odd = (total != total) | (tl.min(_finite(out).to(tl.int32), 1) == 0)",
@@ -139,11 +139,7 @@ EDITS: Edits = {
         ),
     },
     "optimized/kernels/memory_keys.py": {
-        "memory-attention-keys-unscored": edit(
-            "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE) * score[:, None]",
-            "tl.zeros((BLOCK_N, BLOCK_M), DTYPE), HALF, DTYPE)",
-            "missing gradient",
-        ),
+        "memory-attention-keys-unscored": edit("scored = dp * score[:, None]", "scored = dp", "missing gradient"),
         "memory-attention-sums-go-on-after-eviction": edit(
             "u = tl.where(changed[:, None], 0.0, u)", "u = u", "stale saved tensor"
         ),
@@ -161,7 +157,7 @@ EDITS: Edits = {
             "missing gradient",
         ),
         "memory-attention-nan-score-in-the-gradient": edit(
-            "    score = tl.where(_finite(score), score, 0.0)\n", "", "fla-org/flash-linear-attention#77"
+            "return tl.where(_finite(score), score, 0.0)", "return score", "fla-org/flash-linear-attention#77"
         ),
         "memory-attention-dropout-by-place": edit(
             "_kept(seed, queries[None, :], held[:, None].to(tl.int64), n, drop",
@@ -187,6 +183,37 @@ EDITS: Edits = {
             "if (j == first) & (j > 0):\n                    stayed, _at = _listed(indices_ptr, counts_ptr, j - 1,",
             "if (j == first) & (j > 0):\n                    stayed, _at = _listed(indices_ptr, counts_ptr, j,",
             "stale saved tensor",
+        ),
+        "memory-keys-scores-without-dropout": edit(
+            "dsigma += tl.sum(weighted * dp, 1)", "dsigma += tl.sum(p * dp, 1)", "Dao-AILab/flash-attention#1251"
+        ),
+        "memory-keys-score-of-who-was-there-before": edit(
+            "dsigma = tl.where(changed, 0.0, dsigma)", "dsigma = dsigma", "stale saved tensor"
+        ),
+        "memory-keys-old-share-of-the-score-lost": edit(
+            "tl.store(old_sigma_ptr + old, dsigma,", "tl.store(old_sigma_ptr + old, 0.0 * dsigma,", "missing gradient"
+        ),
+        "memory-keys-whole-share-of-the-score-lost": edit(
+            "tl.store(whole_sigma_ptr + there_at, dsigma,",
+            "tl.store(whole_sigma_ptr + there_at, 0.0 * dsigma,",
+            "missing gradient",
+        ),
+        "memory-keys-later-shares-of-the-score-lost": edit(
+            "dsigma += tl.load(sigma_shares_ptr", "dsigma += 0.0 * tl.load(sigma_shares_ptr", "missing gradient"
+        ),
+        "memory-keys-queries-of-the-first-tile-alone-live": edit(
+            "lse = tl.load(lse_ptr + place + i + BLOCK_M, mask", "lse = tl.load(lse_ptr + place + i, mask", "tail mask"
+        ),
+        "memory-keys-as-many-queries-as-the-block-before": edit(
+            "tl.load(q_counts_ptr + j + 1, mask", "tl.load(q_counts_ptr + j, mask", "tail mask"
+        ),
+        "memory-keys-what-a-dead-query-saw": edit(
+            "dp = tl.where(pairs, dp, 0.0)", "dp = dp", "fla-org/flash-linear-attention#77"
+        ),
+        "memory-keys-dead-queries-are-read": edit(
+            "q = _tile(q_ptr + start, i, stride, live, dim",
+            "q = _tile(q_ptr + start, i, stride, i < filled, dim",
+            "fla-org/flash-linear-attention#77",
         ),
         "memory-keys-joined-twice": edit(
             "mine = mine & ((first & even_before) == 0)", "mine = mine", "missing gradient"

@@ -5,16 +5,18 @@ from ..mutant import Edits, edit
 EDITS: Edits = {
     "optimized/kernels/window.py": {
         "window-kernel-sides-exchanged": edit(
-            "((j - i >= -before) & (j - i <= after) & valid_i & valid_j)",
-            "((j - i >= -after) & (j - i <= before) & valid_i & valid_j)",
-            "Dao-AILab/flash-attention#581",
+            "    first = i - before\n", "    first = i - after\n", "Dao-AILab/flash-attention#581"
         ),
-        "window-kernel-one-short": edit("(j - i >= -before)", "(j - i > -before)", "window"),
+        "window-kernel-one-short": edit("<= (before + after)", "< (before + after)", "window"),
+        "window-kernel-signed": edit(
+            ".to(tl.uint32, bitcast=True) <= (before + after).to(tl.uint32)", " <= (before + after)", "window"
+        ),
         "window-kernel-masked-query-sees-others": edit(
-            "(j - i <= after) & valid_i & valid_j)", "(j - i <= after) & valid_j)", "masked tokens leak"
+            "first = tl.where(valid_i, first, FAR)", "first = first", "masked tokens leak"
         ),
+        "window-kernel-masked-key-is-seen": edit("last = tl.where(valid_j, j, -FAR)", "last = j", "masked tokens leak"),
         "window-kernel-nobody-sees-itself": edit(
-            "& valid_i & valid_j) | (i == j)", "& valid_i & valid_j)", "Dao-AILab/flash-attention#442"
+            "seen = seen | (i == j)", "seen = seen", "Dao-AILab/flash-attention#442"
         ),
         "window-kernel-queries-before-the-block-lost": edit(
             "range(tl.maximum(first - after, 0) // BLOCK_M * BLOCK_M, end, BLOCK_M)",
