@@ -5,8 +5,8 @@ y[e, b, slot] where the inverse map holds n, else null[e]; with AVERAGE divided 
 float32, one write in the dtype of the result.
 
 Backward: dy = score g and dscore = <g, y> are written by the slots, 0 for numbers of y that are not finite and for
-scores that are NaN; dlocal = g by the tokens. dnull[e] is a sum over tokens that e left out: partial sums of tiles of
-experts, then PyTorch. Each element is written by one program.
+scores that are NaN; dlocal = g by the tokens, if it is not g itself. dnull[e] is a sum over tokens that e left out:
+partial sums of tiles of experts, then PyTorch. Each element is written by one program.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from optimized.kernels.launch import (
     wide,
 )
 
-CHUNK = 128  # tokens of one program of the backward by tokens
+CHUNK = 64  # tokens of one program of the backward by tokens
 ROWS = 4  # of them at a time
 EXPERTS = 4  # of a tile
 
@@ -101,7 +101,7 @@ def _blend_slots_kernel(
 @triton.jit(do_not_specialize=["n", "experts", "tokens", "width"])
 def _blend_tokens_kernel(
     g_ptr, inverse_ptr, begin_ptr, dlocal_ptr, dnull_ptr, n, dim, tokens, experts, width,
-    HAS_BEGIN: tl.constexpr, HAS_NULL: tl.constexpr, AVERAGE: tl.constexpr,
+    HAS_BEGIN: tl.constexpr, HAS_NULL: tl.constexpr, HAS_LOCAL: tl.constexpr, AVERAGE: tl.constexpr,
     DTYPE: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program: CHUNK tokens, ROWS at a time, by BLOCK_D channels and EXPERTS experts, of which the first write dlocal.
@@ -122,7 +122,7 @@ def _blend_tokens_kernel(
         g = tl.load(g_ptr + tile, mask=shown, other=0.0).to(DTYPE)
         if AVERAGE:
             g = tl.where(later[:, None], g / (experts + 1).to(DTYPE), g)
-        if first == 0:
+        if HAS_LOCAL and first == 0:
             tl.store(dlocal_ptr + tile, g.to(dlocal_ptr.dtype.element_ty), mask=shown)
         if HAS_NULL:
             place = (token // n * experts)[None, :] + e[:, None]
@@ -185,21 +185,24 @@ def blend_tokens_backward(
     width: int,
     average: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """dlocal (B, N, D) and dnull (E, D), None without null."""
+    """dlocal (B, N, D), g itself where it is no other, and dnull (E, D), None without null."""
     batch, n, dim = g.shape
     experts = inverse.shape[1]
     chunks = cdiv(batch * n, CHUNK)
-    dlocal = torch.empty_like(local, memory_format=torch.contiguous_format)
+    g = g.contiguous()
+    same = not average and g.dtype == local.dtype
+    dlocal = g if same else torch.empty_like(local, memory_format=torch.contiguous_format)
     kind = wide(local.dtype)
     make = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
     partial = None if null is None else make(chunks, experts, dim, dtype=kind, device=g.device)
-    if g.numel():
+    if g.numel() and not (same and null is None):
         block_d = min(next_power_of_2(dim), 64 if kind == torch.float64 else 128)
         launch(
             _blend_tokens_kernel, (chunks, cdiv(dim, block_d), 1 if null is None else cdiv(experts, EXPERTS)),
-            g.contiguous(), inverse.contiguous(), contiguous(begin), dlocal, partial,
+            g, inverse.contiguous(), contiguous(begin), None if same else dlocal, partial,
             n, dim, batch * n, experts, width,
-            HAS_BEGIN=begin is not None, HAS_NULL=null is not None, AVERAGE=average, DTYPE=arithmetic(local.dtype),
+            HAS_BEGIN=begin is not None, HAS_NULL=null is not None, HAS_LOCAL=not same,
+            AVERAGE=average, DTYPE=arithmetic(local.dtype),
             CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=1,
         )  # fmt: skip
     return dlocal, None if null is None or partial is None else partial.sum(0).to(null.dtype)

@@ -369,7 +369,10 @@ class _Backward:
     def forward(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         bound = self._split(a)
         found, needs = self._body.backward(*bound), bound[2].__dict__
-        return _only([found[name] if needs[name] else self._nothing(a) for name in self._of.wrt])
+        given = bound[1].__dict__.values()
+        made = [found[name] if needs[name] else self._nothing(a) for name in self._of.wrt]
+        # A gradient may be the given one; a result of an operator may not.
+        return _only([t.clone() if any(t is g for g in given) else t for t in made])
 
     def fake(self, a: Arguments) -> Tensor | tuple[Tensor, ...]:
         needs = self._split(a)[2].__dict__
