@@ -84,6 +84,8 @@ class Memories(NamedTuple):
         sizes = _sizes(self.q.dtype, self.q.shape[-1], role)
         if role == "keys" and self.q.shape[3] <= 32:  # blocks have as many queries, side by side
             sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 32)
+        if role == "queries" and self.dropout > 0:  # more spill
+            sizes["BLOCK_N"] = min(sizes["BLOCK_N"], 64)
         tiles = cdiv(length, sizes["BLOCK_N" if role == "keys" else "BLOCK_M"])
         experts, batch, _, _, heads, _ = self.q.shape
         return {"DROPOUT": self.dropout > 0, **sizes}, tiles, experts * batch * heads * tiles
