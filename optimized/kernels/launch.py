@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import threading
 from typing import Any
 
 import torch
@@ -88,6 +89,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 _exactly: dict[tuple[Any, ...], tuple[Any, tuple[str, ...]]] = {}
 _specialized: dict[int, tuple[Any, tuple[bool, ...]]] = {}
 MOST_LAUNCHES = 4096  # that `_exactly` holds: the lengths of sequences may never repeat
+# Triton's interpreter replaces functions of triton.language for the time of a launch: of two at once, one fails or the
+# process does.
+_interpreting = threading.RLock()
 _ON_HIP = torch.version.hip is not None  # where a launch is specialised by the size of storages too
 
 
@@ -97,7 +101,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Tensors are contiguous, or their strides are among the arguments. Those of bool are bytes to the kernel.
     """
     first = arguments[0]
-    if not first.is_cuda or _ON_HIP:
+    if not first.is_cuda:
+        with _interpreting:
+            kernel[grid](*_as_bytes(arguments), **constants)
+        return
+    if _ON_HIP:
         kernel[grid](*_as_bytes(arguments), **constants)
         return
     device = first.get_device()
