@@ -215,6 +215,9 @@ EDITS: Edits = {
             "q = _tile(q_ptr + start, i, stride, i < filled, dim",
             "fla-org/flash-linear-attention#77",
         ),
+        "memory-keys-a-step-short": edit(
+            "indices.contiguous(), k.bit_length()", "indices.contiguous(), max(k.bit_length() - 1, 1)", "tail mask"
+        ),
         "memory-keys-joined-twice": edit(
             "mine = mine & ((first & even_before) == 0)", "mine = mine", "missing gradient"
         ),
@@ -228,10 +231,10 @@ EDITS: Edits = {
         ),
     },
     "optimized/kernels/admitted.py": {
-        "admitted-old-columns-counted-again": edit(
-            "old = _lesser(indices_ptr + i.to(tl.int64) * k, _first_new(i, prior, block), count, earlier, STEPS)",
-            "old = _lesser(indices_ptr + i.to(tl.int64) * k, i, count, earlier, STEPS)",
-            "stale saved tensor",
+        "admitted-new-columns-taken-for-old": edit(
+            "_first_new(i, prior, block), count, earlier",
+            "_first_new(i + 1, prior, block), count, earlier",
+            "tail mask",
         ),
         "admitted-listed-before-is-forgotten": edit(
             "tl.store(columns_ptr + before + place - first, column",
@@ -242,7 +245,6 @@ EDITS: Edits = {
         "admitted-a-block-s-end-from-its-start": edit(
             "end = tl.minimum(prior + j * block, n)", "end = tl.minimum(j * block + block, n)", "tail mask"
         ),
-        "admitted-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
     },
     "optimized/kernels/admitted_rows.py": {
         "admitted-rows-scale-unapplied": edit(
