@@ -97,7 +97,7 @@ def test_lengths_and_windows(kernels: str, n: int, window: int, device: torch.de
         (1, 1, 2, False, False),
         (17, 16, 24, True, True),
         (33, 15, 2, False, True),
-        pytest.param(50, 30, 2, False, False, marks=pytest.mark.thorough),
+        (50, 30, 2, False, False),
         pytest.param(48, 15, 2, True, False, marks=pytest.mark.thorough),
         (50, 17, 32, True, False),
         (50, 2**31, 24, False, True),
