@@ -92,7 +92,7 @@ LOGITS = Profile(
 GATHER = Profile(
     ("test_operators.py", "test_mixture.py", "test_boundaries.py"),
     "(whole_stages and gather_norm) or (pytorch_form and routed_rows) or own_context or nan_routing or experts-9 "
-    "or experts-4 or far_from_all "
+    "or experts-65 or far_from_all "
     "or channels-4097",
     interpreted=True,
 )
