@@ -967,6 +967,7 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     norms = x.lay(x.drawn((s.batch, s.n), 54).abs().add(0.5).to(x.device, x.wide)) if norm else None
     listed = torch.rand(s.batch, s.experts, s.n, generator=generator(55)) < 0.6
     listed[0, -1] = False
+    listed[-1, 0, -1] |= s.batch * s.experts > 1
     columns, totals = (~listed).byte().argsort(dim=-1, stable=True).int(), listed.sum(-1, dtype=torch.int32)
     every = torch.arange(s.n, dtype=torch.int32)
     rows = Admitted(*(t.to(x.device) for t in (columns, totals, torch.where(listed, every, -1))))

@@ -218,8 +218,8 @@ MEMORY_ATTENTION_TORCH = Profile(
     "(test_memory_attention and not triton) or (memory_attention and (opcheck or whole_stages) and not triton)",
 )
 ADMITTED = Profile(
-    ("test_cases.py", "test_operators.py"),
-    "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not",
+    ("test_cases.py", "test_operators.py", "test_boundaries.py"),
+    "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not or channels-4097",
     interpreted=True,
 )
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
