@@ -26,10 +26,8 @@ from optimized.kernels.launch import cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
 KEYS = 4096  # in registers at a time
-GROUP = (
-    2048  # columns of a group, at least, twice as many of a long row, and four times K: then a list is a quarter of it
-)
-VERY_LONG = 65536  # columns of such a row
+GROUP = 2048  # columns of a group, at least, and four times K: then a list is a quarter of it at most
+VERY_LONG = 65536  # columns of a row whose groups are twice as long
 LONG = 4096  # columns beyond which a row is searched in groups
 
 
