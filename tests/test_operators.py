@@ -556,6 +556,20 @@ def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torc
             check_gradient(leaf.grad, full[f"d_{key}"], f"{key} of {wanted}, by autograd")
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if len(OPERATORS[name].wrt) > 1])
+def test_kernels_give_each_gradient_alone(name: str, kernels: str, device: torch.device) -> None:
+    """As among all."""
+    operator, sample = OPERATORS[name], Sample(masked=True, batch=1, n=4, experts=2)
+    named = named_arguments(name, sample, device, triton=False)
+    given = backward_arguments(operator, named, sample) | {"triton": True}
+    full = run(operator.backward, given)
+    for key in with_gradients(operator, named):
+        alone = run(operator.backward, given | {"needs": bits(operator, (key,))})
+        check_gradient(alone[f"d_{key}"], full[f"d_{key}"], key)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_each_result_passes_its_gradient_on(name: str, device: torch.device) -> None:
     """On its own: those of all, added up, are the gradient of all at once; zeros, not None, where none comes."""
