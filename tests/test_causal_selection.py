@@ -125,7 +125,7 @@ COMMON = {"shape": (2, 1), "seed": 3}
 @pytest.mark.interpreted
 @example(c={**COMMON, "blocks": 9, "block": 2, "prior": 3, "k": 3, "content": "special", "mask": "random"})
 @example(c={**COMMON, "blocks": 9, "block": 2, "prior": 0, "k": 3, "content": "numbers", "mask": "few"})
-@example(c={**COMMON, "blocks": 8, "block": 3, "prior": 0, "k": 4, "content": "ties", "mask": "none"})
+@example(c={**COMMON, "blocks": 6, "block": 4, "prior": 0, "k": 3, "content": "ties", "mask": "none"})  # KEYS, and K
 @example(c={**COMMON, "blocks": 4, "block": 5, "prior": 5, "k": 1, "content": "constant", "mask": "none"})
 @example(c={**COMMON, "blocks": 3, "block": 2, "prior": 1, "k": 9, "content": "nan", "mask": "random"})
 @given(c=MEMORY)

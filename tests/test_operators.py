@@ -202,16 +202,92 @@ def forms() -> Iterator[Any]:
 @pytest.mark.parametrize(("name", "sample", "kernels"), list(forms()))
 def test_pytorch_form_equals_the_kernels(name: str, sample: Sample, kernels: str, device: torch.device) -> None:
     """In float64. What is drawn is drawn alike, also in front of a backward."""
-    of, found = OPERATORS[forward_of(name)], []
+    of = OPERATORS[forward_of(name)]
     named = named_arguments(of.name, sample, device, triton=False)
-    if name != of.name:
-        named = backward_arguments(of, named, sample)
-    for triton in (False, True):
-        found.append(run(OPERATORS[name], named | {"triton": triton}))
-    for key, expected in found[0].items():
+    check_forms(OPERATORS[name], named if name == of.name else backward_arguments(of, named, sample))
+
+
+def check_forms(operator: Operator, named: dict[str, Any]) -> None:
+    """By PyTorch and by the kernels."""
+    forms = [run(operator, named | {"triton": triton}) for triton in (False, True)]
+    for key, expected in forms[0].items():
         torch.testing.assert_close(
-            found[1][key], expected, rtol=1e-11, atol=1e-12, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
+            forms[1][key], expected, rtol=1e-11, atol=1e-12, equal_nan=True, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_blend_where_items_begin_apart(dtype: torch.dtype, kernels: str, device: torch.device) -> None:
+    """The first of them in its first block; what is not finite is a constant; in float64 the gradient of local is the
+    given one, in float32 it has another dtype than that."""
+    sample = Sample()
+    named = named_arguments("blend", sample, device, triton=False)
+    begin, width = torch.tensor([0, 2], device=device), 3
+    slots = begin[:, None, None] + named["indices"] >= width
+    named |= {"begin": begin, "width": width, "slots": slots, "dtype": dtype}
+    named["inverse"] = ops.inverse_map(named["indices"], slots, sample.n)
+    e, b, slot = slots.transpose(0, 1).nonzero()[[0, 3, -1]].unbind(1)
+    named["y"][e[0], b[0], slot[0], 1], named["y"][e[1], b[1], slot[1], 0] = math.nan, -math.inf
+    named["scores"][b[2], e[2], slot[2]] = math.nan
+    check_forms(OPERATORS["blend"], named)
+    check_forms(OPERATORS["blend_backward"], backward_arguments(OPERATORS["blend"], named, sample))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_tokens_that_the_last_experts_alone_took(kernels: str, device: torch.device) -> None:
+    """Of more than a program looks up at a time; one group of them took token 3, the other token 4, nobody the NaN."""
+    from optimized.kernels.token_gradient import TakenRows, token_gradient
+
+    experts, n, dim = 34, 6, 4
+    x, g = draw((1, n, dim), "normal", 1), draw((2, experts, dim), "normal", 2)
+    x[0, 5] = math.nan
+    taken = torch.arange(experts) % 3 + torch.zeros(2, 1, dtype=torch.int64)
+    taken[:, 32:] = torch.tensor([[3], [4]])
+    leaf = x.clone().requires_grad_()
+    rows = leaf[0, taken]
+    (expected,) = torch.autograd.grad(rows / rows.norm(dim=-1, keepdim=True) * dim**0.5, leaf, g)
+    groups = []
+    for indices, gradient in zip(taken[:, None, :, None].to(device), g[:, :, None, None].to(device)):
+        inverse = ops.inverse_map(indices, torch.ones_like(indices, dtype=torch.bool), n)
+        groups.append(TakenRows(gradient, inverse, torch.ones(experts, dim, dtype=x.dtype, device=device)))
+    dots = (g * x[0, taken]).sum(-1).view(1, -1).to(device)
+    found = token_gradient(x.to(device), None, x.norm(dim=-1).to(device), tuple(groups), dots, None)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_cosine_routing_of_less_than_the_least_norm(kernels: str, device: torch.device) -> None:
+    sample = Sample()
+    named = named_arguments("router_logits", sample, device, triton=False)
+    named["x"][0, 1] *= 1e-14
+    named["x"][1, 2] = 0.0
+    leaf = named["x"].clone().requires_grad_()
+    cosines = [t / t.norm(dim=-1, keepdim=True).clamp_min(1e-12) for t in (leaf, named["tokens"])]
+    given = backward_arguments(OPERATORS["router_logits"], named, sample) | {"triton": True}
+    (expected,) = torch.autograd.grad(8 * cosines[1] @ cosines[0].mT, leaf, given["d_logits"])
+    found = run(OPERATORS["router_logits_backward"], given)["d_x"]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_a_cotangent_of_nan_where_a_window_is_nan(kernels: str, device: torch.device) -> None:
+    """It reaches nobody: not the keys that such a query sees."""
+    named, found = named_arguments("causal_window", Sample(), device), []
+    named["qkv"][0, 2, 0, 0, 1] = named["qkv"][1, 3, 1, 1, 0] = math.nan
+    for how in ({"backend": "math", "triton": False}, {"backend": "triton", "triton": True}):
+        leaf = named["qkv"].clone().requires_grad_()
+        out = ops.causal_window.first(**(named | {"qkv": leaf} | how))
+        (gradient,) = torch.autograd.grad(out, leaf, torch.where(out.isnan(), math.nan, out.detach().cos()))
+        found.append((out, gradient))
+    assert 0 < found[0][0].isnan().sum() < found[0][0].numel()
+    for a, e in zip(*found):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12, equal_nan=True)
+    assert found[0][1].isfinite().all()
 
 
 # --- batching --------------------------------------------------------------------------------------------------------
@@ -480,6 +556,20 @@ def test_only_what_is_needed(name: str, variant: str, masked: bool, device: torc
             check_gradient(leaf.grad, full[f"d_{key}"], f"{key} of {wanted}, by autograd")
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if len(OPERATORS[name].wrt) > 1])
+def test_kernels_give_each_gradient_alone(name: str, kernels: str, device: torch.device) -> None:
+    """As among all."""
+    operator, sample = OPERATORS[name], Sample(masked=True, batch=1, n=4, experts=2)
+    named = named_arguments(name, sample, device, triton=False)
+    given = backward_arguments(operator, named, sample) | {"triton": True}
+    full = run(operator.backward, given)
+    for key in with_gradients(operator, named):
+        alone = run(operator.backward, given | {"needs": bits(operator, (key,))})
+        check_gradient(alone[f"d_{key}"], full[f"d_{key}"], key)
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_each_result_passes_its_gradient_on(name: str, device: torch.device) -> None:
     """On its own: those of all, added up, are the gradient of all at once; zeros, not None, where none comes."""
@@ -668,14 +758,18 @@ NAMES = ("n_iters", "eps", "eps_init", "eps_decay")
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("alone", range(5))
 def test_a_token_far_from_all_others_that_experts_took(alone: int, kernels: str, device: torch.device) -> None:
-    """It has its gradient. A scale that is NaN is felt by that expert's token, a NaN that nobody took by none."""
+    """It has its gradient, and so has one shorter than the least norm that rows are divided by. A scale that is NaN is
+    felt by that expert's token, a NaN that nobody took by none.
+    """
     experts, n, other = 5, 300, (alone + 1) % 5
     x, gamma = draw((1, n, 16), "normal", 1), draw((experts, 16, 1), "normal", 2)
     indices = torch.arange(experts)[None, :, None].clone()
     indices[0, alone] = n - 10
     g = draw((experts, 1, 1, 16), "normal", 3)
+    x[0, (alone + 2) % 5] *= 1e-14
     leaf = x.clone().requires_grad_()
-    picked = leaf[0, indices[0, :, 0]] / leaf[0, indices[0, :, 0]].norm(dim=-1, keepdim=True) * 4 * gamma[..., 0]
+    taken = leaf[0, indices[0, :, 0]]
+    picked = taken / taken.norm(dim=-1, keepdim=True).clamp_min(1e-12) * 4 * gamma[..., 0]
     (expected,) = torch.autograd.grad(picked, leaf, g[:, 0, 0])
     expected[0, indices[0, other, 0]] = torch.nan
     x[0, 150], gamma[other] = torch.nan, torch.nan
@@ -702,6 +796,27 @@ def test_a_key_that_is_not_finite_spoils_no_weight(norm: bool, kernels: str, dev
     (gradient,) = torch.autograd.grad(y, named["w_kv"], draw(tuple(y.shape), "normal", 5).to(y))
     assert gradient.isfinite().all()
     assert gradient.any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_keys_by_a_weight_of_any_strides(kernels: str, device: torch.device) -> None:
+    """As it is given: without a scale to multiply it by, nothing is made of it before."""
+    named = named_arguments("memory_experts", Sample(n=4, experts=2, variant="no_norm"), device, triton=False)
+    named["w_kv"] = lay_out(named["w_kv"], "sliced")
+    check_forms(OPERATORS["memory_experts"], named)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_a_token_whose_norm_is_infinite_has_no_gradient(kernels: str, device: torch.device) -> None:
+    """Its numbers are not."""
+    sample = Sample(n=4, experts=2)
+    named = named_arguments("memory_experts", sample, device, triton=False)
+    named["x"][0, 1] *= 1e200
+    given = backward_arguments(OPERATORS["memory_experts"], named, sample)
+    check_forms(OPERATORS["memory_experts_backward"], given)
+    assert (run(OPERATORS["memory_experts_backward"], given)["d_x"][0, 1] == 0).all()
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------

@@ -81,6 +81,15 @@ def check_against_all_pairs(n: int, window: int, dim: int, causal: bool, masked:
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
+def test_no_row_is_longer_than_what_tells_far_from_near() -> None:
+    """By sums of positions in 32 bits."""
+    from optimized.kernels.window import Band
+
+    assert Band.of(2**29, 2**29, True, None) == (2**29 - 1, 0, None)
+    with pytest.raises(ValueError, match=f"^n: expected at most {2**29} tokens in a row, got {2**29 + 1}$"):
+        Band.of(2**29 + 1, 2**29, True, None)
+
+
 @TRITON
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("n", LENGTHS)
