@@ -1,11 +1,11 @@
 """The gradients of keys, values and scores of a memory: see `memory_attention` for what is summed.
 
 A program has some places of memory (`memory_places`) of one row and head, and goes through some of the blocks: it keeps
-the sums of the columns in its places until another column takes the place. Where rows, heads and places are too few to
-fill a GPU, several programs share the blocks; then a column may be listed in the blocks of several. Of such a column
-each writes its share, and another kernel adds these up, blocks ascending, one program for a column. A share is found by
-the place of its column in the list of the first block of a program, where places are those of the list. Which of the
-two kernels writes a column hangs on later tokens, so both write the same bits.
+the sums of the columns in its places, that of dsigma too, until another column takes the place. Where rows, heads and
+places are too few to fill a GPU, several programs share the blocks; then a column may be listed in the blocks of
+several. Of such a column each writes its share, and another kernel adds these up, blocks ascending, one program for a
+column. A share is found by the place of its column in the list of the first block of a program, where places are those
+of the list. Which of the two kernels writes a column hangs on later tokens, so both write the same bits.
 
 Blind spots: the sums of 64 columns and heads of 64 channels take half of the registers that there are.
 """

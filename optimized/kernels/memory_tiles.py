@@ -101,7 +101,8 @@ def _sizes(dtype: torch.dtype, dim: int, role: str) -> dict[str, Any]:
     elif not half:
         rows, warps = ((32, 32) if role == "forward" else (16, 32)) if block_d <= 64 else (16, 16), 8
     elif block_d <= 64:  # measured: docs/lab-log.md
-        rows, warps, stages = (64, 128 if role == "queries" else 64), 4, 2 if role == "queries" else 1
+        rows, stages = {"forward": ((64, 64), 1), "queries": ((64, 128), 2), "keys": ((64, 64), 1)}[role]
+        warps = 4
     else:  # larger tiles spill, some on one GPU and some on another
         rows, warps = (32, 32), 8
     return {
