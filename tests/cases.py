@@ -417,18 +417,21 @@ def memory_places(x: Inputs, s: Sizes) -> Yielded:
         remembered(logits, shown, k, width, prior) for k, width, prior in (*_blocks(s.n), (s.n, (s.n + 1) // 2, 0))
     ]
     given = [tuple(x.lay(t.to(x.device)) for t in pair) for pair in lists]
-    yield {f"places {i}": kernel.memory_places(*pair, s.n, pair[0].shape[2] + 1) for i, pair in enumerate(given)}
+    spans = 2, *[s.n + 1] * (len(lists) - 1)  # longer than all lists: places are never given anew
+    yield {f"places {i}": kernel.memory_places(*pair, s.n, span) for i, (pair, span) in enumerate(zip(given, spans))}
     truths = {}
-    for i, (indices, counts) in enumerate(lists):
+    for i, ((indices, counts), span) in enumerate(zip(lists, spans)):
         places = torch.full_like(indices, -1)
         for row in itertools.product(*map(range, indices.shape[:2])):
-            held: list[int] = [-1] * indices.shape[-1]
+            held: dict[int, int] = {}
             for j, count in enumerate(counts[row].tolist()):
                 listed = indices[row][j, :count].tolist()
-                kept = set(held) & set(listed)
-                new = iter([t for t in listed if t not in kept])
-                held = [t if t in kept else next(new, -1) for t in held]
-                places[row][j] = torch.tensor(held, dtype=torch.int32)
+                held = {} if j % span == 0 else held
+                gone = held.keys() - set(listed)
+                free = iter([held[t] for t in sorted(gone)] + list(range(len(held), count)))
+                held = {t: held[t] if t in held else next(free) for t in listed}
+                columns = dict(zip(held.values(), held))
+                places[row][j, :count] = torch.tensor([columns[place] for place in range(count)], dtype=torch.int32)
         truths[f"places {i}"] = Truth(places)
     yield truths
 

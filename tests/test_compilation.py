@@ -28,7 +28,7 @@ ROW_KERNELS = {
     "_memory_kernel",
     "_candidates_kernel",
 }
-INTEGER_KERNELS = {"_last_kernel", "_places_kernel", "_admitted_kernel"}
+INTEGER_KERNELS = {"_dropped_kernel", "_heirs_kernel", "_places_kernel", "_admitted_kernel"}
 HALF_KERNELS = {"_attention_kernel", "_attention_queries_kernel", "_attention_keys_kernel"}  # on a GPU
 LEFT_OUT = {"all": set(), "one": {"*fp16", "*fp64"}}
 # Bytes that a thread may spill: sixteen registers around a reduction, in whatever version of Triton.

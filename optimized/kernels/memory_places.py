@@ -7,11 +7,12 @@ whatever order programs run; no tile holds places that nobody uses. A tile of 64
 the last of them is dropped: of 8,192 (131,072) columns in random order and K 512, 7.6 (45) times as many tiles would
 be passed through, of those ever remembered 2.6 (4.4), of these sorted by their last block 1.4 (1.6).
 
-First each block looks up, by bisection, which of its columns the next one no longer lists: the last block of each
-column. Then one program per row, or per some blocks of a row, goes through them; the new ones take places that became
-free, in order.
+A column that is new in a block is the heir of one that was dropped there, the first of the first, or takes the next
+place that was never taken; so whose place it has is known from two lists alone, for all blocks at once. A slot's place
+is then that of the eldest of its line: each walks up its own. Of random columns a line is ln(N / K) long, and at worst
+as long as there are blocks.
 
-Blind spots: a chain of so many steps, each as long as two reads of memory.
+Blind spots: lists are of `memory`: their lengths never fall, and no column returns.
 """
 
 from __future__ import annotations
@@ -21,63 +22,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import launch, next_power_of_2
+from optimized.kernels.admitted import _lesser
+from optimized.kernels.launch import cdiv, launch, next_power_of_2
 
-LANES = 1024  # columns looked up at a time
+LANES = 1024  # slots of a program that walks
+
+
+@triton.jit
+def _missing(list_ptr, count, other_ptr, others, LANES: tl.constexpr, STEPS: tl.constexpr):
+    """The columns of a list, which of them another list lacks, and how many of these come before."""
+    at = tl.arange(0, LANES)
+    there = at < count
+    columns = tl.load(list_ptr + at, mask=there, other=0)
+    place = _lesser(other_ptr, columns, others, there, STEPS)
+    both = tl.load(other_ptr + place, mask=there & (place < others), other=-1) == columns
+    missing = there & (both == 0)
+    return columns, missing, tl.cumsum(missing.to(tl.int32)) - missing.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["k", "blocks"])
+def _dropped_kernel(
+    indices_ptr, counts_ptr, dropped_ptr, k, blocks, LANES: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """Program: row, block but the last. The columns that the next block no longer lists, at the front."""
+    place = tl.program_id(0).to(tl.int64) // (blocks - 1) * blocks + tl.program_id(0) % (blocks - 1)
+    count, more = tl.load(counts_ptr + place), tl.load(counts_ptr + place + 1)
+    indices_ptr += place * k
+    columns, missing, rank = _missing(indices_ptr, count, indices_ptr + k, more, LANES, STEPS)
+    tl.store(dropped_ptr + place * k + rank, columns, mask=missing)
 
 
 @triton.jit(do_not_specialize=["n", "k", "blocks"])
-def _last_kernel(indices_ptr, counts_ptr, last_ptr, n, k, blocks, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program: row, block, chunk of its list. last (rows, n): of columns that are ever listed.
+def _heirs_kernel(
+    indices_ptr, counts_ptr, dropped_ptr, born_ptr, heir_ptr, n, k, blocks, LANES: tl.constexpr, STEPS: tl.constexpr
+):  # fmt: skip
+    """Program: row, block. Of its new columns, by column: the block, and whose heir it is, or -1 - place for nobody's.
 
     From the last block on: the interpreter runs programs in order, and later ones would mend what is missed.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     j = blocks - 1 - tl.program_id(0) % blocks
     place = row * blocks + j
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = at < tl.load(counts_ptr + place)
-    columns = tl.load(indices_ptr + place * k + at, mask=there, other=0)
-    more = tl.full((BLOCK,), 0, tl.int32)
-    if j + 1 < blocks:
-        more += tl.load(counts_ptr + place + 1)
-    next_ptr = indices_ptr + (place + 1) * k
-    low = tl.full((BLOCK,), 0, tl.int32)  # how many of the next list are known to be lesser
-    high = more
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        lesser = tl.load(next_ptr + middle, mask=there & (low < high), other=n) < columns
-        low = tl.where(lesser & (low < high), middle + 1, low)
-        high = tl.where(lesser, high, middle)
-    found = tl.load(next_ptr + low, mask=there & (low < more), other=-1) == columns
-    tl.store(last_ptr + row * n + columns, j, mask=there & (found == 0))
+    count, before = tl.load(counts_ptr + place), tl.full((), 0, tl.int32)
+    if j > 0:
+        before += tl.load(counts_ptr + place - 1)
+    indices_ptr += place * k
+    columns, new, rank = _missing(indices_ptr, count, indices_ptr - k, before, LANES, STEPS)
+    dropped = before - count + tl.sum(new.to(tl.int32))
+    heir = tl.load(dropped_ptr + (place - 1) * k + rank, mask=new & (rank < dropped), other=0)
+    heir = tl.where(rank < dropped, heir, -1 - (before + rank - dropped))
+    tl.store(born_ptr + row * n + columns, j, mask=new)
+    tl.store(heir_ptr + row * n + columns, heir, mask=new)
 
 
-@triton.jit(do_not_specialize=["n", "k", "blocks", "span", "chunks"])
+@triton.jit(do_not_specialize=["n", "k", "blocks", "span"])
 def _places_kernel(
-    indices_ptr, counts_ptr, last_ptr, places_ptr, n, k, blocks, span, chunks, BLOCK: tl.constexpr
+    indices_ptr, counts_ptr, born_ptr, heir_ptr, places_ptr, n, k, blocks, span,
+    LANES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    first = tl.program_id(0) % chunks * span
-    indices_ptr += (row * blocks + first) * k
-    counts_ptr += row * blocks
-    places_ptr += (row * blocks + first) * k
-    last_ptr += row * n
-    lanes = tl.arange(0, BLOCK)
-    inside = lanes < k
-    held = tl.full((BLOCK,), -1, tl.int32)
-    last = tl.full((BLOCK,), -1, tl.int32)
-    for j in range(first, tl.minimum(first + span, blocks)):
-        free = inside & (last < j)
-        kept = tl.sum((inside & (last >= j)).to(tl.int32))
-        at = kept + tl.cumsum(free.to(tl.int32)) - 1  # the new ones stand behind those that were kept
-        taken = free & (at < tl.load(counts_ptr + j))
-        columns = tl.load(indices_ptr + at, mask=taken, other=-1)
-        held = tl.where(free, columns, held)
-        last = tl.where(free, tl.load(last_ptr + columns, mask=taken, other=-1), last)
-        tl.store(places_ptr + lanes, held, mask=inside)
-        indices_ptr += k
-        places_ptr += k
+    """Program: row, block, chunk of its list."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    j = tl.program_id(0) % blocks
+    first = j // span * span
+    here, there = row * blocks + j, row * blocks + first
+    count, before = tl.load(counts_ptr + here), tl.load(counts_ptr + there)
+    born_ptr += row * n
+    heir_ptr += row * n
+    places_ptr += here * k
+    at = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    columns = tl.load(indices_ptr + here * k + at, mask=at < count, other=0)
+    line = columns
+    place = tl.full((LANES,), -1, tl.int32)
+    climbs = (at < count).to(tl.int32)
+    while tl.max(climbs) > 0:
+        born = tl.load(born_ptr + line, mask=climbs > 0, other=0)
+        heir = tl.load(heir_ptr + line, mask=climbs > 0, other=0)
+        climbs = tl.where(born > first, climbs, 0)  # those that the first block lists keep the place they have there
+        place = tl.where((climbs > 0) & (heir < 0), -1 - heir, place)
+        climbs = tl.where(heir < 0, 0, climbs)
+        line = tl.where(climbs > 0, heir, line)
+    eldest = (at < count) & (place < 0)
+    listed = _lesser(indices_ptr + there * k, line, before, eldest, STEPS)
+    place = tl.where(eldest, listed, place)
+    tl.store(places_ptr + place, columns, mask=at < count)
+    tl.store(places_ptr + at, -1, mask=(at >= count) & (at < k))
 
 
 def memory_places(indices: Tensor, counts: Tensor, n: int, span: int) -> Tensor:
@@ -89,15 +117,15 @@ def memory_places(indices: Tensor, counts: Tensor, n: int, span: int) -> Tensor:
     indices, counts = indices.contiguous(), counts.contiguous()
     places = torch.empty_like(indices)
     if places.numel():
-        last = indices.new_empty(batch, experts, n)
-        lanes = min(next_power_of_2(k), LANES)
+        born, heir = indices.new_empty(2, batch, experts, n)
+        steps, block = k.bit_length(), next_power_of_2(k)
+        whole: dict[str, int] = {"LANES": block, "STEPS": steps, "num_warps": min(max(block // 128, 1), 16)}
+        if blocks > 1:  # what is dropped lies where places will
+            launch(_dropped_kernel, (batch * experts * (blocks - 1),), indices, counts, places, k, blocks, **whole)
+        launch(_heirs_kernel, (counts.numel(),), indices, counts, places, born, heir, n, k, blocks, **whole)
+        lanes = min(block, LANES)
         launch(
-            _last_kernel, (counts.numel(), -(-k // lanes)), indices, counts, last,
-            n, k, blocks, STEPS=k.bit_length(), BLOCK=lanes, num_warps=max(lanes // 256, 1),
-        )  # fmt: skip
-        block = next_power_of_2(k)
-        launch(
-            _places_kernel, (batch * experts * -(-blocks // span),), indices, counts, last, places,
-            n, k, blocks, span, -(-blocks // span), BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+            _places_kernel, (counts.numel(), cdiv(k, lanes)), indices, counts, born, heir, places, n, k, blocks, span,
+            LANES=lanes, STEPS=steps, num_warps=max(lanes // 128, 1),
         )  # fmt: skip
     return places

@@ -84,14 +84,19 @@ EDITS: Edits = {
         ),
     },
     "optimized/kernels/memory_places.py": {
-        "places-last-block-a-step-short": edit("STEPS=k.bit_length()", "STEPS=k.bit_length() - 1", "tail mask"),
-        "places-evicted-a-block-late": edit("free = inside & (last < j)", "free = inside & (last < j - 1)", "window"),
-        "places-old-columns-taken-for-new": edit(
-            "at = kept + tl.cumsum(free.to(tl.int32)) - 1",
-            "at = tl.cumsum(free.to(tl.int32)) - 1",
-            "stale saved tensor",
+        "places-search-a-step-short": edit(
+            "steps, block = k.bit_length(), next", "steps, block = k.bit_length() - 1, next", "tail mask"
         ),
-        "places-columns-of-row-0": edit("last_ptr + row * n + columns, j", "last_ptr + columns, j", "batch mix-up"),
+        "places-line-cut-a-block-late": edit("where(born > first, climbs", "where(born > first + 1, climbs", "window"),
+        "places-line-not-cut": edit("where(born > first, climbs", "where(born > 0, climbs", "window"),
+        "places-heirs-of-another-block": edit("(place - 1) * k + rank", "place * k + rank", "stale saved tensor"),
+        "places-nobodys-heir-a-place-late": edit(
+            "-1 - (before + rank - dropped)", "-2 - (before + rank - dropped)", "off by one"
+        ),
+        "places-columns-of-row-0": edit("heir_ptr += row * n", "heir_ptr += row * 0", "batch mix-up"),
+        "places-tail-unwritten": edit(
+            "mask=(at >= count) & (at < k))", "mask=(at > count) & (at < k))", "uninitialised output"
+        ),
     },
     "optimized/kernels/memory_attention.py": {
         "memory-attention-logit-of-minus-infinity-unseen": edit(
