@@ -112,6 +112,7 @@ AXES = {
 }
 CROSSED = {  # constant: the axis along which something of ours changes there
     "admitted.LANES": "rows",
+    "blend.CHANNELS": "channels",
     "blend.CHUNK": "tokens",
     "blend.EXPERTS": "experts",
     "blend.ROWS": "tokens",

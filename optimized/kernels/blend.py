@@ -6,7 +6,7 @@ float32, one write in the dtype of the result.
 
 Backward: dy = score g and dscore = <g, y> are written by the slots, 0 for numbers of y that are not finite and for
 scores that are NaN; dlocal = g by the tokens, if it is not g itself. dnull[e] is a sum over tokens that e left out:
-partial sums of tiles of experts, then PyTorch. Each element is written by one program.
+partial sums of some experts at a time, then `partial_sums`. Each element is written by one program.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from optimized.kernels.launch import (
     next_power_of_2,
     wide,
 )
+from optimized.kernels.partial_sums import Sum, add_up
 
-CHUNK = 64  # tokens of one program of the backward by tokens
-ROWS = 4  # of them at a time
-EXPERTS = 4  # of a tile
+CHUNK = 128  # tokens of one program of the backward by tokens
+ROWS = 8  # of them at a time
+EXPERTS = 4  # whose sums it holds, each by name
+CHANNELS = 256  # of it, half as many in float64
 
 
 @triton.jit
@@ -98,6 +100,20 @@ def _blend_slots_kernel(
     tl.store(dscore_ptr + place, dot.to(dscore_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _left_out(inverse_ptr, e, experts, later, b, position, n):
+    """Tokens behind the first block that an expert did not take."""
+    asked = later & (position * 0 + e < experts)  # a block: beside a scalar the interpreter has no bool
+    slot = tl.load(inverse_ptr + (b * experts + e) * n + position, mask=asked, other=0)
+    return (slot < 0)[:, None]
+
+
+@triton.jit
+def _store_total(dnull_ptr, e, experts, channels, dim, total):
+    row = tl.program_id(0).to(tl.int64) * experts + e
+    tl.store(dnull_ptr + row * dim + channels, tl.sum(total, 0), mask=(channels < dim) & (channels * 0 + e < experts))
+
+
 @triton.jit(do_not_specialize=["n", "experts", "tokens", "width"])
 def _blend_tokens_kernel(
     g_ptr, inverse_ptr, begin_ptr, dlocal_ptr, dnull_ptr, n, dim, tokens, experts, width,
@@ -106,13 +122,16 @@ def _blend_tokens_kernel(
 ):  # fmt: skip
     """Program: CHUNK tokens, ROWS at a time, by BLOCK_D channels and EXPERTS experts, of which the first write dlocal.
 
-    dlocal (B, N, D), partial sums (chunks, E, D) of dnull.
+    dlocal (B, N, D), partial sums (chunks, E, D) of dnull. The rows of a tile are added up at the end alone: a sum over
+    each, and a tile of inverse maps laid out anew for it, took four times as long as g takes to read.
     """
     channels = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channels < dim
-    first = tl.program_id(2) * EXPERTS
-    e = first + tl.arange(0, EXPERTS)
-    total = tl.zeros((EXPERTS, BLOCK_D), DTYPE)
+    e = tl.program_id(2) * EXPERTS
+    total_0 = tl.zeros((ROWS, BLOCK_D), DTYPE)
+    total_1 = tl.zeros((ROWS, BLOCK_D), DTYPE)
+    total_2 = tl.zeros((ROWS, BLOCK_D), DTYPE)
+    total_3 = tl.zeros((ROWS, BLOCK_D), DTYPE)
     for start in range(0, CHUNK, ROWS):
         token = tl.program_id(0).to(tl.int64) * CHUNK + start + tl.arange(0, ROWS)
         there = token < tokens
@@ -122,16 +141,20 @@ def _blend_tokens_kernel(
         g = tl.load(g_ptr + tile, mask=shown, other=0.0).to(DTYPE)
         if AVERAGE:
             g = tl.where(later[:, None], g / (experts + 1).to(DTYPE), g)
-        if HAS_LOCAL and first == 0:
+        if HAS_LOCAL and e == 0:
             tl.store(dlocal_ptr + tile, g.to(dlocal_ptr.dtype.element_ty), mask=shown)
         if HAS_NULL:
-            place = (token // n * experts)[None, :] + e[:, None]
-            asked = later[None, :] & (e < experts)[:, None]
-            slot = tl.load(inverse_ptr + place * n + (token % n)[None, :], mask=asked, other=0)
-            total += tl.sum(tl.where((slot < 0)[:, :, None], g[None, :, :], 0.0), 1)
+            b = token // n
+            position = token % n
+            total_0 += tl.where(_left_out(inverse_ptr, e, experts, later, b, position, n), g, 0.0)
+            total_1 += tl.where(_left_out(inverse_ptr, e + 1, experts, later, b, position, n), g, 0.0)
+            total_2 += tl.where(_left_out(inverse_ptr, e + 2, experts, later, b, position, n), g, 0.0)
+            total_3 += tl.where(_left_out(inverse_ptr, e + 3, experts, later, b, position, n), g, 0.0)
     if HAS_NULL:
-        at = (tl.program_id(0).to(tl.int64) * experts + e)[:, None] * dim + channels[None, :]
-        tl.store(dnull_ptr + at, total, mask=(e < experts)[:, None] & inside[None, :])
+        _store_total(dnull_ptr, e, experts, channels, dim, total_0)
+        _store_total(dnull_ptr, e + 1, experts, channels, dim, total_1)
+        _store_total(dnull_ptr, e + 2, experts, channels, dim, total_2)
+        _store_total(dnull_ptr, e + 3, experts, channels, dim, total_3)
 
 
 def blend(
@@ -196,13 +219,17 @@ def blend_tokens_backward(
     make = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
     partial = None if null is None else make(chunks, experts, dim, dtype=kind, device=g.device)
     if g.numel() and not (same and null is None):
-        block_d = min(next_power_of_2(dim), 64 if kind == torch.float64 else 128)
+        block_d = min(next_power_of_2(dim), CHANNELS // 2 if kind == torch.float64 else CHANNELS)
         launch(
             _blend_tokens_kernel, (chunks, cdiv(dim, block_d), 1 if null is None else cdiv(experts, EXPERTS)),
             g, inverse.contiguous(), contiguous(begin), None if same else dlocal, partial,
             n, dim, batch * n, experts, width,
             HAS_BEGIN=begin is not None, HAS_NULL=null is not None, HAS_LOCAL=not same,
             AVERAGE=average, DTYPE=arithmetic(local.dtype),
-            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=1,
+            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
-    return dlocal, None if null is None or partial is None else partial.sum(0).to(null.dtype)
+    if null is None or partial is None:
+        return dlocal, None
+    dnull = torch.empty_like(null, memory_format=torch.contiguous_format)
+    add_up(partial, experts * dim, experts * dim, Sum(dnull, 1, chunks))
+    return dlocal, dnull

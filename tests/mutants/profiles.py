@@ -207,7 +207,16 @@ MEMORY = Profile(
     interpreted=True,
     examples=40,
 )
-PLACES = Profile(("test_memory_attention.py",), "test_values and triton and (tiles or remembered)", interpreted=True)
+PLACES = Profile(
+    ("test_cases.py", "test_memory_attention.py"),
+    "(is_right and memory_places and float64) or (test_values and triton and (tiles or remembered))",
+    interpreted=True,
+)
+BLEND = Profile(
+    ("test_cases.py", "test_operators.py", "test_boundaries.py"),
+    "(is_right and blend and float64) or (blend and pytorch_form) or tokens-129 or experts-9",
+    interpreted=True,
+)
 MEMORY_ATTENTION = Profile(
     ("test_memory_attention.py", "test_operators.py"),
     "(test_memory_attention and triton) or (pytorch_form and memory_attention)",
@@ -262,6 +271,7 @@ PROFILES = {
     "optimized/kernels/ranks.py": REMEMBERED,
     "optimized/kernels/candidates.py": BY_THRESHOLD,
     "optimized/kernels/memory.py": REMEMBERED,
+    "optimized/kernels/blend.py": BLEND,
     "optimized/kernels/memory_places.py": PLACES,
     "optimized/kernels/memory_attention.py": MEMORY_ATTENTION,
     "optimized/ops/candidates.py": BY_THRESHOLD,

@@ -91,11 +91,34 @@ EDITS: Edits = {
         "places-line-not-cut": edit("where(born > first, climbs", "where(born > 0, climbs", "window"),
         "places-heirs-of-another-block": edit("(place - 1) * k + rank", "place * k + rank", "stale saved tensor"),
         "places-nobodys-heir-a-place-late": edit(
-            "-1 - (before + rank - dropped)", "-2 - (before + rank - dropped)", "off by one"
+            "-1 - (before + rank - dropped)", "-2 - (before + rank - dropped)", "tail mask"
         ),
         "places-columns-of-row-0": edit("heir_ptr += row * n", "heir_ptr += row * 0", "batch mix-up"),
         "places-tail-unwritten": edit(
             "mask=(at >= count) & (at < k))", "mask=(at > count) & (at < k))", "uninitialised output"
+        ),
+    },
+    "optimized/kernels/blend.py": {
+        "blend-first-token-behind-a-block-alone": edit(
+            "return position >= width", "return position > width", "causality"
+        ),
+        "blend-null-of-a-neighbour": edit(
+            "_left_out(inverse_ptr, e + 3, experts", "_left_out(inverse_ptr, e + 2, experts", "expert mix-up"
+        ),
+        "blend-null-hears-the-first-block": edit("asked = later & (", "asked = (", "masked tokens leak"),
+        "blend-null-of-the-first-chunk": edit(
+            "row = tl.program_id(0).to(tl.int64) * experts + e",
+            "row = tl.program_id(0).to(tl.int64) * 0 + e",
+            "combination",
+        ),
+        "blend-score-that-is-nan-passes-on": edit("    taken = tl.where(score == score, taken, 0)\n", "", "NaN order"),
+        "blend-infinite-output-passes-on": edit(
+            'variable = readable & (tl.abs(y) < float("inf"))', "variable = readable", "masked rows and sentinels"
+        ),
+        "blend-average-of-slots-forgotten": edit(
+            "            g /= (experts + 1).to(DTYPE)\n        variable",
+            "            g /= 1.0\n        variable",
+            "combination",
         ),
     },
     "optimized/kernels/memory_attention.py": {
