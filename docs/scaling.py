@@ -16,14 +16,14 @@ sys.path.insert(0, str(ROOT))
 from tests.record import REPORTS, read, table, write_between  # noqa: E402
 
 DENSE = "ring attention"  # a dense layer; of one device PyTorch's attention as such
-WHAT = ("competitor", "n", "slots", "block", "causal")
+WHAT = ("competitor", "n", "slots", "block", "causal", "experts")
 Rows = list[dict[str, Any]]
 
 
-def label(competitor: str, n: int, slots: int, block: int | None, causal: bool) -> str:
+def label(competitor: str, n: int, slots: int, block: int | None, causal: bool, experts: int) -> str:
     if competitor == DENSE:
         return f"{n:,}, dense attention"
-    return f"{n:,}, K {slots:,}" + ", blocks aligned" * (block is not None) + ", causal" * causal
+    return f"{n:,}, E {experts}, K {slots:,}" + ", blocks aligned" * (block is not None) + ", causal" * causal
 
 
 def short(number: float) -> str:
@@ -51,6 +51,20 @@ def lines(rows: Rows) -> Iterator[tuple[str, ...]]:
         yield label(*what), *cells, gain, " / ".join("-" if m is None else f"{m:,.0f}" for m in most), bytes_of
 
 
+def trained(steps: Rows) -> str:
+    """Steps of training, of one device's tokens on each."""
+    rows = []
+    for row in steps:
+        alone = next(r for r in steps if r["ranks"] == 1)["tokens_per_second"] * row["ranks"]
+        style = {None: "one device", "ddp": "DistributedDataParallel", "fsdp": "fully_shard"}[row["style"]]
+        cells = (row["ranks"], short(row["ms"]), f"{row['tokens_per_second']:,.0f}")
+        rows.append((style, *cells, f"{row['tokens_per_second'] / alone:.2f}", short(row["peak_mib"])))
+    first = steps[0]
+    what = f"`{first['size']}`, {first['parameters'] / 1e6:.0f} M parameters, {first['tokens'] // first['ranks']:,} tokens a device"
+    heading = ("a step of training", "devices", "ms", "tokens a second", "of as many alone", "peak MiB of a rank")
+    return table(heading, rows, left=1) + f"\n\n*{what}, called eagerly.*"
+
+
 def text() -> str:
     parts = []
     for path in sorted(REPORTS.glob("scaling-*.json")):
@@ -60,6 +74,8 @@ def text() -> str:
         made = f"{found['hardware']['name']}, torch {found['versions']['torch']}"
         linked = f"*{made}; [report](../tests/reports/{path.name})*"
         parts.append(table(heading, lines(found["rows"]), left=1) + "\n\n" + linked)
+        if found.get("training"):
+            parts.append(trained(found["training"]))
     return "\n\n".join(parts)
 
 

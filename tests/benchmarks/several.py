@@ -4,16 +4,17 @@
 
 for R = 1, 2, 4, 8 in turn: rows of other R stay in the file. `ContextParallel`, eager and as a CUDA graph, and
 PyTorch's ring attention around a dense layer (PyTorch has no Ulysses); memory and bytes of the rank that takes most.
-Without a GPU by gloo, for a try: give small --tokens.
+Then steps of training (`several_training`). Without a GPU by gloo, for a try: give small --tokens and --size.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from torch.distributed.tensor.parallel import parallelize_module
 import optimized
 from optimized.parallel import ContextParallel
 from optimized.parallel.volume import Traffic
+from optimized.train.sizes import SIZES
 from tests import record
+from tests.benchmarks.several_training import training
 
-DIM, HEADS, EXPERTS = 1024, 16, 4
+DIM, HEADS, EXPERTS = 1024, 16, (4, 8)
 TOKENS = (262_144, 1_048_576)
 DENSE_TOKENS = 262_144  # a million take 16 times as long: minutes
 
@@ -44,12 +47,13 @@ class Case:
     slots: int
     block: int | None = None
     causal: bool = False
+    experts: int = EXPERTS[0]
 
     def layer(self, **where: Any) -> nn.Module:
         sizes: dict[str, Any] = {
             "heads": HEADS,
             "dim_head": DIM // HEADS,
-            "num_experts": EXPERTS,
+            "num_experts": self.experts,
             "dropout": 0.0,
             **where,
         }
@@ -61,10 +65,12 @@ class Case:
         return optimized.MixtureOfAttention(DIM, route_block_size=self.block, **sizes)
 
 
-def cases(tokens: list[int]) -> list[Case]:
+def cases(tokens: Sequence[int], experts: Sequence[int]) -> list[Case]:
     found = []
-    for n in tokens:
-        found += [Case(n, min(1024, n // 8)), Case(n, n // 8, n // 8), Case(n, min(1024, n // 8), causal=True)]
+    for count, n in itertools.product(experts, tokens):
+        few = min(1024, n // 8)
+        found += [Case(n, few, experts=count), Case(n, n // 8, n // 8, experts=count)]
+        found += [Case(n, few, causal=True, experts=count)]
     return found
 
 
@@ -87,6 +93,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS, metavar="E", help="(default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="medium", help="of the trained model (default: %(default)s)")
     parser.add_argument("--dense-tokens", type=int, default=DENSE_TOKENS, metavar="N",
                         help="at most, of the dense layer: its time grows with N² (default: %(default)s)")  # fmt: skip
     parser.add_argument("--commit", help="for the report, where the files are a copy outside of git")
@@ -190,6 +198,16 @@ class Bench:
             return self.measure(dense, case.n, graph=False)
 
 
+def write(path: Path, made: dict[str, Any], ranks: int, rows: list[dict], steps: list[dict]) -> None:
+    """Beside what a run of another number of ranks left."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    parts = {"rows": rows, "training": steps}
+    for name, new in parts.items():
+        kept = [row for row in before.get(name, []) if row["ranks"] != ranks]
+        parts[name] = [*kept, *({**row, "commit": made["commit"]} for row in new)]
+    record.write(path, {"kind": "scaling", **made, **parts})
+
+
 def main(given: list[str] | None = None) -> int:
     args, begun = arguments(given), time.perf_counter()
     cuda = torch.cuda.is_available()
@@ -201,9 +219,9 @@ def main(given: list[str] | None = None) -> int:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     bench, first = Bench(mesh, device), dist.get_rank() == 0
     rows = []
-    for case in cases(args.tokens):
+    for case in cases(args.tokens, args.experts):
         runs = {"ContextParallel": bench.ours}
-        once = case.block is None and not case.causal and case.n <= args.dense_tokens
+        once = case == Case(case.n, case.slots) and case.n <= args.dense_tokens
         if cuda and once:  # for each length; its kernels are those of a GPU
             runs["ring attention"] = bench.ring
         for name, run in runs.items():
@@ -220,14 +238,13 @@ def main(given: list[str] | None = None) -> int:
                     print(" ".join(cells), flush=True)
             if cuda:
                 torch.cuda.empty_cache()
+    steps = []
+    if bench.most(time.perf_counter() - begun) <= args.budget:
+        steps = training(device.type, mesh.size(), args.size, bench.most, bench.wait, time.perf_counter)
+    if first:
+        print(*steps, sep="\n", flush=True)
     if first and args.out is not None:
-        kept = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-        kept = [row for row in kept if row["ranks"] != mesh.size()]
-        made = record.made(device, ("optimized", "tests"), args.commit)
-        record.write(
-            args.out,
-            {"kind": "scaling", **made} | {"rows": [*kept, *({**row, "commit": made["commit"]} for row in rows)]},
-        )
+        write(args.out, record.made(device, ("optimized", "tests"), args.commit), mesh.size(), rows, steps)
     dist.destroy_process_group()
     return 0
 
