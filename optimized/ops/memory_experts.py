@@ -53,6 +53,11 @@ class memory_experts:
         made = _attended(a, norms, rows, True)
         return _output(a, made[2]), norms, rows, *made
 
+    def unseen(a: Any) -> Any:
+        norms, rows = _queries(a)
+        made = _attended(a, norms, rows, False)
+        return _output(a, made[2]), norms, rows, *made
+
     def infer(a: Any) -> Tensor:
         return _output(a, _attended(a, *_queries(a), False)[2])
 
@@ -120,7 +125,7 @@ def _attended(a: Any, norms: Tensor, rows: Tensor, whole: bool) -> tuple[Tensor,
     q = q.view(experts, batch, *a.places.shape[2:], heads, head)
     weight = _per_expert(a.w_kv, a)
     if a.kv_gamma is not None:
-        weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)
+        weight = (weight * a.kv_gamma.mT).to(weight.dtype)
     n = a.x.shape[1]
     shape = experts, batch, n, 2 * heads * head
     if a.triton:
