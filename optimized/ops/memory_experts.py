@@ -49,14 +49,10 @@ class memory_experts:
     """
 
     def forward(a: Any) -> Any:
-        norms, rows = _queries(a)
-        made = _attended(a, norms, rows, True)
-        return _output(a, made[2]), norms, rows, *made
+        return _forward(a, True)
 
     def unseen(a: Any) -> Any:
-        norms, rows = _queries(a)
-        made = _attended(a, norms, rows, False)
-        return _output(a, made[2]), norms, rows, *made
+        return _forward(a, False)  # the backward reads the rows that are listed alone
 
     def infer(a: Any) -> Tensor:
         return _output(a, _attended(a, *_queries(a), False)[2])
@@ -105,6 +101,12 @@ class memory_experts:
         if not (keys or needs.q_gamma or needs.w_q or needs.null_kv or needs.scores):
             return count
         return count + y + keys * kv + _attention.body.backward_flops(a, g, needs)
+
+
+def _forward(a: Any, whole: bool) -> tuple[Tensor, ...]:
+    norms, rows = _queries(a)
+    made = _attended(a, norms, rows, whole)
+    return _output(a, made[2]), norms, rows, *made
 
 
 def _queries(a: Any) -> tuple[Tensor, Tensor]:

@@ -292,7 +292,7 @@ EDITS: Edits = {
     },
     "optimized/ops/memory_experts.py": {
         "memory-experts-gamma-of-weights-forgotten": edit(
-            "weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)",
+            "weight = (weight * a.kv_gamma.mT).to(weight.dtype)",
             "weight = weight",
             "log-sum-exp and scale",
         ),
