@@ -45,7 +45,8 @@ class memory_experts:
         places (B, E, J, C), slots, inverse (B, E, N): the rows of x that are queries, as of `gather_norm`.
         block, prior: W and P; list j holds columns below P + j W, and no column returns that a list has left out.
     Then for the backward: norms (B, N), empty without gamma, rows (E, B, J C, D) of queries, q (E, B, J, C, H, d), keys
-    and values (E, B, N, 2, H, d), 0 of columns that are never listed, and the results of `memory_attention`.
+    and values (E, B, N, 2, H, d), 0 of columns that are never listed (by `first`, where nobody sees them, anything),
+    and the results of `memory_attention`.
     """
 
     def forward(a: Any) -> Any:
