@@ -41,9 +41,6 @@ EDITS: Edits = {
             "mask_ptr += row // experts * n", "mask_ptr += row // experts * 0", "fla-org/flash-linear-attention#1115"
         ),
         "candidates-items-side-by-side": edit("row // experts * item + row % experts * n", "row * n", "expert mix-up"),
-        "candidates-lists-of-block-0-in-between": edit(
-            "listed = place - row - 1", "listed = place - 1", "expert mix-up"
-        ),
         "candidates-running-count-of-a-chunk": edit(
             "        seen += tl.sum(candidate.to(tl.int32))",
             "        seen = tl.sum(candidate.to(tl.int32))",
@@ -319,6 +316,11 @@ EDITS: Edits = {
         "candidates-torch-own-block": edit("rows[:, :, :-1] + 0.0", "rows[:, :, 1:] + 0.0", "causality"),
         "candidates-torch-nan-is-a-number": edit(
             "number = (valid & ~rows.isnan())[:, :, :-1]", "number = valid[:, :, :-1]", "NaN order"
+        ),
+        "candidates-torch-slots-of-block-0": edit(
+            "(torch.arange(blocks, device=rows.device) - skipped)",
+            "torch.arange(blocks, device=rows.device)",
+            "expert mix-up",
         ),
         "candidates-fake-with-short-indices": edit(
             "indices = counts.new_empty(*counts.shape, a.capacity, dtype=torch.int64)",
