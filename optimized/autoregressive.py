@@ -189,6 +189,8 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         if order is not None:
             out = order.back(out, plan.dispatch)
         results: list[Any] = [out]
+        if use_cache or return_routes:
+            decided = decided.of_all_blocks()
         if use_cache:
             count = x.new_full((x.shape[0],), n, dtype=torch.int64) if order is None else order.mask.sum(1)
             past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
@@ -280,25 +282,23 @@ class MixtureOfAutoregressiveAttention(nn.Module):
 
     def _asked(self, places: Places, decided: Decided, cache: Cache | None, kept: bool) -> tuple[Asked, Tensor]:
         """What the routed attention is asked, and the scores of the keys. kept: these are wanted, of all columns."""
-        m = places.x.shape[1]
+        m, device = places.x.shape[1], places.x.device
         queries, memory, scores = decided.queries, decided.memory, decided.scores
-        inverse, by_block = queries.inverse[..., :m], slice(_skipped(cache), None)
-        if cache is None:
-            inverse = (inverse - self.config.capacity).clamp_min(-1)  # nothing has a slot of block 0
-            scores = scores[..., :m] if scores.ndim == 3 else scores[:, :, by_block]
+        if cache is None and scores.ndim == 3:
+            scores = scores[..., :m]
         asked = Asked(
-            queries.places[:, :, by_block],
-            queries.mask[:, :, by_block],
-            inverse.contiguous(),
-            memory.columns[:, :, by_block],
-            memory.counts[:, :, by_block],
-            queries.filled[:, :, by_block].sum(-1, dtype=torch.int32),
-            None if places.start is None else places.start[:, None] + torch.arange(m, device=inverse.device),
+            queries.places,
+            queries.mask,
+            queries.inverse,
+            memory.columns,
+            memory.counts,
+            queries.counts,
+            None if places.start is None else places.start[:, None] + torch.arange(m, device=device),
             None if cache is not None or kept else (self.config.routed_window_size,) * 2,
         )
         if places.filled is not None:  # what has a slot already is not asked again
-            new = torch.arange(m, device=inverse.device) >= places.filled[:, None]
-            asked = asked._replace(inverse=inverse.masked_fill(~new[:, None], -1))
+            new = torch.arange(m, device=device) >= places.filled[:, None]
+            asked = asked._replace(inverse=queries.inverse.masked_fill(~new[:, None], -1))
         return asked, scores
 
     def _blend(
@@ -314,19 +314,15 @@ class MixtureOfAutoregressiveAttention(nn.Module):
     ) -> Tensor:
         """(B, N, D), valid tokens first."""
         c, n, queries = self.config, local.shape[1], decided.queries
-        inverse, begin = queries.inverse, None
-        at = queries.places
-        skipped = _skipped(cache)
+        inverse, begin, at = queries.inverse, None, queries.places
         if cache is not None:
             assert places.filled is not None
             new = places.filled[:, None] + torch.arange(n, device=local.device)
             inverse, begin = inverse.gather(-1, new[:, None].expand(-1, c.num_experts, -1)), cache.length
             at = (at - places.filled[:, None, None, None]).clamp_min(0)
-        else:
-            inverse = (inverse[..., :n] - c.capacity).clamp_min(-1)
-        at, slots, scores = (t[:, :, skipped:].flatten(2) for t in (at, queries.mask, queries.scores))
+        at, slots, scores = (t.flatten(2) for t in (at, queries.mask, queries.scores))
         return ops.blend(
-            y, scores, at, slots, inverse.contiguous(), local, null_tokens, begin, c.routed_window_size,
+            y, scores, at, slots, inverse, local, null_tokens, begin, c.routed_window_size,
             c.average_routed, dtype, plan.mixture,
         )  # fmt: skip
 
@@ -363,11 +359,6 @@ class MixtureOfAutoregressiveAttention(nn.Module):
     def extra_repr(self) -> str:
         names = "dim num_routed_queries num_routed_key_values local_attn_window_size routed_window_size num_experts"
         return ", ".join(f"{name}={getattr(self.config, name)}" for name in names.split())
-
-
-def _skipped(cache: Cache | None) -> int:
-    """Blocks that surely have no queries."""
-    return 1 if cache is None else 0
 
 
 def _is(module: nn.Module, cls: type[nn.Module]) -> bool:

@@ -71,7 +71,9 @@ def first_call(x: Tensor, logits: tuple[Tensor, Tensor], order: Order | None, bl
         q_logits = q_logits.masked_fill(~order.here[:, None], torch.nan)
         kv_logits = kv_logits.masked_fill(~order.here[:, None], 0)
         there = F.pad(order.here, (0, more))
-    return Places(x, F.pad(q_logits, (0, more), value=torch.nan), F.pad(kv_logits, (0, more)), there, None, None)
+    if torch.compiler.is_compiling() or more:  # a copy, which a compiler fuses; asked, it would make two graphs
+        q_logits, kv_logits = F.pad(q_logits, (0, more), value=torch.nan), F.pad(kv_logits, (0, more))
+    return Places(x, q_logits, kv_logits, there, None, None)
 
 
 def continued(

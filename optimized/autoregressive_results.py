@@ -26,7 +26,7 @@ def routes_of(
     cache: Cache | None,
     c: AutoregressiveConfig,
 ) -> tuple[QueryRoutes, MemoryRoutes]:
-    """logits: (B, E, N), of valid tokens first."""
+    """decided: of all blocks. logits: (B, E, N), of valid tokens first."""
     queries, limits, memory, scores = decided
     n, at = logits[0].shape[-1], queries.places
     new = _held(places)
@@ -39,7 +39,8 @@ def routes_of(
         first, second = (t.gather(-1, by_expert[1]).masked_fill(~by_expert[2], 0) for t in logits)
         logits = first, second
     rows = places.q_logits.unflatten(-1, (-1, c.routed_window_size))
-    candidate = queries.inverse.view(rows.shape) >= 0 if c.everybody else rows >= limits.thresholds[..., None]
+    slots = F.pad(queries.inverse, (0, new.shape[-1] - queries.inverse.shape[-1]), value=-1).view(rows.shape)
+    candidate = slots >= 0 if c.everybody else rows >= limits.thresholds[..., None]
     candidates = (candidate & new.unflatten(-1, rows.shape[-2:])[:, None]).sum(-1)
     taken = QueryRoutes(at, queries.mask, queries.scores, queries.mask.sum(-1), candidates, logits[0])
     there = memory.there
@@ -77,7 +78,8 @@ def after(
     laid = Laid(x, places.q_logits.masked_fill(~held[:, None], 0), places.kv_logits, held, held, position)
     positions = memory.positions(places, past if continued else None)
     chosen = Memory(columns, memory.there, positions, memory.poisoned)
-    limits = decided.limits.thresholds, decided.limits.duals
+    thresholds, duals = decided.limits
+    limits = thresholds, torch.zeros_like(thresholds) if duals is None else duals
     return past.after(count, passed, laid, chosen, (rows[0], rows[1]), limits, (local[0], local[1]))
 
 

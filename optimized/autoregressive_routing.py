@@ -1,7 +1,9 @@
 """Routing of the causal layer: logits, which tokens of a block are queries, and what each expert remembers.
 
-Letters: B batch, N tokens of a call, E experts, W block size, J blocks, L = J W places, K slots of memory, C slots for
-queries in a block.
+Block 0 of a sequence has no queries and no memory: of a call without a cache the lists begin with block 1.
+
+Letters: B batch, N tokens of a call, E experts, W block size, J blocks, I = J blocks that have lists, or J - 1 without
+a cache, L = J W places, M rows of tokens (`Places`), K slots of memory, C slots for queries in a block.
 """
 
 from __future__ import annotations
@@ -91,18 +93,19 @@ def _takes_a_plan(router: nn.Module) -> bool:
 class Queries(NamedTuple):
     """The first candidates of each block."""
 
-    places: Int[Tensor, "B E J C"]  # int64, ascending, 0 in empty slots
-    filled: Bool[Tensor, "B E J C"]
-    mask: Bool[Tensor, "B E J C"]  # of those, the tokens of this call
-    inverse: Int[Tensor, "B E L"]  # slot j C + c of a place, -1 for none
-    scores: Float[Tensor, "B E J C"]
+    places: Int[Tensor, "B E I C"]  # int64, ascending, 0 in empty slots
+    filled: Bool[Tensor, "B E I C"]
+    counts: Int[Tensor, "B E I"]  # int32, how many are filled
+    mask: Bool[Tensor, "B E I C"]  # of those filled, the tokens of this call
+    inverse: Int[Tensor, "B E M"]  # int32, slot i C + c of a row, -1 for none
+    scores: Float[Tensor, "B E I C"]
 
 
 class Limits(NamedTuple):
     """Of each block, by the one before."""
 
     thresholds: Float[Tensor, "B E J"]  # the least logit of its queries, NaN for none
-    duals: Float[Tensor, "B E J"]  # of a solver, for their scores
+    duals: Float[Tensor, "B E J"] | None  # of a solver, for their scores; None for 0
 
 
 def queries_of(
@@ -112,18 +115,16 @@ def queries_of(
     logits, width, o = places.q_logits, c.routed_window_size, c.options
     blocks = logits.shape[-1] // width
     if c.everybody:
-        indices, filled, inverse = _all_of(places, c)
+        indices, filled, inverse, counts = _all_of(places, past, c)
         thresholds = torch.full_like(logits[..., ::width], torch.nan).detach()
     else:
-        first = logits.new_full(logits.shape[:2], torch.nan) if past is None else past.threshold
-        keys = logits.detach().contiguous()
-        indices, filled, inverse, thresholds, _ = ops.candidates(
-            keys, places.there, first, c.num_routed_queries, c.capacity, width, plan.routing
+        first = None if past is None else past.threshold
+        indices, filled, inverse, thresholds, counts = ops.candidates(
+            logits.detach(), places.there, first, c.num_routed_queries, c.capacity, width, plan.routing
         )
-        indices = indices.long()
     mask = filled if places.filled is None else filled & (indices >= places.filled[:, None, None, None])
     picked = logits.gather(-1, indices.flatten(2)).view(indices.shape)
-    duals = torch.zeros_like(thresholds)
+    duals = None
     if o.solver == "sigmoid":
         scores = handed_on(picked.sigmoid(), mask, o)
     else:
@@ -131,27 +132,32 @@ def queries_of(
             first = torch.zeros_like(thresholds[..., :1]) if past is None else past.dual[..., None]
             rows = logits[..., : (blocks - 1) * width] if blocks else logits
             duals = torch.cat((first, _duals(rows.unflatten(-1, (-1, width)), places, c)), -1)[..., :blocks]
-            above = picked.masked_fill(~mask, 0) + duals[..., None]  # of an empty slot, which may hold NaN, nothing
+            # Of an empty slot, which may hold NaN, nothing.
+            above = picked.masked_fill(~mask, 0) + duals[..., blocks - indices.shape[2] :, None]
             soft = (above / last_temperature(o)).masked_fill(above >= 0, 0).exp()
         else:
             soft = torch.ones_like(picked)
         scores = handed_on(soft, mask, o)
         if token is not None:
             scores = with_zero_gradient(scores, token)
-    return Queries(indices, filled, mask, inverse, scores), Limits(thresholds, duals)
+    inverse = inverse[..., : places.x.shape[1]].contiguous()
+    return Queries(indices, filled, counts, mask, inverse, scores), Limits(thresholds, duals)
 
 
-def _all_of(places: Places, c: AutoregressiveConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Every token behind the first block, as `ops.candidates` tells it."""
+def _all_of(
+    places: Places, past: Cache | None, c: AutoregressiveConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Indices, slots, inverse map and counts of every token behind the first block, as `ops.candidates` tells them."""
     logits, width = places.q_logits, c.routed_window_size
     batch, experts, length = logits.shape
     place = torch.arange(length, device=logits.device)
     position = place[None] if places.start is None else places.start[:, None] + place
     there = (place < places.x.shape[1])[None] if places.there is None else places.there
     taken = (there & (position >= width)).expand(batch, -1)[:, None].expand(-1, experts, -1)
-    inverse = place.expand_as(taken).masked_fill(~taken, -1).int()
-    indices = place.expand_as(taken).masked_fill(~taken, 0).unflatten(-1, (-1, width))
-    return indices, taken.unflatten(-1, (-1, width)), inverse
+    skipped = width if past is None else 0
+    inverse = (place - skipped).expand_as(taken).masked_fill(~taken, -1).int()
+    slots, place = taken[..., skipped:].unflatten(-1, (-1, width)), place[skipped:].view(-1, width)
+    return place.masked_fill(~slots, 0), slots.contiguous(), inverse, slots.sum(-1, dtype=torch.int32)
 
 
 def handed_on(soft: Tensor, slots: Tensor, options: RouterOptions) -> Tensor:
@@ -165,18 +171,18 @@ def handed_on(soft: Tensor, slots: Tensor, options: RouterOptions) -> Tensor:
 
 
 class Memory(NamedTuple):
-    """Of every block: the chosen among what was stored (K columns, with a cache) and what is laid out (L)."""
+    """Of blocks: the chosen among what was stored (K columns, with a cache) and what is laid out (L)."""
 
-    columns: Int[Tensor, "B E J K"]  # int32, ascending, 0 in empty slots
-    counts: Int[Tensor, "B E J"]  # int32, filled slots, which come first
+    columns: Int[Tensor, "B E I K"]  # int32, ascending, 0 in empty slots
+    counts: Int[Tensor, "B E I"]  # int32, filled slots, which come first
     poisoned: Bool[Tensor, "B E J"] | None  # a NaN logit came before, which a solver's scores or a cache need to know
 
     @property
-    def there(self) -> Bool[Tensor, "B E J K"]:
+    def there(self) -> Bool[Tensor, "B E I K"]:
         """Which slots are filled."""
         return torch.arange(self.columns.shape[-1], device=self.columns.device) < self.counts[..., None]
 
-    def positions(self, places: Places, past: Cache | None) -> Int[Tensor, "B E J K"]:
+    def positions(self, places: Places, past: Cache | None) -> Int[Tensor, "B E I K"]:
         """Counted from the cache's start; -1 where empty."""
         columns = self.columns.long()
         if past is not None:
@@ -188,14 +194,15 @@ class Memory(NamedTuple):
 
 def remember(places: Places, past: Cache | None, c: AutoregressiveConfig, plan: Plan, watched: bool) -> Memory:
     """watched: somebody asks which are poisoned."""
-    logits, prior, there = places.kv_logits.detach(), 0, places.there
+    logits, there = places.kv_logits.detach(), places.there
+    prior = min(c.routed_window_size, logits.shape[-1])  # block 0, of which block 1 knows
     if past is not None:
         prior = c.num_routed_key_values
         logits = torch.cat((past.logits.detach(), logits), -1)
         assert there is not None
         there = torch.cat((past.positions[:, 0] >= 0, there), -1)
     given = c.num_routed_key_values, c.routed_window_size, prior
-    columns, counts = ops.memory(logits.contiguous(), there, *given, plan.routing)
+    columns, counts = ops.memory(logits, there, *given, plan.routing)
     poisoned = None
     if watched or c.options.solver != "sigmoid":
         nan = places.kv_logits.isnan().unflatten(-1, (-1, c.routed_window_size)).any(-1)
@@ -215,20 +222,23 @@ def own_scores(places: Places, past: Cache | None, o: RouterOptions) -> Float[Te
 
 def solved_scores(
     places: Places, past: Cache | None, memory: Memory, c: AutoregressiveConfig, token: Tensor | None, plan: Plan
-) -> Float[Tensor, "B E J K"]:
+) -> Float[Tensor, "B E I K"]:
     """By a solver, of the memory of each block. With a cache the scores are 1 (`check_call`)."""
     o, slots, width = c.options, c.num_routed_key_values, c.routed_window_size
-    columns, (_, _, blocks, _) = memory.columns.long(), memory.columns.shape
+    columns, (_, _, lists, _) = memory.columns.long(), memory.columns.shape
     assert memory.poisoned is not None
-    odd, scores = memory.poisoned[..., None], torch.ones_like(columns, dtype=places.kv_logits.dtype)
+    blocks = memory.poisoned.shape[2]
+    skipped = blocks - lists
+    odd, scores = memory.poisoned[:, :, skipped:, None], torch.ones_like(columns, dtype=places.kv_logits.dtype)
     if past is None and blocks > slots // width + 1:
-        parts = [scores[:, :, i] for i in range(blocks)]
-        for i in range(slots // width + 1, blocks):
-            row, _ = tame(places.kv_logits[..., : i * width], odd[:, :, i], o)
-            soft = _solve(row, min(slots * o.fetch_k_ratio, i * width), o, plan.routing)
-            parts[i] = soft.gather(-1, columns[:, :, i].clamp_max(i * width - 1))
+        parts = [scores[:, :, i] for i in range(lists)]
+        for j in range(slots // width + 1, blocks):
+            i = j - skipped
+            row, _ = tame(places.kv_logits[..., : j * width], odd[:, :, i], o)
+            soft = _solve(row, min(slots * o.fetch_k_ratio, j * width), o, plan.routing)
+            parts[i] = soft.gather(-1, columns[:, :, i].clamp_max(j * width - 1))
         scores = torch.stack(parts, 2)
-    start = width * torch.arange(blocks, device=columns.device)
+    start = width * torch.arange(skipped, blocks, device=columns.device)
     start = start[None] if past is None else past.start[:, None] + start
     scores = scores.masked_fill(odd & (start > slots)[:, None, :, None], torch.nan)
     scores = handed_on(scores, memory.there, o)
@@ -241,7 +251,23 @@ class Decided(NamedTuple):
     queries: Queries
     limits: Limits
     memory: Memory
-    scores: Tensor  # of the memory: by column (B, E, S), or by slot of every block (B, E, J, K)
+    scores: Tensor  # of the memory: by column (B, E, S), or by slot of every list (B, E, I, K)
+
+    def of_all_blocks(self) -> Decided:
+        """With lists of block 0, which are empty, too; I = J then."""
+        queries, memory, scores = self.queries, self.memory, self.scores
+        blocks, lists, capacity = self.limits.thresholds.shape[2], *queries.places.shape[2:]
+        if blocks == lists:
+            return self
+
+        def all_of(t: Tensor) -> Tensor:
+            return F.pad(t, (*(0, 0) * (t.ndim - 3), 1, 0))
+
+        inverse = torch.where(queries.inverse < 0, -1, queries.inverse + capacity)
+        lists_of = {name: all_of(getattr(queries, name)) for name in ("places", "filled", "counts", "mask", "scores")}
+        memory = memory._replace(columns=all_of(memory.columns), counts=all_of(memory.counts))
+        scores = scores if scores.ndim == 3 else all_of(scores)
+        return Decided(queries._replace(inverse=inverse, **lists_of), self.limits, memory, scores)
 
 
 # --- one token of every item ------------------------------------------------------------------------------------------

@@ -385,24 +385,28 @@ def candidates(x: Inputs, s: Sizes, *, masked: bool) -> Yielded:
     names = ("indices", "slots", "inverse", "thresholds", "counts")
     given = [(min(k, width), max(width // 2, 1), width, s.n // width * width) for k, width, _ in _blocks(s.n)]
     cut = [(x.lay(rows[..., :n].contiguous()), None if mask is None else mask[:, :n]) for *_, n in given]
-    found = [kernel.candidates(row, m, first, *sizes) for (row, m), (*sizes, _) in zip(cut, given)]
+    firsts = first, None
+    found = [kernel.candidates(row, m, f, *sizes) for (row, m), f, (*sizes, _) in zip(cut, firsts, given)]
     yield {f"{name} {i}": t for i, made in enumerate(found) for name, t in zip(names, made)}
     truths: dict[str, Truth] = {}
-    for i, (kq, capacity, width, n) in enumerate(given):
+    for i, (f, (kq, capacity, width, n)) in enumerate(zip(firsts, given)):
+        skipped = 1 if f is None else 0
         blocks = rows[..., :n].unflatten(-1, (n // width, width))
         there = shown[:, None, :n].expand(*rows.shape[:2], n).reshape(blocks.shape)
         number = there & ~blocks.isnan()
         best = torch.where(number, blocks + 0.0, -torch.inf).sort(-1, descending=True).values[..., kq - 1]
-        limits = torch.cat((first[..., None], torch.where(number.sum(-1) >= kq, best, torch.nan)[..., :-1]), -1)
+        begin = torch.full_like(first, torch.nan) if f is None else f
+        limits = torch.cat((begin[..., None], torch.where(number.sum(-1) >= kq, best, torch.nan)[..., :-1]), -1)
         reach = there & (blocks >= limits[..., None])
         slot = torch.where(reach & (reach.cumsum(-1) <= capacity), reach.cumsum(-1) - 1, capacity)
-        indices = torch.zeros(*slot.shape[:3], capacity + 1, dtype=torch.int32, device=slot.device)
-        indices.scatter_(-1, slot, torch.arange(n, device=slot.device).int().view(-1, width).expand_as(slot))
-        counts = reach.sum(-1).int()
+        indices = torch.zeros(*slot.shape[:3], capacity + 1, dtype=torch.int64, device=slot.device)
+        indices.scatter_(-1, slot, torch.arange(n, device=slot.device).view(-1, width).expand_as(slot))
+        counts = reach.sum(-1).clamp_max(capacity).int()
         slots = torch.arange(capacity, device=slot.device) < counts[..., None]
-        starts = capacity * torch.arange(n // width, device=slot.device)[:, None]
+        starts = capacity * (torch.arange(n // width, device=slot.device) - skipped)[:, None]
         inverse = torch.where(slot < capacity, starts + slot, -1).int().flatten(2)
-        made = torch.where(slots, indices[..., :capacity], 0), slots, inverse, limits, counts
+        indices = torch.where(slots, indices[..., :capacity], 0)
+        made = indices[:, :, skipped:], slots[:, :, skipped:], inverse, limits, counts[:, :, skipped:]
         truths |= {f"{name} {i}": Truth(t) for name, t in zip(names, made)}
     yield truths
 

@@ -66,19 +66,20 @@ def remembered(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: 
 
 
 def reached(
-    logits: Tensor, valid: Tensor | None, first: Tensor, kq: int, capacity: int, block: int
+    logits: Tensor, valid: Tensor | None, first: Tensor | None, kq: int, capacity: int, block: int
 ) -> tuple[Tensor, ...]:
     """Token by token."""
+    skipped = 1 if first is None else 0
     batch, experts, n = logits.shape
     shape = (batch, experts, n // block)
-    indices = torch.zeros(*shape, capacity, dtype=torch.int32)
+    indices = torch.zeros(*shape, capacity, dtype=torch.int64)
     slots = torch.zeros(*shape, capacity, dtype=torch.bool)
     inverse = torch.full((batch, experts, n), -1, dtype=torch.int32)
     thresholds = torch.full(shape, math.nan, dtype=logits.dtype)
     counts = torch.zeros(shape, dtype=torch.int32)
     for b, e, j in itertools.product(*map(range, shape)):
         row, there = logits[b, e].tolist(), [valid is None or bool(valid[b, t]) for t in range(n)]
-        threshold = first[b, e].item()
+        threshold = math.nan if first is None else first[b, e].item()
         if j > 0:
             before = [row[t] + 0.0 for t in range((j - 1) * block, j * block) if there[t] and not math.isnan(row[t])]
             threshold = sorted(before, reverse=True)[kq - 1] if len(before) >= kq else math.nan
@@ -86,10 +87,16 @@ def reached(
         for t in range(j * block, (j + 1) * block):
             if there[t] and row[t] >= threshold:
                 slot = int(counts[b, e, j])
-                counts[b, e, j] += 1
                 if slot < capacity:
-                    indices[b, e, j, slot], slots[b, e, j, slot], inverse[b, e, t] = t, True, j * capacity + slot
-    return indices, slots, inverse, thresholds, counts
+                    counts[b, e, j] += 1
+                    indices[b, e, j, slot], slots[b, e, j, slot] = t, True
+                    inverse[b, e, t] = (j - skipped) * capacity + slot
+    return indices[:, :, skipped:], slots[:, :, skipped:], inverse, thresholds, counts[:, :, skipped:]
+
+
+def half(logits: Tensor) -> Tensor:
+    """The same, as those of one router lie beside those of the other."""
+    return torch.cat((torch.zeros_like(logits), logits), 1)[:, logits.shape[1] :]
 
 
 def small_blocks(kernels: str, **changes: int) -> Any:
@@ -139,7 +146,7 @@ def test_memory_is_the_best_of_what_came_before(kernels: str, device: torch.devi
     expected = remembered(logits, valid, c["k"], c["block"], c["prior"])
     for long in (8, 2**20) if kernels == "triton" else (8,):
         with small_blocks(kernels, LONG=long):
-            found = ops.memory(logits.to(device), there, c["k"], c["block"], c["prior"], kernels == "triton")
+            found = ops.memory(half(logits.to(device)), there, c["k"], c["block"], c["prior"], kernels == "triton")
         check_all(found, expected)
 
 
@@ -152,6 +159,7 @@ CANDIDATES = st.fixed_dictionaries(
         "capacity": st.integers(1, 10),
         "content": st.sampled_from(CONTENTS),
         "mask": st.sampled_from(("none", "random", "nobody")),
+        "first": st.booleans(),
         "seed": SEEDS,
     }
 )
@@ -160,8 +168,8 @@ SOME = {"shape": (2, 1), "blocks": 3, "seed": 5}
 
 @EVERY_KERNEL
 @pytest.mark.interpreted
-@example(c={**SOME, "block": 7, "kq": 2, "capacity": 2, "content": "special", "mask": "random"})
-@example(c={**SOME, "block": 5, "kq": 5, "capacity": 9, "content": "numbers", "mask": "none"})
+@example(c={**SOME, "block": 7, "kq": 2, "capacity": 2, "content": "special", "mask": "random", "first": True})
+@example(c={**SOME, "block": 5, "kq": 5, "capacity": 9, "content": "numbers", "mask": "none", "first": False})
 @given(c=CANDIDATES)
 @counted
 def test_candidates_reach_the_threshold_of_the_block_before(
@@ -170,10 +178,10 @@ def test_candidates_reach_the_threshold_of_the_block_before(
     batch, n = c["shape"][0], c["blocks"] * c["block"]
     logits = logits_of((*c["shape"], n), c["content"], c["seed"], torch.float32)
     valid = mask_of(batch, n, c["mask"], c["seed"])
-    first = logits_of(c["shape"], "special", c["seed"] + 1, torch.float32)
-    there = None if valid is None else valid.to(device)
+    first = logits_of(c["shape"], "special", c["seed"] + 1, torch.float32) if c["first"] else None
+    there, begin = (None if t is None else t.to(device) for t in (valid, first))
     options = c["kq"], c["capacity"], c["block"]
-    found = ops.candidates(logits.to(device), there, first.to(device), *options, kernels == "triton")
+    found = ops.candidates(half(logits.to(device)), there, begin, *options, kernels == "triton")
     check_all(found, reached(logits, valid, first, *options))
 
 

@@ -13,29 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import CHUNK, contiguous, launch, next_power_of_2
+from optimized.kernels.launch import CHUNK, by_item, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
 
-@triton.jit(do_not_specialize=["n", "kq", "capacity", "width", "blocks", "experts"])
+@triton.jit(do_not_specialize=["item", "n", "kq", "capacity", "width", "blocks", "experts"])
 def _candidates_kernel(
     s_ptr, mask_ptr, first_ptr, indices_ptr, slots_ptr, inverse_ptr, thresholds_ptr, counts_ptr,
-    n, kq, capacity, width, blocks, experts,
-    BITS: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    item, n, kq, capacity, width, blocks, experts,
+    BITS: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """n = blocks * width columns a row."""
+    """n = blocks * width columns a row; item: see `by_item`."""
     place = tl.program_id(0).to(tl.int64)  # (b, e, j)
     row = place // blocks
     j = (place % blocks).to(tl.int32)
-    s_ptr += row * n
+    s_ptr += row // experts * item + row % experts * n
     inverse_ptr += row * n
     if HAS_MASK:
         mask_ptr += row // experts * n
-    indices_ptr += place * capacity
-    slots_ptr += place * capacity
+    i = j  # among the blocks that have slots
+    listed = place
+    if not HAS_FIRST:
+        i = j - 1
+        listed = place - row - 1
+    indices_ptr += listed * capacity
+    slots_ptr += listed * capacity
 
     lanes = tl.arange(0, BLOCK)
-    threshold = tl.load(first_ptr + row)
+    threshold = tl.full((), float("nan"), s_ptr.dtype.element_ty)
+    if HAS_FIRST:
+        threshold = tl.load(first_ptr + row)
     if j > 0:
         threshold = tl.full((), float("nan"), threshold.dtype)
         before = (j - 1) * width
@@ -79,34 +86,37 @@ def _candidates_kernel(
         slot = seen + tl.cumsum(candidate.to(tl.int32)) - 1
         taken = candidate & (slot < capacity)
         tl.store(indices_ptr + slot, columns, mask=taken)
-        tl.store(inverse_ptr + columns, tl.where(taken, j * capacity + slot, -1), mask=at < width)
+        tl.store(inverse_ptr + columns, tl.where(taken, i * capacity + slot, -1), mask=at < width)
         seen += tl.sum(candidate.to(tl.int32))
-    tl.store(counts_ptr + place, seen)
-    for begin in range(0, capacity, BLOCK):
+    has_slots = i >= 0
+    tl.store(counts_ptr + listed, tl.minimum(seen, capacity), mask=has_slots)
+    for begin in range(0, tl.where(has_slots, capacity, 0), BLOCK):
         slot = begin + lanes
         tl.store(slots_ptr + slot, (slot < seen).to(tl.int8), mask=slot < capacity)
         tl.store(indices_ptr + slot, 0, mask=(slot < capacity) & (slot >= seen))
 
 
 def candidates(
-    logits: Tensor, valid: Tensor | None, first: Tensor, kq: int, capacity: int, block: int
+    logits: Tensor, valid: Tensor | None, first: Tensor | None, kq: int, capacity: int, block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Indices, slots, inverse map, thresholds and counts; see `optimized.ops.candidates`."""
     batch, experts, n = logits.shape
-    shape = (batch, experts, n // block)
-    indices = torch.empty(*shape, capacity, dtype=torch.int32, device=logits.device)
-    slots = torch.empty(*shape, capacity, dtype=torch.bool, device=logits.device)
+    blocks = n // block
+    counts = torch.empty(
+        batch, experts, blocks - 1 if blocks and first is None else blocks, dtype=torch.int32, device=logits.device
+    )
+    indices = torch.empty(*counts.shape, capacity, dtype=torch.int64, device=logits.device)
+    slots = torch.empty(*counts.shape, capacity, dtype=torch.bool, device=logits.device)
     inverse = torch.empty(batch, experts, n, dtype=torch.int32, device=logits.device)
-    thresholds = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-    counts = torch.empty(shape, dtype=torch.int32, device=logits.device)
+    thresholds = torch.empty(batch, experts, blocks, dtype=logits.dtype, device=logits.device)
     if thresholds.numel():
+        logits, item = by_item(logits)
         chunk = min(next_power_of_2(block), CHUNK)
         launch(
             _candidates_kernel, (thresholds.numel(),),
-            logits.contiguous(), contiguous(valid), first.contiguous(),
-            indices, slots.view(torch.int8), inverse, thresholds, counts,
-            n, kq, capacity, block, shape[2], experts,
-            BITS=8 * logits.element_size(), HAS_MASK=valid is not None, BLOCK=chunk, ONE_BLOCK=block <= chunk,
-            num_warps=min(max(chunk // 256, 1), 8),
+            logits, contiguous(valid), contiguous(first), indices, slots.view(torch.int8), inverse, thresholds, counts,
+            item, n, kq, capacity, block, blocks, experts,
+            BITS=8 * logits.element_size(), HAS_FIRST=first is not None, HAS_MASK=valid is not None,
+            BLOCK=chunk, ONE_BLOCK=block <= chunk, num_warps=min(max(chunk // 256, 1), 8),
         )  # fmt: skip
     return indices, slots, inverse, thresholds, counts

@@ -60,6 +60,16 @@ def contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def by_item(rows: Tensor) -> tuple[Tensor, int]:
+    """Rows (B, R, N) that lie side by side within an item, and how far it is from an item to the next.
+
+    Those of one router are half of the rows that both have: no copy.
+    """
+    if rows.stride()[1:] != (rows.shape[2], 1):
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
+
+
 @functools.cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optimized.kernels.launch import cdiv, contiguous, launch, next_power_of_2
+from optimized.kernels.launch import by_item, cdiv, contiguous, launch, next_power_of_2
 from optimized.kernels.ranks import counts_of, elements, kth_largest
 
 KEYS = 4096  # in registers at a time
@@ -31,18 +31,19 @@ VERY_LONG = 65536  # columns of a row whose groups are twice as long
 LONG = 4096  # columns beyond which a row is searched in groups
 
 
-@triton.jit(do_not_specialize=["n", "k", "prior", "width", "blocks", "group", "targets", "experts"])
+@triton.jit(do_not_specialize=["item", "n", "k", "prior", "width", "blocks", "group", "targets", "experts"])
 def _memory_kernel(
     s_ptr, mask_ptr, list_ptr, list_counts_ptr, indices_ptr, counts_ptr,
-    n, k, prior, width, blocks, group, targets, experts,
+    item, n, k, prior, width, blocks, group, targets, experts,
     BITS: tl.constexpr, STAGE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """STAGE 0: of each group alone, to lists (targets, K). 1: of blocks at which a group starts, but the first, from
     these lists. 2: of other blocks; lists are the results of stage 1 then, and group that of all of them without it.
+    item: see `by_item`.
     """
     row = (tl.program_id(0) // targets).to(tl.int64)
     target = tl.program_id(0) % targets
-    s_ptr += row * n
+    s_ptr += row // experts * item + row % experts * n
     if HAS_MASK:
         mask_ptr += row // experts * n
     end = prior + target * width
@@ -119,14 +120,14 @@ def memory(logits: Tensor, valid: Tensor | None, k: int, block: int, prior: int)
     counts = torch.empty(batch, experts, blocks, dtype=torch.int32, device=logits.device)
     if not counts.numel():
         return indices, counts
-    s, mask = logits.contiguous(), contiguous(valid)
+    (s, item), mask = by_item(logits), contiguous(valid)
 
     def search(
         stage: int, targets: int, longest: int, lists: tuple[Tensor, Tensor], into: tuple[Tensor, Tensor]
     ) -> None:
         launch(
             _memory_kernel, (rows * targets,), s, mask, *lists, *into,
-            n, k, prior, block, blocks, group, targets, experts,
+            item, n, k, prior, block, blocks, group, targets, experts,
             BITS=8 * s.element_size(), STAGE=stage, HAS_MASK=mask is not None, **_sizes(longest),
         )  # fmt: skip
 

@@ -202,8 +202,7 @@ def memory_attention_backward(
     experts, batch, blocks, slots, heads, dim = m.q.shape
     n, k = m.kv.shape[2], m.indices.shape[-1]
     dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape) if dkv is None else dkv
-    shares = lse.new_zeros(batch, experts, heads, n)
-    dnull = torch.zeros_like(m.null_kv, dtype=lse.dtype)
+    shares = dnull = None
     if dq.numel():
         read, lse, dout = m.read(), lse.contiguous(), dout.contiguous()
         delta = torch.empty_like(lse)
@@ -216,4 +215,8 @@ def memory_attention_backward(
         dnull = partial.view(2, experts, batch * blocks, heads, tiles, dim).sum((2, 4)).unsqueeze(3)
         if keys and k and n:
             shares = keys_gradient(m, dout, lse, delta, dkv)
+    if dnull is None:
+        dnull = torch.zeros_like(m.null_kv)
+    if shares is None:
+        shares = lse.new_zeros(batch, experts, heads, n)
     return dq, dkv, shares.sum(2).to(m.scores.dtype), dnull.to(m.null_kv.dtype)

@@ -10,7 +10,7 @@ Masked tokens are not read, forward or backward: logit 0, gradient 0. With g = d
 
     dr = sum_n g cx cr x   - r / ||r||^2 sum_n g l  (cosine only, and not where ||r|| <= 1e-12)
 
-where the second term, E rows, is PyTorch's. dx: see `token_gradient`.
+where the sum of the second term is PyTorch's. dx: see `token_gradient`.
 
 Forward: a program per tile of tokens of an item and block of experts, as a matrix product: half precision as it is,
 whose products float32 holds exactly, float32 in exact float32 whatever TF32 is allowed elsewhere, float64 as sums. dr:
@@ -33,6 +33,7 @@ from optimized.kernels.launch import (
     INTERPRETED,
     arithmetic,
     cdiv,
+    channel_constants,
     clamped_norm,
     contiguous,
     double_bits,
@@ -136,6 +137,26 @@ def _dr_kernel(
     tl.store(partial_ptr, total, mask=(here < experts)[:, None] & inside[None, :])
 
 
+@triton.jit
+def _along_kernel(dr_ptr, r_ptr, moment_ptr, out_ptr, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A program for a routing token r: dr - r moment / ||r||^2, or dr where ||r|| <= 1e-12."""
+    row = tl.program_id(0).to(tl.int64)
+    moment = tl.load(moment_ptr + row)
+    channels = tl.arange(0, BLOCK_D)
+    squares = tl.zeros((BLOCK_D,), DTYPE)
+    for start in range(0, dim, BLOCK_D):
+        r = tl.load(r_ptr + row * dim + start + channels, mask=start + channels < dim, other=0.0).to(DTYPE)
+        squares += r * r
+    square = tl.sum(squares)
+    least = tl.full((), 1e-24, DTYPE)
+    for start in range(0, dim, BLOCK_D):
+        inside = start + channels < dim
+        r = tl.load(r_ptr + row * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
+        dr = tl.load(dr_ptr + row * dim + start + channels, mask=inside, other=0.0)
+        along = tl.where(square > least, moment * r / tl.maximum(square, least), 0.0)
+        tl.store(out_ptr + row * dim + start + channels, (dr - along).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def item_rows(r: Tensor) -> int:
     """Rows of r (contiguous) from an item to the next, 0 where all share it.
 
@@ -223,8 +244,13 @@ def routing_token_gradients(
     # PyTorch's sums depend on strides.
     moment = (g if mask is None else g.masked_fill(~mask[:, None], 0)).mul(logits.contiguous()).sum(-1, keepdim=True)
     moment = moment if r.ndim == 3 else moment.sum(0)
-    for dr, part, along in zip(found, parts, moment.chunk(len(parts), -2)):
-        part = part.contiguous()
-        squares = part.to(dtype).square().sum(-1, keepdim=True)
-        dr -= torch.where(squares > 1e-24, along * part / squares.clamp_min(1e-24), 0)
-    return tuple([dr.to(r.dtype) for dr in found])
+    return tuple([_turned(dr, part, m) for dr, part, m in zip(found, parts, moment.chunk(len(parts), -2))])
+
+
+def _turned(dr: Tensor, r: Tensor, moment: Tensor) -> Tensor:
+    """dr without its part along r, in r's dtype. moment: of every row of r, sum_n g l."""
+    out, dim = torch.empty(r.shape, dtype=r.dtype, device=r.device), r.shape[-1]
+    rows = r.numel() // dim
+    given = dr, r.contiguous(), moment.contiguous(), out, dim
+    launch(_along_kernel, (rows,), *given, **channel_constants(dim, dr.dtype))
+    return out

@@ -60,9 +60,10 @@ class causal_window:
         return a.qkv.new_empty(batch, n, heads, dim), safe, lse, a.qkv.new_empty(batch, n, heads, dtype=torch.bool)
 
     def backward(a: Any, g: Any, needs: Any) -> Any:
-        causal, hidden, zero, dout = _causal(a), a.odd[..., None], a.out.new_zeros(()), g.out
+        causal, dout = _causal(a), g.out
         qk, v = a.safe[:, :, :2], a.safe[:, :, 2]
         if not by_triton(a):
+            hidden, zero = a.odd[..., None], a.out.new_zeros(())
             dout = torch.where(hidden, zero, dout)
             # A library makes weights anew from the log-sum-exp, and of large scores they may be infinite, as may be
             # out: times the gradient of a query that nobody asked, 0, that is NaN for the keys before it. Such a query

@@ -45,13 +45,15 @@ class memory_experts:
         places (B, E, J, C), slots, inverse (B, E, N): the rows of x that are queries, as of `gather_norm`.
         block, prior: W and P; list j holds columns below P + j W, and no column returns that a list has left out.
     Then for the backward: norms (B, N), empty without gamma, rows (E, B, J C, D) of queries, q (E, B, J, C, H, d), keys
-    and values (E, B, N, 2, H, d), 0 of columns that are never listed, and the results of `memory_attention`.
+    and values (E, B, N, 2, H, d), 0 of columns that are never listed (by `first`, where nobody sees them, anything),
+    and the results of `memory_attention`.
     """
 
     def forward(a: Any) -> Any:
-        norms, rows = _queries(a)
-        made = _attended(a, norms, rows, True)
-        return _output(a, made[2]), norms, rows, *made
+        return _forward(a, True)
+
+    def unseen(a: Any) -> Any:
+        return _forward(a, False)  # the backward reads the rows that are listed alone
 
     def infer(a: Any) -> Tensor:
         return _output(a, _attended(a, *_queries(a), False)[2])
@@ -102,6 +104,12 @@ class memory_experts:
         return count + y + keys * kv + _attention.body.backward_flops(a, g, needs)
 
 
+def _forward(a: Any, whole: bool) -> tuple[Tensor, ...]:
+    norms, rows = _queries(a)
+    made = _attended(a, norms, rows, whole)
+    return _output(a, made[2]), norms, rows, *made
+
+
 def _queries(a: Any) -> tuple[Tensor, Tensor]:
     """Norms of all tokens, and rows of queries."""
     if (a.q_gamma is None) != (a.kv_gamma is None):
@@ -120,7 +128,7 @@ def _attended(a: Any, norms: Tensor, rows: Tensor, whole: bool) -> tuple[Tensor,
     q = q.view(experts, batch, *a.places.shape[2:], heads, head)
     weight = _per_expert(a.w_kv, a)
     if a.kv_gamma is not None:
-        weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)
+        weight = (weight * a.kv_gamma.mT).to(weight.dtype)
     n = a.x.shape[1]
     shape = experts, batch, n, 2 * heads * head
     if a.triton:

@@ -14,6 +14,8 @@ An operator is a class of plain functions. They take the arguments as one namesp
         def backward(a, g, needs): ...  # {"x": dx, "w": dw}; a: what was saved; g: gradients of results, or None
         def flops(a, out): ...          # of matrix products; optional, as is backward_flops(a, out)
         def infer(a): ...               # the first result alone, in less memory; optional
+        def unseen(a): ...              # as forward, but where the backward alone has all results but the first: what
+                                        # it does not read of these may be anything; optional
 
 `needs.x` says whether anybody asks for the gradient of x: what nobody asks for is not computed. The result is called as
 `project(x, w, scale)`, by position or name, or as `project.first`, which returns the first result alone; `project.raw`
@@ -222,9 +224,11 @@ class Operator:
         )
 
     def _computing(self, setup: Callable[..., None], first: bool) -> Callable[..., Any]:
+        unseen = getattr(self.body, "unseen", None) if first else None
+
         def compute(ctx: Any, *args: Any) -> Any:
             # Not by setup_context, for which PyTorch inspects the signature at every call.
-            output = self._run(args)
+            output = self._run(args, unseen)
             if first and isinstance(output, tuple):
                 setup(ctx, args, output, output[:1])
                 return output[0]
@@ -416,7 +420,7 @@ def operator(schema: str, **declared: Any) -> Callable[[type], Operator]:
     """Make an `Operator` of a class of functions; see the top of this file."""
 
     def make(body: type) -> Operator:
-        for name in ("forward", "infer", "fake", "backward", "flops", "backward_flops"):
+        for name in ("forward", "infer", "unseen", "fake", "backward", "flops", "backward_flops"):
             if name in vars(body):
                 setattr(body, name, staticmethod(vars(body)[name]))
         return Operator(body, body.__name__, schema, **declared)

@@ -116,8 +116,10 @@ class ContextParallelCausal(Spread, MixtureOfAutoregressiveAttention):
         queries, limits = queries_of(places, None, c, tokens[0], plan)
         memory = remember(places, None, c, plan, False)
         if c.options.solver == "sigmoid":
-            return Decided(queries, limits, memory, own_scores(places, None, c.options))
-        return Decided(queries, limits, memory, solved_scores(places, None, memory, c, tokens[1], plan))
+            scores = own_scores(places, None, c.options)
+        else:
+            scores = solved_scores(places, None, memory, c, tokens[1], plan)
+        return Decided(queries, limits, memory, scores).of_all_blocks()
 
     def _routed(
         self,

@@ -77,12 +77,12 @@ class ExpertParallelCausal(Spread, MixtureOfAutoregressiveAttention):
 
     def _summed(self, y: Tensor, decided: Decided, x: Tensor, there: Held, plan: Plan) -> Tensor:
         """(B, N, D) in at least float32, of the rank's experts; without block 0, which has no queries."""
-        c, queries, n = self.config, decided.queries, x.shape[1]
+        c, queries = self.config, decided.queries
         wide = torch.promote_types(x.dtype, torch.float32)
-        inverse = (queries.inverse[..., :n] - c.capacity).clamp_min(-1).contiguous()
-        scores, at, slots = (t[:, :, 1:].flatten(2) for t in (queries.scores, queries.places, queries.mask))
+        scores, at, slots = (t.flatten(2) for t in (queries.scores, queries.places, queries.mask))
         nothing = x.new_zeros(x.shape)
         assert there.null is not None
         return ops.blend(
-            y, scores, at, slots, inverse, nothing, there.null, None, c.routed_window_size, False, wide, plan.mixture
-        )
+            y, scores, at, slots, queries.inverse, nothing, there.null, None, c.routed_window_size, False, wide,
+            plan.mixture,
+        )  # fmt: skip

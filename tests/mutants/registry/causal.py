@@ -32,14 +32,15 @@ EDITS: Edits = {
             "ties and signed zeros",
         ),
         "candidates-beyond-capacity-have-a-slot": edit(
-            "tl.where(taken, j * capacity + slot, -1)", "tl.where(candidate, j * capacity + slot, -1)", "tail mask"
+            "tl.where(taken, i * capacity + slot, -1)", "tl.where(candidate, i * capacity + slot, -1)", "tail mask"
         ),
         "candidates-slots-counted-from-the-row": edit(
-            "tl.where(taken, j * capacity + slot, -1)", "tl.where(taken, slot, -1)", "expert mix-up"
+            "tl.where(taken, i * capacity + slot, -1)", "tl.where(taken, slot, -1)", "expert mix-up"
         ),
         "candidates-mask-of-item-0": edit(
             "mask_ptr += row // experts * n", "mask_ptr += row // experts * 0", "fla-org/flash-linear-attention#1115"
         ),
+        "candidates-items-side-by-side": edit("row // experts * item + row % experts * n", "row * n", "expert mix-up"),
         "candidates-running-count-of-a-chunk": edit(
             "        seen += tl.sum(candidate.to(tl.int32))",
             "        seen = tl.sum(candidate.to(tl.int32))",
@@ -65,6 +66,7 @@ EDITS: Edits = {
             "start = tl.where(origin > 0, prior + (origin + 1) * width, 0)",
             "tail mask",
         ),
+        "memory-items-side-by-side": edit("row // experts * item + row % experts * n", "row * n", "expert mix-up"),
         "memory-prior-forgotten-by-the-first-group": edit(
             "start = tl.where(target > 0, prior + target * group * width, 0)",
             "start = prior + target * group * width",
@@ -315,7 +317,7 @@ EDITS: Edits = {
     },
     "optimized/ops/memory_experts.py": {
         "memory-experts-gamma-of-weights-forgotten": edit(
-            "weight = (_wide(weight) * _wide(a.kv_gamma).mT).to(weight.dtype)",
+            "weight = (weight * a.kv_gamma.mT).to(weight.dtype)",
             "weight = weight",
             "log-sum-exp and scale",
         ),
@@ -343,9 +345,14 @@ EDITS: Edits = {
         "candidates-torch-nan-is-a-number": edit(
             "number = (valid & ~rows.isnan())[:, :, :-1]", "number = valid[:, :, :-1]", "NaN order"
         ),
-        "candidates-fake-with-long-indices": edit(
-            "indices = a.logits.new_empty(*shape, a.capacity, dtype=torch.int32)",
-            "indices = a.logits.new_empty(*shape, a.capacity, dtype=torch.int64)",
+        "candidates-torch-slots-of-block-0": edit(
+            "(torch.arange(blocks, device=rows.device) - skipped)",
+            "torch.arange(blocks, device=rows.device)",
+            "expert mix-up",
+        ),
+        "candidates-fake-with-short-indices": edit(
+            "indices = counts.new_empty(*counts.shape, a.capacity, dtype=torch.int64)",
+            "indices = counts.new_empty(*counts.shape, a.capacity)",
             "fake tensors",
         ),
     },

@@ -20,8 +20,8 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "routing-token-gradient-without-cosine-term": edit(
-            "        dr -= torch.where(squares > 1e-24, along * part / squares.clamp_min(1e-24), 0)\n",
-            "",
+            "(dr - along).to(out_ptr.dtype.element_ty)",
+            "dr.to(out_ptr.dtype.element_ty)",
             "lucidrains/CoLT5-attention#8",
         ),
         "routing-token-gradient-of-the-last-item": edit(
