@@ -891,14 +891,14 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
 
 @case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
-    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; of
+    """Of two numbers of rows, that lie apart; each of the two alone; more of either than a program reads at a time; of
     so many rows, behind a few, that several programs share them; and of so many programs that several share these."""
     from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
-    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(4)]
     before = 3
     few, rows = min(width, 40), kernel.MOST + s.n % 2 + 1  # the last part has few
     many = x.normal(before + groups * rows, stride, seed=41, wide=True).contiguous()
@@ -907,12 +907,13 @@ def partial_sums(x: Inputs, s: Sizes) -> Yielded:
     second = second._replace(first=groups * s.n * stride)
     kernel.add_up(partial, width, stride, first, second)
     kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
+    kernel.add_up(partial, width, stride, first._replace(out=outs[3]))
     kernel.add_up(many, few, stride, kernel.Sum(ahead, 1, before), kernel.Sum(shared, groups, rows, before * stride))
     with mock.patch.multiple(kernel, MOST=8, SHARE=8):
         kernel.add_up(many, few, stride, kernel.Sum(again, groups, 67, before * stride))
-    names = "first", "second", "alone", "ahead", "shared", "again"
+    names = "first", "second", "alone", "first alone", "ahead", "shared", "again"
     yield dict(zip(names, (*outs, ahead, shared, again)))
-    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
+    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (*parts, *parts[::-1])]
     behind = many.double()[before:, :few]
     terms += many.double()[None, :before, :few], *(behind[: groups * n].unflatten(0, (groups, -1)) for n in (rows, 67))
     yield dict(zip(names, [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]))
@@ -932,8 +933,9 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
     tokens[~shown] = torch.nan  # not read: 0 times it would be NaN
     w, b = x.weight(s.dim, seed=2), x.weight(s.dim, seed=3) if bias else None
     y, mean, rate = kernel.layer_norm(tokens, w, b, mask, 1e-5)
-    dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate)
-    yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw.sum(0), "db": db.sum(0)}
+    dtypes = w.dtype, x.wide if bias else None  # other dtypes, other launches
+    dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate, dtypes)
+    yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw, **({} if db is None else {"db": db})}
     t = torch.where(shown[..., None], tokens.double(), 0)
     middle = t.mean(-1, keepdim=True)
     each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -951,8 +953,8 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
         "mean": x.truth(middle.squeeze(-1), t.abs().mean(-1), s.dim, x.wide),
         "rate": x.truth(each.squeeze(-1), (gain * each).squeeze(-1), s.dim, x.wide),
         "dx": x.truth(made, gain * each * around * shown[..., None], 3 * s.dim),
-        "dw": x.truth((wide_g * z).sum(dims), (gain * most * wide_g.abs()).sum(dims), rows + s.dim, x.wide),
-        "db": x.truth(wide_g.sum(dims), wide_g.abs().sum(dims), rows, x.wide),
+        "dw": x.truth((wide_g * z).sum(dims), (gain * most * wide_g.abs()).sum(dims), rows + s.dim, x.weights),
+        **({"db": x.truth(wide_g.sum(dims), wide_g.abs().sum(dims), rows, x.wide)} if bias else {}),
     }
 
 

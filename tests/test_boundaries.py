@@ -146,6 +146,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "null_slot.TILE": "head_channels",
     "partial_sums.COLUMNS": "channels",
     "partial_sums.ROWS": "tokens",
+    "partial_sums.FEW": "tokens",
+    "partial_sums.WIDER": "channels",
     "partial_sums.MOST": "tokens",
     "partial_sums.SHARE": "tokens",
     "admitted_rows.UNITS": "channels",
