@@ -977,7 +977,7 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     kernel.project(tokens, weight, norms, rows, out)
     dots = torch.empty(out[..., 0].numel(), dtype=x.wide, device=x.device) if norm else None
     h = kernel.rows_gradient(g, weight, norms, rows, projected, dots)
-    dw = kernel.weight_gradient(g, tokens, norms, rows)
+    dw = kernel.weight_gradient(g, tokens, norms, rows).sum(0)
     there = listed.to(x.device).transpose(0, 1)
     found = {"out": out, "h": torch.where(there[..., None], h, 0), "dw": dw}
     if dots is not None:
@@ -995,6 +995,24 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     if norm:
         value, terms = (((a * b) / r).sum(-1) for a, b in ((g, p), (g.abs(), p.abs())))
         truths["dots"] = x.truth(value, terms, width, stored=x.wide)
+    yield truths
+
+
+@case("channels")
+def scaled_weight(x: Inputs, s: Sizes, *, scaled: bool) -> Yielded:
+    from optimized.kernels import scaled_weight as kernel
+
+    parts = x.normal(3, s.experts, s.n, s.dim, seed=56, wide=True)
+    w = x.normal(s.experts * s.n, s.dim, 1, seed=57)
+    gamma = x.weight(s.experts, s.dim, 1, seed=58) if scaled else None
+    dw, dgamma = kernel.scaled_weight_gradients(parts, w, gamma)
+    yield {"dw": dw.view(s.experts, s.n, s.dim), **({} if dgamma is None else {"dgamma": dgamma[..., 0]})}
+    total, terms = parts.double().sum(0), parts.double().abs().sum(0)
+    by = 1.0 if gamma is None else gamma.double().mT
+    truths = {"dw": x.truth(total * by, terms * abs(by), 3)}
+    if scaled:
+        wide = w.double().view(s.experts, s.n, s.dim)
+        truths["dgamma"] = x.truth((total * wide).sum(1), (terms * wide.abs()).sum(1), s.n + 3, x.weights)
     yield truths
 
 

@@ -222,6 +222,7 @@ ADMITTED = Profile(
     "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not or channels-4097",
     interpreted=True,
 )
+SCALED = Profile(("test_cases.py",), "is_right and scaled_weight", interpreted=True)
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
 SHARED_KEYS = Profile(
     ("test_cases.py", "test_memory_attention.py"),
@@ -246,6 +247,7 @@ CAUSAL_SHARDS = Profile(("parallel/test_causal_layer.py",), "(one_process and 2)
 PROFILES = {
     "optimized/kernels/admitted.py": ADMITTED,
     "optimized/kernels/admitted_rows.py": ADMITTED,
+    "optimized/kernels/scaled_weight.py": SCALED,
     "optimized/kernels/finite.py": SEEN,
     **{f"optimized/kernels/step_{name}.py": STEP for name in ("tokens", "products", "attention", "output")},
     "optimized/autoregressive_step.py": STEP,

@@ -270,6 +270,21 @@ EDITS: Edits = {
             "start = tl.program_id(1) * BLOCK_D", "start = tl.program_id(1) * 0", "stride and layout"
         ),
     },
+    "optimized/kernels/scaled_weight.py": {
+        "scaled-weight-first-part-alone": edit(
+            "for part in range(parts):", "for part in range(1):", "missing gradient"
+        ),
+        "scaled-weight-gamma-of-expert-0": edit("gamma_ptr + e * dim", "gamma_ptr", "expert mix-up"),
+        "scaled-weight-dgamma-of-scaled-parts": edit(
+            "            dgamma += total * tl.load(w_ptr + at, mask=there, other=0.0).to(DTYPE)\n"
+            "            total *= gamma[None, :]\n",
+            "            total *= gamma[None, :]\n"
+            "            dgamma += total * tl.load(w_ptr + at, mask=there, other=0.0).to(DTYPE)\n",
+            "log-sum-exp and scale",
+        ),
+        "scaled-weight-last-rows-alone": edit("dgamma += total *", "dgamma = total *", "missing gradient"),
+        "scaled-weight-last-chunk-lost": edit("cdiv(rows, CHUNK), min(", "max(rows // CHUNK, 1), min(", "tail mask"),
+    },
     "optimized/kernels/finite.py": {
         "spoil-a-token-late": edit("(latest >= i[:, None] - window))", "(latest > i[:, None] - window))", "window"),
         "spoil-keys-before-the-tile-forgotten": edit(
