@@ -132,6 +132,14 @@ EDITS: Edits = {
         "memory-attention-null-gradient-unscaled": edit(
             "null_v[None, :], 1) - delta) * scale", "null_v[None, :], 1) - delta)", "log-sum-exp and scale"
         ),
+        "memory-attention-null-gradient-of-mixed-heads": edit(
+            "part = ((row * blocks + j) * tiles + tile) * heads + h",
+            "part = ((row * blocks + j) * heads + h) * tiles + tile",
+            "stride and layout",
+        ),
+        "memory-attention-scores-of-one-head": edit(
+            "Sum(dscores, batch * experts, heads)", "Sum(dscores, batch * experts, 1)", "missing gradient"
+        ),
         "memory-attention-null-gradient-without-delta": edit(
             "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta)",
             "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1))",
