@@ -756,7 +756,7 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     exact, leaf = p.x.double(), p.r.double().requires_grad_()
     made, lengths = _logits(exact, leaf, shown, cosine), leaf.detach().norm(dim=-1)
     handed = (SCALE / lengths).expand(s.batch, -1) if cosine else exact.new_empty(s.batch, 0)
-    saved = x.here(made.detach(), wide=True), p.norms, x.here(handed, wide=True)
+    saved = p.norms, x.here(handed, wide=True)
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
     halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
     found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))

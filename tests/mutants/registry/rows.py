@@ -20,9 +20,15 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "routing-token-gradient-without-cosine-term": edit(
-            "        dr -= torch.where(squares > 1e-24, along * part / squares.clamp_min(1e-24), 0)\n",
-            "",
-            "lucidrains/CoLT5-attention#8",
+            "other=0.0) - along * r\n", "other=0.0) - 0.0 * along * r\n", "lucidrains/CoLT5-attention#8"
+        ),
+        "routing-token-gradient-across-the-first-tokens": edit(
+            "        r_0 = r_1\n", "", "lucidrains/CoLT5-attention#8"
+        ),
+        "routing-token-gradient-across-what-has-no-direction": edit(
+            "tl.where(length > norm_floor(length), tl.sum(dots, 0) / square, 0.0)",
+            "tl.sum(dots, 0) / square",
+            "masked rows and sentinels",
         ),
         "routing-token-gradient-of-the-last-item": edit(
             "(batch, chunks) if r.ndim == 3 else (1, batch * chunks)",
