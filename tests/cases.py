@@ -760,10 +760,15 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
     halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
     found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))
+    found["dr of no direction"] = kernel.routing_token_gradient(p.g, p.x, torch.zeros_like(p.r), mask, *saved)
     yield found
     rates = p.rates(cosine) * shown[:, None]
     (_, terms), (_, around) = sums(lambda r: torch.einsum("bnd,ed->ben", exact.abs(), r) * rates, [p.r], p.g)
     truths = {"logits": x.truth(made, terms, s.dim, x.wide)}
+    # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
+    coarse = 2**-11 if x.dtype == x.weights == torch.bfloat16 else 0.0
+    whole = x.truth(torch.einsum("ben,bnd->ed", p.g.double() * rates, exact), around, s.batch * s.n, x.weights)
+    truths["dr of no direction"] = Truth(whole.value, whole.slack + coarse * around)
     if cosine:
         truths["norms"] = x.truth(exact.norm(dim=-1) * shown, exact.norm(dim=-1), s.dim, x.wide)
         truths["factors"] = x.truth(handed, handed, s.dim, x.wide)
@@ -771,9 +776,7 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
         around = around + moments[:, None] * leaf.detach().abs() / lengths.square()[:, None]
     (dr,) = torch.autograd.grad(made, leaf, p.g.double())
     truth = x.truth(dr, around, s.batch * s.n, x.weights)
-    # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
-    coarse = 2**-11 * around if x.dtype == x.weights == torch.bfloat16 else 0.0
-    truth = Truth(dr, truth.slack + coarse)
+    truth = Truth(dr, truth.slack + coarse * around)
     yield {**truths, "dr": truth, "dr of halves": truth}
 
 

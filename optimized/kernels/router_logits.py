@@ -160,8 +160,8 @@ def _across_kernel(
         squares += r * r
     square = tl.sum(squares, 0)
     length = tl.sqrt(square)
-    # A factor that does not depend on r turns nothing.
-    along = tl.where(length > norm_floor(length), tl.sum(dots, 0) / square, 0.0)
+    directed = length > norm_floor(length)  # where not, the factor is the same for all r
+    along = tl.where(directed, tl.sum(dots, 0), 0.0) / tl.where(directed, square, 1.0)
     for start in range(0, dim, BLOCK_D):
         channels = start + tl.arange(0, BLOCK_D)
         r = tl.load(r_0 + place + channels, mask=channels < dim, other=0.0).to(DTYPE)

@@ -26,9 +26,7 @@ EDITS: Edits = {
             "        r_0 = r_1\n", "", "lucidrains/CoLT5-attention#8"
         ),
         "routing-token-gradient-across-what-has-no-direction": edit(
-            "tl.where(length > norm_floor(length), tl.sum(dots, 0) / square, 0.0)",
-            "tl.sum(dots, 0) / square",
-            "masked rows and sentinels",
+            "tl.where(directed, square, 1.0)", "square", "masked rows and sentinels"
         ),
         "routing-token-gradient-of-the-last-item": edit(
             "(batch, chunks) if r.ndim == 3 else (1, batch * chunks)",
