@@ -763,14 +763,19 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     exact, leaf = p.x.double(), p.r.double().requires_grad_()
     made, lengths = _logits(exact, leaf, shown, cosine), leaf.detach().norm(dim=-1)
     handed = (SCALE / lengths).expand(s.batch, -1) if cosine else exact.new_empty(s.batch, 0)
-    saved = x.here(made.detach(), wide=True), p.norms, x.here(handed, wide=True)
+    saved = p.norms, x.here(handed, wide=True)
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
     halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
     found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))
+    found["dr of no direction"] = kernel.routing_token_gradient(p.g, p.x, torch.zeros_like(p.r), mask, *saved)
     yield found
     rates = p.rates(cosine) * shown[:, None]
     (_, terms), (_, around) = sums(lambda r: torch.einsum("bnd,ed->ben", exact.abs(), r) * rates, [p.r], p.g)
     truths = {"logits": x.truth(made, terms, s.dim, x.wide)}
+    # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
+    coarse = 2**-11 if x.dtype == x.weights == torch.bfloat16 else 0.0
+    whole = x.truth(torch.einsum("ben,bnd->ed", p.g.double() * rates, exact), around, s.batch * s.n, x.weights)
+    truths["dr of no direction"] = Truth(whole.value, whole.slack + coarse * around)
     if cosine:
         truths["norms"] = x.truth(exact.norm(dim=-1) * shown, exact.norm(dim=-1), s.dim, x.wide)
         truths["factors"] = x.truth(handed, handed, s.dim, x.wide)
@@ -778,9 +783,7 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
         around = around + moments[:, None] * leaf.detach().abs() / lengths.square()[:, None]
     (dr,) = torch.autograd.grad(made, leaf, p.g.double())
     truth = x.truth(dr, around, s.batch * s.n, x.weights)
-    # For bfloat16 a GPU cuts one factor to TF32, the interpreter does not.
-    coarse = 2**-11 * around if x.dtype == x.weights == torch.bfloat16 else 0.0
-    truth = Truth(dr, truth.slack + coarse)
+    truth = Truth(dr, truth.slack + coarse * around)
     yield {**truths, "dr": truth, "dr of halves": truth}
 
 
@@ -898,14 +901,14 @@ def blend(x: Inputs, s: Sizes, *, begins: bool, average: bool) -> Yielded:
 
 @case("channels")
 def partial_sums(x: Inputs, s: Sizes) -> Yielded:
-    """Of two numbers of rows, that lie apart; one of the two alone; more of either than a program reads at a time; of
+    """Of two numbers of rows, that lie apart; each of the two alone; more of either than a program reads at a time; of
     so many rows, behind a few, that several programs share them; and of so many programs that several share these."""
     from optimized.kernels import partial_sums as kernel
 
     groups, width, stride, counts = 2, s.dim, s.dim + 2, (s.n, s.n // 3 + 70)
     partial = x.normal(groups * sum(counts), stride, seed=40, wide=True).contiguous()
     parts = partial.split([groups * count for count in counts])
-    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(3)]
+    outs = [torch.empty(groups, width, dtype=x.dtype, device=x.device) for _ in range(4)]
     before = 3
     few, rows = min(width, 40), kernel.MOST + s.n % 2 + 1  # the last part has few
     many = x.normal(before + groups * rows, stride, seed=41, wide=True).contiguous()
@@ -914,12 +917,13 @@ def partial_sums(x: Inputs, s: Sizes) -> Yielded:
     second = second._replace(first=groups * s.n * stride)
     kernel.add_up(partial, width, stride, first, second)
     kernel.add_up(partial, width, stride, second._replace(out=outs[2]))
+    kernel.add_up(partial, width, stride, first._replace(out=outs[3]))
     kernel.add_up(many, few, stride, kernel.Sum(ahead, 1, before), kernel.Sum(shared, groups, rows, before * stride))
     with mock.patch.multiple(kernel, MOST=8, SHARE=8):
         kernel.add_up(many, few, stride, kernel.Sum(again, groups, 67, before * stride))
-    names = "first", "second", "alone", "ahead", "shared", "again"
+    names = "first", "second", "alone", "first alone", "ahead", "shared", "again"
     yield dict(zip(names, (*outs, ahead, shared, again)))
-    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (parts[0], parts[1], parts[1])]
+    terms = [part.double().unflatten(0, (groups, -1))[..., :width] for part in (*parts, *parts[::-1])]
     behind = many.double()[before:, :few]
     terms += many.double()[None, :before, :few], *(behind[: groups * n].unflatten(0, (groups, -1)) for n in (rows, 67))
     yield dict(zip(names, [x.truth(t.sum(1), t.abs().sum(1), t.shape[1]) for t in terms]))
@@ -939,8 +943,9 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
     tokens[~shown] = torch.nan  # not read: 0 times it would be NaN
     w, b = x.weight(s.dim, seed=2), x.weight(s.dim, seed=3) if bias else None
     y, mean, rate = kernel.layer_norm(tokens, w, b, mask, 1e-5)
-    dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate)
-    yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw.sum(0), "db": db.sum(0)}
+    dtypes = w.dtype, x.wide if bias else None  # other dtypes, other launches
+    dx, dw, db = kernel.layer_norm_backward(g, tokens, w, mask, mean, rate, dtypes)
+    yield {"y": y, "mean": mean, "rate": rate, "dx": dx, "dw": dw, **({} if db is None else {"db": db})}
     t = torch.where(shown[..., None], tokens.double(), 0)
     middle = t.mean(-1, keepdim=True)
     each = 1 / ((t - middle).square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -958,8 +963,8 @@ def layer_norm(x: Inputs, s: Sizes, *, masked: bool, bias: bool) -> Yielded:
         "mean": x.truth(middle.squeeze(-1), t.abs().mean(-1), s.dim, x.wide),
         "rate": x.truth(each.squeeze(-1), (gain * each).squeeze(-1), s.dim, x.wide),
         "dx": x.truth(made, gain * each * around * shown[..., None], 3 * s.dim),
-        "dw": x.truth((wide_g * z).sum(dims), (gain * most * wide_g.abs()).sum(dims), rows + s.dim, x.wide),
-        "db": x.truth(wide_g.sum(dims), wide_g.abs().sum(dims), rows, x.wide),
+        "dw": x.truth((wide_g * z).sum(dims), (gain * most * wide_g.abs()).sum(dims), rows + s.dim, x.weights),
+        **({"db": x.truth(wide_g.sum(dims), wide_g.abs().sum(dims), rows, x.wide)} if bias else {}),
     }
 
 
@@ -982,7 +987,7 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     kernel.project(tokens, weight, norms, rows, out)
     dots = torch.empty(out[..., 0].numel(), dtype=x.wide, device=x.device) if norm else None
     h = kernel.rows_gradient(g, weight, norms, rows, projected, dots)
-    dw = kernel.weight_gradient(g, tokens, norms, rows)
+    dw = kernel.weight_gradient(g, tokens, norms, rows).sum(0)
     there = listed.to(x.device).transpose(0, 1)
     found = {"out": out, "h": torch.where(there[..., None], h, 0), "dw": dw}
     if dots is not None:
@@ -1000,6 +1005,24 @@ def admitted_rows(x: Inputs, s: Sizes, *, norm: bool) -> Yielded:
     if norm:
         value, terms = (((a * b) / r).sum(-1) for a, b in ((g, p), (g.abs(), p.abs())))
         truths["dots"] = x.truth(value, terms, width, stored=x.wide)
+    yield truths
+
+
+@case("channels")
+def scaled_weight(x: Inputs, s: Sizes, *, scaled: bool) -> Yielded:
+    from optimized.kernels import scaled_weight as kernel
+
+    parts = x.normal(3, s.experts, s.n, s.dim, seed=56, wide=True)
+    w = x.normal(s.experts * s.n, s.dim, 1, seed=57)
+    gamma = x.weight(s.experts, s.dim, 1, seed=58) if scaled else None
+    dw, dgamma = kernel.scaled_weight_gradients(parts, w, gamma)
+    yield {"dw": dw.view(s.experts, s.n, s.dim), **({} if dgamma is None else {"dgamma": dgamma[..., 0]})}
+    total, terms = parts.double().sum(0), parts.double().abs().sum(0)
+    by = 1.0 if gamma is None else gamma.double().mT
+    truths = {"dw": x.truth(total * by, terms * abs(by), 3)}
+    if scaled:
+        wide = w.double().view(s.experts, s.n, s.dim)
+        truths["dgamma"] = x.truth((total * wide).sum(1), (terms * wide.abs()).sum(1), s.n + 3, x.weights)
     yield truths
 
 

@@ -90,9 +90,10 @@ CHANNELS = (
     "blend",
     "partial_sums",
     "admitted_rows",
+    "scaled_weight",
     "step_tokens",
 )
-TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows")
+TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows", "scaled_weight")
 HEADS = (
     "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"
 )  # fmt: skip
@@ -147,10 +148,15 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "null_slot.TILE": "head_channels",
     "partial_sums.COLUMNS": "channels",
     "partial_sums.ROWS": "tokens",
+    "partial_sums.FEW": "tokens",
+    "partial_sums.WIDER": "channels",
     "partial_sums.MOST": "tokens",
     "partial_sums.SHARE": "tokens",
     "admitted_rows.UNITS": "channels",
     "router_logits.CHUNK_N": "router",
+    "scaled_weight.CHANNELS": "channels",
+    "scaled_weight.CHUNK": "tokens",
+    "scaled_weight.ROWS": "tokens",
     "selection.ALONE": "rows",
     "sigmoid.BLOCK": "rows",
     "token_gradient.EXPERTS": "experts",

@@ -102,7 +102,7 @@ def test_router_logits(kernels: str, cosine: bool, sizes: Sizes, kernel_names: s
     for n in (sizes.n, TAIL):
         x, gradient = behind_zeros(end, n), behind_zeros(g, n, 2)
         logits, norms, factors = router_logits.router_logits(x, r, None, 8.0 if cosine else None)
-        dr = router_logits.routing_token_gradient(gradient, x, r, None, logits, norms, factors)
+        dr = router_logits.routing_token_gradient(gradient, x, r, None, norms, factors)
         router = RouterGradient(gradient, logits, r, factors)
         dx = token_gradient(x, None, norms, (), None, router)
         runs.append([logits[..., -TAIL:].clone(), dr, dx[:, -TAIL:].clone()])

@@ -12,7 +12,7 @@ Of a weight w (E, F, D) and a scale r = sqrt(D) / max(||x||, 1e-12) of a token (
 
 Only rows of those columns are written. A program of the first two has some columns of an item and expert and some
 channels; one of the last a tile of the weight, and goes through a part of the columns of each item; where tiles are few
-to fill a GPU there are several parts, added up after.
+to fill a GPU there are several parts, which `scaled_weight` adds up.
 
 Blind spots: the grid is that of all columns.
 """
@@ -191,7 +191,7 @@ def _rows(
 
 
 def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted) -> Tensor:
-    """dw (E, F, D) in at least float32, of g (E, B, N, F)."""
+    """Parts of dw (parts, E, F, D) in at least float32, of g (E, B, N, F)."""
     experts, batch, n, width = g.shape
     dim = x.shape[2]
     sizes = _sizes(g.dtype, width, dim, n, 8)
@@ -204,7 +204,7 @@ def weight_gradient(g: Tensor, x: Tensor, norms: Tensor | None, listed: Admitted
             g.contiguous(), _units(x, norms), listed.columns, listed.totals, dw,
             n, batch, experts, parts, width, dim, **sizes,
         )  # fmt: skip
-    return dw[0] if parts == 1 else dw.sum(0)
+    return dw
 
 
 def _units(x: Tensor, norms: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ z = (x - m) r and h = g w
     dx = r (h - mean h - z mean (h z)),   dw = sum over rows of g z,   db = sum over rows of g
 
 Masked rows are not read: they count as zeros, whose norm is b, and pass nothing on but their part of db. A program of
-the backward takes `CHUNK` rows and writes its partial sums of dw and db, which PyTorch adds up.
+the backward takes `CHUNK` rows and writes its partial sums of dw and db, see `partial_sums`.
 
 Blind spots: a row lies in registers, so D has a most (`MAX_BLOCK_D`).
 """
@@ -31,6 +31,7 @@ from optimized.kernels.launch import (
     next_power_of_2,
     wide,
 )
+from optimized.kernels.partial_sums import Sum, add_up
 
 CHUNK = 64  # rows of a program of the backward
 TILE = 4096  # numbers that a program holds of x at a time, half as many in float64
@@ -117,9 +118,15 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None, mean: Tensor, rate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in x's dtype; partial sums (chunks, D) of dw and of db in that of the arithmetic."""
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    mean: Tensor,
+    rate: Tensor,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx in x's dtype, dw and db (D) in these, None of one without."""
     x, g = x.contiguous(), g.contiguous()
     dx, (rows, dim) = torch.empty_like(x), _shape(x)
     chunks = cdiv(rows, CHUNK)
@@ -131,7 +138,10 @@ def layer_norm_backward(
             rows, dim, chunks,
             HAS_MASK=mask is not None, CHUNK=CHUNK, **_sizes(x, dim),
         )  # fmt: skip
-    dw, db = partial.unbind(0)
+    dw, db = (None if dtype is None else torch.empty(dim, dtype=dtype, device=x.device) for dtype in dtypes)
+    sums = [Sum(out, 1, chunks, i * chunks * dim) for i, out in enumerate((dw, db)) if out is not None]
+    if sums:
+        add_up(partial, dim, dim, *sums)
     return dx, dw, db
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from optimized.kernels.launch import from_bits, launch, wide
 from optimized.kernels.memory_keys import keys_gradient
 from optimized.kernels.memory_tiles import SIZES, Memories, _finite, _kept, _place, _store, _tile
+from optimized.kernels.partial_sums import Sum, add_up
 from optimized.kernels.probability import along, at_most_one
 from optimized.kernels.window import LN_2, LOG2_E, _product, _rounded
 
@@ -118,7 +119,7 @@ def _memory_queries_kernel(
     DROPOUT: tl.constexpr, HALF: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dq of some queries of a block; D; and their share (2, programs, d) of the gradient of the null key and value."""
+    """dq of some queries of a block; D; a part (2, E, B J tiles, H, d) of the gradient of the null key and value."""
     row, j, h, tile, row_be = _place(blocks, batch, experts, heads, tiles)
     block = row_be * blocks + j
     first = tile * BLOCK_M
@@ -154,12 +155,12 @@ def _memory_queries_kernel(
     dq = tl.where(live[:, None], ds0[:, None] * null_k[None, :], 0.0)
     share = tl.where(live, p0 * weight, 0.0)
     channels = tl.arange(0, BLOCK_D)
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
+    part = ((row * blocks + j) * tiles + tile) * heads + h
+    parts = tl.num_programs(0).to(tl.int64)
     dnull_k = tl.sum(ds0[:, None] * q.to(DTYPE), 0)
     dnull_v = tl.sum(share[:, None] * dout.to(DTYPE), 0)
-    tl.store(dnull_ptr + program * dim + channels, dnull_k, mask=channels < dim)
-    tl.store(dnull_ptr + (programs + program) * dim + channels, dnull_v, mask=channels < dim)
+    tl.store(dnull_ptr + part * dim + channels, dnull_k, mask=channels < dim)
+    tl.store(dnull_ptr + (parts + part) * dim + channels, dnull_v, mask=channels < dim)
     for begin in range(0, count, BLOCK_N):
         at = begin + tl.arange(0, BLOCK_N)
         seen = at < count
@@ -202,7 +203,9 @@ def memory_attention_backward(
     experts, batch, blocks, slots, heads, dim = m.q.shape
     n, k = m.kv.shape[2], m.indices.shape[-1]
     dq, dkv = m.q.new_empty(m.q.shape), m.kv.new_zeros(m.kv.shape) if dkv is None else dkv
-    shares = dnull = None
+    keys = keys and min(dq.numel(), k, n) > 0
+    dscores = (m.scores.new_empty if keys else m.scores.new_zeros)(m.scores.shape)
+    dnull = (m.null_kv.new_empty if dq.numel() else m.null_kv.new_zeros)(m.null_kv.shape)
     if dq.numel():
         read, lse, dout = m.read(), lse.contiguous(), dout.contiguous()
         delta = torch.empty_like(lse)
@@ -212,11 +215,7 @@ def memory_attention_backward(
             _memory_queries_kernel, (programs * blocks,), *read, m.indices.contiguous(), out.contiguous(), lse, dout,
             delta, dq, partial, *m.numbers(tiles), **constants,
         )  # fmt: skip
-        dnull = partial.view(2, experts, batch * blocks, heads, tiles, dim).sum((2, 4)).unsqueeze(3)
-        if keys and k and n:
-            shares = keys_gradient(m, dout, lse, delta, dkv)
-    if dnull is None:
-        dnull = torch.zeros_like(m.null_kv)
-    if shares is None:
-        shares = lse.new_zeros(batch, experts, heads, n)
-    return dq, dkv, shares.sum(2).to(m.scores.dtype), dnull.to(m.null_kv.dtype)
+        add_up(partial, heads * dim, heads * dim, Sum(dnull, 2 * experts, batch * blocks * tiles))
+        if keys:
+            add_up(keys_gradient(m, dout, lse, delta, dkv), n, n, Sum(dscores, batch * experts, heads))
+    return dq, dkv, dscores, dnull

@@ -10,7 +10,8 @@ Masked tokens are not read, forward or backward: logit 0, gradient 0. With g = d
 
     dr = sum_n g cx cr x   - r / ||r||^2 sum_n g l  (cosine only, and not where ||r|| <= 1e-12)
 
-where the sum of the second term is PyTorch's. dx: see `token_gradient`.
+where the second term is what the first has along r, since sum_n g l is its product with r: so it is taken out of the
+rounded sum, E rows, by the last kernel. dx: see `token_gradient`.
 
 Forward: a program per tile of tokens of an item and block of experts, as a matrix product: half precision as it is,
 whose products float32 holds exactly, float32 in exact float32 whatever TF32 is allowed elsewhere, float64 as sums. dr:
@@ -40,6 +41,7 @@ from optimized.kernels.launch import (
     from_bits,
     launch,
     next_power_of_2,
+    norm_floor,
     wide,
 )
 from optimized.kernels.partial_sums import Sum, add_up
@@ -137,24 +139,34 @@ def _dr_kernel(
     tl.store(partial_ptr, total, mask=(here < experts)[:, None] & inside[None, :])
 
 
-@triton.jit
-def _along_kernel(dr_ptr, r_ptr, moment_ptr, out_ptr, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program for a routing token r: dr - r moment / ||r||^2, or dr where ||r|| <= 1e-12."""
-    row = tl.program_id(0).to(tl.int64)
-    moment = tl.load(moment_ptr + row)
-    channels = tl.arange(0, BLOCK_D)
+@triton.jit(do_not_specialize=["experts", "each"])
+def _across_kernel(
+    dr_ptr, r_0, r_1, out_0, out_1, experts, each, dim, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A row of dr (items, E, D) without what it has along r, which has `each` experts of it, as the other r."""
+    e = tl.program_id(0) % experts
+    dr_ptr += tl.program_id(0).to(tl.int64) * dim
+    place = (tl.program_id(0) // experts * each + e).to(tl.int64) * dim
+    if e >= each:
+        r_0 = r_1
+        out_0 = out_1
+        place -= each.to(tl.int64) * dim
+    dots = tl.zeros((BLOCK_D,), DTYPE)
     squares = tl.zeros((BLOCK_D,), DTYPE)
     for start in range(0, dim, BLOCK_D):
-        r = tl.load(r_ptr + row * dim + start + channels, mask=start + channels < dim, other=0.0).to(DTYPE)
+        channels = start + tl.arange(0, BLOCK_D)
+        r = tl.load(r_0 + place + channels, mask=channels < dim, other=0.0).to(DTYPE)
+        dots += r * tl.load(dr_ptr + channels, mask=channels < dim, other=0.0)
         squares += r * r
-    square = tl.sum(squares)
-    least = tl.full((), 1e-24, DTYPE)
+    square = tl.sum(squares, 0)
+    length = tl.sqrt(square)
+    directed = length > norm_floor(length)  # where not, the factor is the same for all r
+    along = tl.where(directed, tl.sum(dots, 0), 0.0) / tl.where(directed, square, 1.0)
     for start in range(0, dim, BLOCK_D):
-        inside = start + channels < dim
-        r = tl.load(r_ptr + row * dim + start + channels, mask=inside, other=0.0).to(DTYPE)
-        dr = tl.load(dr_ptr + row * dim + start + channels, mask=inside, other=0.0)
-        along = tl.where(square > least, moment * r / tl.maximum(square, least), 0.0)
-        tl.store(out_ptr + row * dim + start + channels, (dr - along).to(out_ptr.dtype.element_ty), mask=inside)
+        channels = start + tl.arange(0, BLOCK_D)
+        r = tl.load(r_0 + place + channels, mask=channels < dim, other=0.0).to(DTYPE)
+        dr = tl.load(dr_ptr + channels, mask=channels < dim, other=0.0) - along * r
+        tl.store(out_0 + place + channels, dr.to(out_0.dtype.element_ty), mask=channels < dim)
 
 
 def item_rows(r: Tensor) -> int:
@@ -199,28 +211,22 @@ def router_logits(x: Tensor, r: Tensor, mask: Tensor | None, scale: float | None
 
 
 def routing_token_gradient(
-    g: Tensor, x: Tensor, r: Tensor, mask: Tensor | None, logits: Tensor, norms: Tensor, factors: Tensor
+    g: Tensor, x: Tensor, r: Tensor, mask: Tensor | None, norms: Tensor, factors: Tensor
 ) -> Tensor:
-    """dr in r's dtype, from the gradient g (B, E, N) of the logits, and what `router_logits` returned."""
-    return routing_token_gradients(g, x, (r,), mask, logits, norms, factors)[0]
+    """dr in r's dtype, from the gradient g (B, E, N) of the logits, and what `router_logits` returned with them."""
+    return routing_token_gradients(g, x, (r,), mask, norms, factors)[0]
 
 
 def routing_token_gradients(
-    g: Tensor,
-    x: Tensor,
-    parts: tuple[Tensor, ...],
-    mask: Tensor | None,
-    logits: Tensor,
-    norms: Tensor,
-    factors: Tensor,
+    g: Tensor, x: Tensor, parts: tuple[Tensor, ...], mask: Tensor | None, norms: Tensor, factors: Tensor
 ) -> tuple[Tensor, ...]:
     """The same of one or two parts of the experts, alike in shape and dtype, whose logits lie one after the other."""
     batch, n, dim = x.shape
     r = parts[0]
     experts = r.shape[-2] * len(parts)
-    if not logits.numel():
+    if not g.numel():
         return tuple([torch.zeros_like(r, memory_format=torch.contiguous_format) for r in parts])
-    dtype, cosine = logits.dtype, factors.numel() > 0
+    dtype, cosine = norms.dtype, factors.numel() > 0
     g = g.contiguous()
     double = dtype == torch.float64
     block_n, block_d, block_e = (16, 32, 4) if double else (32, 128, 16)
@@ -235,22 +241,17 @@ def routing_token_gradients(
         DTYPE=arithmetic(dtype), CHUNK_N=CHUNK_N,
         BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_E=block_e, EXPERT_BLOCKS=expert_blocks, num_warps=4,
     )  # fmt: skip
-    found = tuple([torch.empty(part.shape, dtype=dtype if cosine else r.dtype, device=r.device) for part in parts])
+    found = tuple([torch.empty(part.shape, dtype=r.dtype, device=r.device) for part in parts])
     groups, rows = (batch, chunks) if r.ndim == 3 else (1, batch * chunks)
     width = experts // len(parts) * dim
-    add_up(partial, width, experts * dim, *[Sum(dr, groups, rows, i * width) for i, dr in enumerate(found)])
     if not cosine:
+        add_up(partial, width, experts * dim, *[Sum(dr, groups, rows, i * width) for i, dr in enumerate(found)])
         return found
-    # PyTorch's sums depend on strides.
-    moment = (g if mask is None else g.masked_fill(~mask[:, None], 0)).mul(logits.contiguous()).sum(-1, keepdim=True)
-    moment = moment if r.ndim == 3 else moment.sum(0)
-    return tuple([_turned(dr, part, m) for dr, part, m in zip(found, parts, moment.chunk(len(parts), -2))])
-
-
-def _turned(dr: Tensor, r: Tensor, moment: Tensor) -> Tensor:
-    """dr without its part along r, in r's dtype. moment: of every row of r, sum_n g l."""
-    out, dim = torch.empty(r.shape, dtype=r.dtype, device=r.device), r.shape[-1]
-    rows = r.numel() // dim
-    given = dr, r.contiguous(), moment.contiguous(), out, dim
-    launch(_along_kernel, (rows,), *given, **channel_constants(dim, dr.dtype))
-    return out
+    whole = partial.new_empty(groups, experts, dim)
+    add_up(partial, experts * dim, experts * dim, Sum(whole, groups, rows))
+    given = [part.contiguous() for part in parts]
+    launch(
+        _across_kernel, (groups * experts,),
+        whole, given[0], given[-1], found[0], found[-1], experts, r.shape[-2], dim, **channel_constants(dim, dtype),
+    )  # fmt: skip
+    return found

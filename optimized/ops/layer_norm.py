@@ -44,16 +44,16 @@ class layer_norm:
         if a.triton:
             from optimized.kernels import layer_norm as kernel
 
-            dx, *parts = kernel.layer_norm_backward(g.y, a.x, a.weight, a.mask, a.mean, a.rate)
-            dw, db = [part.sum(0) if wanted else part for part, wanted in zip(parts, (needs.weight, needs.bias))]
-        else:
-            x, weight, bias = _wide(a)
-            rows = a.mean[..., None].contiguous(), a.rate[..., None].contiguous()  # PyTorch takes no other strides
-            dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-                g.y.to(x.dtype), x, (x.shape[-1],), *rows, weight, bias, (needs.x, needs.weight, needs.bias)
-            )
-            if dx is not None and a.mask is not None:
-                dx = dx.masked_fill(~a.mask[..., None], 0)
+            dtypes = a.weight.dtype if needs.weight else None, a.bias.dtype if needs.bias else None
+            given = g.y, a.x, a.weight, a.mask, a.mean, a.rate, dtypes
+            return dict(zip(("x", "weight", "bias"), kernel.layer_norm_backward(*given)))
+        x, weight, bias = _wide(a)
+        rows = a.mean[..., None].contiguous(), a.rate[..., None].contiguous()  # PyTorch takes no other strides
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+            g.y.to(x.dtype), x, (x.shape[-1],), *rows, weight, bias, (needs.x, needs.weight, needs.bias)
+        )
+        if dx is not None and a.mask is not None:
+            dx = dx.masked_fill(~a.mask[..., None], 0)
         found: dict[str, Any] = {}
         if needs.x:
             found["x"] = dx.to(a.x.dtype).contiguous()

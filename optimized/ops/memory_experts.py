@@ -173,13 +173,13 @@ def _attention_gradients(a: Any, dout: Tensor, keys: bool) -> tuple[Tensor, Tens
     return found["q"], found["kv"], found["scores"], found["null_kv"]
 
 
-def _gradients_by_triton(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool, weight: bool) -> dict[str, Tensor]:
+def _gradients_by_triton(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool, weight: bool) -> dict[str, Any]:
     """drows: of the rows of queries, where x or q_gamma asks for its gradient. tokens: x does; weight: w_kv does."""
-    from optimized.kernels import admitted_rows, gather_norm
+    from optimized.kernels import admitted_rows, gather_norm, scaled_weight
     from optimized.kernels.admitted import admitted
     from optimized.kernels.token_gradient import TakenRows, token_gradient
 
-    found: dict[str, Tensor] = {}
+    found: dict[str, Any] = {}
     norms, n, dkv, dots = _or_none(a.norms), a.x.shape[1], dkv.flatten(3), None
     size = dkv.shape[0] * dkv.shape[1] * n
     if drows is not None and norms is not None:
@@ -189,7 +189,8 @@ def _gradients_by_triton(a: Any, drows: Tensor | None, dkv: Tensor, tokens: bool
         return found
     listed = admitted(a.indices, a.counts, n, a.block, a.prior)
     if weight:
-        found |= _of_the_weight(a, admitted_rows.weight_gradient(dkv, a.x, norms, listed))
+        parts = admitted_rows.weight_gradient(dkv, a.x, norms, listed)
+        found |= zip(("w_kv", "kv_gamma"), scaled_weight.scaled_weight_gradients(parts, a.w_kv, a.kv_gamma))
     if drows is not None and tokens:
         more = None if dots is None else dots[0, dots.shape[1] - size :]
         h = admitted_rows.rows_gradient(dkv, _per_expert(a.w_kv, a), norms, listed, a.kv.flatten(3), more)

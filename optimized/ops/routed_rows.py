@@ -219,7 +219,7 @@ def _token_gradients(a: Any, dlogits: Tensor, sides: tuple[_Side, ...]) -> dict[
     if a.triton and len(asked) == 2 and (q.shape, q.dtype) == (kv.shape, kv.dtype):
         from optimized.kernels.router_logits import routing_token_gradients
 
-        given = dlogits, a.x, (q, kv), a.mask, a.logits, a.norms, a.factors
+        given = dlogits, a.x, (q, kv), a.mask, a.norms, a.factors
         return dict(zip(("q_tokens", "kv_tokens"), routing_token_gradients(*given)))
     tokens, logits, factors, g = _stack(a.q_tokens, a.kv_tokens), a.logits, a.factors, dlogits
     if len(asked) == 1:

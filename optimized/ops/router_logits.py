@@ -119,7 +119,7 @@ def routing_token_gradient(
     if triton:
         from optimized.kernels import router_logits as kernel
 
-        return kernel.routing_token_gradient(g, x, tokens, mask, logits, norms, factors)
+        return kernel.routing_token_gradient(g, x, tokens, mask, norms, factors)
     x, r = x.to(logits.dtype), tokens.to(logits.dtype)
     if mask is not None:
         x, g = x.masked_fill(~mask[..., None], 0), g.masked_fill(~mask[:, None], 0)

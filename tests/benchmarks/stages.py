@@ -29,6 +29,7 @@ MODULES = {
     "memory_attention": "attention",
     "memory_keys": "attention",
     "admitted_rows": "GEMM",
+    "scaled_weight": "GEMM",
     "finite": "rotary",
     "blend": "combine",
     "partial_sums": "dx",

@@ -85,8 +85,9 @@ LAUNCH = Profile(
     interpreted=True,
 )
 LOGITS = Profile(
-    ("test_operators.py", "test_mixture.py"),
-    "(whole_stages and router_logits) or (pytorch_form and routed_rows) or own_context or nan_routing or both_routers",
+    ("test_cases.py", "test_operators.py", "test_mixture.py"),
+    "(router_logits and (is_right or whole_stages)) or (pytorch_form and routed_rows) or own_context or nan_routing "
+    "or both_routers",
     interpreted=True,
 )
 GATHER = Profile(
@@ -180,7 +181,9 @@ PLAN = Profile(
     ("test_choice.py", "test_backends.py", "test_validation.py"),
     "test_choice or test_backends or unknown_backends or cannot_serve",
 )
-SUMS = Profile(("test_cases.py",), "is_right and (partial_sums or combine)", interpreted=True)
+SUMS = Profile(
+    ("test_cases.py", "test_boundaries.py"), "(is_right and (partial_sums or combine)) or channels-33", interpreted=True
+)
 AT_ONCE = Profile(
     ("test_operators.py", "test_mixture.py"),
     "(mixture and (pytorch_form or only_what or (whole_stages and plain))) or (optimized_matches and not triton) "
@@ -231,6 +234,7 @@ ADMITTED = Profile(
     "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not or channels-4097",
     interpreted=True,
 )
+SCALED = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and scaled_weight) or tokens-33", interpreted=True)
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
 SHARED_KEYS = Profile(
     ("test_cases.py", "test_memory_attention.py"),
@@ -255,6 +259,7 @@ CAUSAL_SHARDS = Profile(("parallel/test_causal_layer.py",), "(one_process and 2)
 PROFILES = {
     "optimized/kernels/admitted.py": ADMITTED,
     "optimized/kernels/admitted_rows.py": ADMITTED,
+    "optimized/kernels/scaled_weight.py": SCALED,
     "optimized/kernels/finite.py": SEEN,
     **{f"optimized/kernels/step_{name}.py": STEP for name in ("tokens", "products", "attention", "output")},
     "optimized/autoregressive_step.py": STEP,

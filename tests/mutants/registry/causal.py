@@ -162,6 +162,14 @@ EDITS: Edits = {
         "memory-attention-null-gradient-unscaled": edit(
             "null_v[None, :], 1) - delta) * scale", "null_v[None, :], 1) - delta)", "log-sum-exp and scale"
         ),
+        "memory-attention-null-gradient-of-mixed-heads": edit(
+            "part = ((row * blocks + j) * tiles + tile) * heads + h",
+            "part = ((row * blocks + j) * heads + h) * tiles + tile",
+            "stride and layout",
+        ),
+        "memory-attention-scores-of-one-head": edit(
+            "Sum(dscores, batch * experts, heads)", "Sum(dscores, batch * experts, 1)", "missing gradient"
+        ),
         "memory-attention-null-gradient-without-delta": edit(
             "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1) - delta)",
             "ds0 = p0 * (weight * tl.sum(dout.to(DTYPE) * null_v[None, :], 1))",
@@ -299,6 +307,21 @@ EDITS: Edits = {
         "admitted-rows-units-of-the-first-channels": edit(
             "start = tl.program_id(1) * BLOCK_D", "start = tl.program_id(1) * 0", "stride and layout"
         ),
+    },
+    "optimized/kernels/scaled_weight.py": {
+        "scaled-weight-first-part-alone": edit(
+            "for part in range(parts):", "for part in range(1):", "missing gradient"
+        ),
+        "scaled-weight-gamma-of-expert-0": edit("gamma_ptr + e * dim", "gamma_ptr", "expert mix-up"),
+        "scaled-weight-dgamma-of-scaled-parts": edit(
+            "            dgamma += total * tl.load(w_ptr + at, mask=there, other=0.0).to(DTYPE)\n"
+            "            total *= gamma[None, :]\n",
+            "            total *= gamma[None, :]\n"
+            "            dgamma += total * tl.load(w_ptr + at, mask=there, other=0.0).to(DTYPE)\n",
+            "log-sum-exp and scale",
+        ),
+        "scaled-weight-last-rows-alone": edit("dgamma += total *", "dgamma = total *", "missing gradient"),
+        "scaled-weight-last-chunk-lost": edit("cdiv(rows, CHUNK), min(", "max(rows // CHUNK, 1), min(", "tail mask"),
     },
     "optimized/kernels/finite.py": {
         "spoil-a-token-late": edit("(latest >= i[:, None] - window))", "(latest > i[:, None] - window))", "window"),

@@ -70,6 +70,7 @@ EDITS: Edits = {
         "sums-every-part-from-the-first-row": edit(
             "range(part * share, end, ROWS)", "range(0, end, ROWS)", "stride and layout"
         ),
+        "sums-last-columns-lost": edit("cdiv(width, columns)", "max(width // columns, 1)", "tail mask"),
         "sums-rows-side-by-side": edit(
             "row[:, None].to(tl.int64) * stride", "row[:, None].to(tl.int64) * width", "stride and layout"
         ),

@@ -20,9 +20,13 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "routing-token-gradient-without-cosine-term": edit(
-            "(dr - along).to(out_ptr.dtype.element_ty)",
-            "dr.to(out_ptr.dtype.element_ty)",
-            "lucidrains/CoLT5-attention#8",
+            "other=0.0) - along * r\n", "other=0.0) - 0.0 * along * r\n", "lucidrains/CoLT5-attention#8"
+        ),
+        "routing-token-gradient-across-the-first-tokens": edit(
+            "        r_0 = r_1\n", "", "lucidrains/CoLT5-attention#8"
+        ),
+        "routing-token-gradient-across-what-has-no-direction": edit(
+            "tl.where(directed, square, 1.0)", "square", "masked rows and sentinels"
         ),
         "routing-token-gradient-of-the-last-item": edit(
             "(batch, chunks) if r.ndim == 3 else (1, batch * chunks)",

@@ -81,6 +81,9 @@ EDITS: Edits = {
         "norm-kernel-last-chunk-lost": edit(
             "chunks = cdiv(rows, CHUNK)", "chunks = max(rows // CHUNK, 1)", "tail mask"
         ),
+        "norm-kernel-bias-gradient-of-the-weight": edit(
+            "Sum(out, 1, chunks, i * chunks * dim)", "Sum(out, 1, chunks)", "stride and layout"
+        ),
     },
     "optimized/ops/layer_norm.py": {
         "norm-fake-in-the-models-dtype": edit(
