@@ -60,7 +60,8 @@ def trained(steps: Rows) -> str:
         cells = (row["ranks"], short(row["ms"]), f"{row['tokens_per_second']:,.0f}")
         rows.append((style, *cells, f"{row['tokens_per_second'] / alone:.2f}", short(row["peak_mib"])))
     first = steps[0]
-    what = f"`{first['size']}`, {first['parameters'] / 1e6:.0f} M parameters, {first['tokens'] // first['ranks']:,} tokens a device"
+    what = f"`{first['size']}`, {first['parameters'] / 1e6:.0f} M parameters"
+    what += f", {first['tokens'] // first['ranks']:,} tokens a device"
     heading = ("a step of training", "devices", "ms", "tokens a second", "of as many alone", "peak MiB of a rank")
     return table(heading, rows, left=1) + f"\n\n*{what}, called eagerly.*"
 

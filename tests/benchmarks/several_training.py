@@ -1,4 +1,4 @@
-"""Steps of training a language model over several devices: of DDP and FSDP2 beside one device, each with as many tokens.
+"""Steps of training a language model over several devices: of DDP and FSDP2 beside one device, as many tokens on each.
 
 A step is a whole one of `python -m optimized.train`: forward, backward, clipping and AdamW, on the text that comes with
 Python, in bfloat16 on a GPU.
