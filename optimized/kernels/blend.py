@@ -27,10 +27,10 @@ from optimized.kernels.launch import (
 )
 from optimized.kernels.partial_sums import Sum, add_up
 
-CHUNK = 128  # tokens of one program of the backward by tokens
+CHUNK = 256  # tokens of one program of the backward by tokens
 ROWS = 8  # of them at a time
 EXPERTS = 4  # whose sums it holds, each by name
-CHANNELS = 256  # of it, half as many in float64
+CHANNELS = 128  # of it, half as many in float64
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def blend_tokens_backward(
             n, dim, batch * n, experts, width,
             HAS_BEGIN=begin is not None, HAS_NULL=null is not None, HAS_LOCAL=not same,
             AVERAGE=average, DTYPE=arithmetic(local.dtype),
-            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=4,
+            CHUNK=CHUNK, ROWS=ROWS, EXPERTS=EXPERTS, BLOCK_D=block_d, num_warps=2,
         )  # fmt: skip
     if null is None or partial is None:
         return dlocal, None

@@ -217,7 +217,7 @@ PLACES = Profile(
 )
 BLEND = Profile(
     ("test_cases.py", "test_operators.py", "test_boundaries.py"),
-    "(is_right and blend and float64) or (blend and (pytorch_form or begin_apart)) or tokens-129 or experts-9",
+    "(is_right and blend and float64) or (blend and (pytorch_form or begin_apart)) or tokens-257 or experts-9",
     interpreted=True,
 )
 MEMORY_ATTENTION = Profile(
