@@ -104,7 +104,7 @@ AXES = {
     "router": Axis("channels", ("router_logits",), lambda n: FEW._replace(n=n), 1100, 33000),
     "channels": Axis("channels", CHANNELS, lambda dim: FEW._replace(n=3, ks=(2, 1), dim=dim), 4100, 33000),
     "slots": Axis("channels", SLOTS, lambda k: FEW._replace(n=k + 3, ks=(k, k + 1)), 130, 8200),
-    "tokens": Axis("channels", TOKENS, lambda n: FEW._replace(n=n, ks=(min(n, 2), 1)), 130, 33000),
+    "tokens": Axis("channels", TOKENS, lambda n: FEW._replace(n=n, ks=(min(n, 2), 1)), 260, 33000),
     "queries": Axis("heads", HEADS, lambda length: FEW._replace(length=length), 70, 8200),
     "head_channels": Axis("heads", HEADS, lambda dim: FEW._replace(heads=1, dim_head=dim), 4100, 4100),
     "heads": Axis("heads", HEADS, lambda count: FEW._replace(heads=count), 20, 600),
