@@ -787,22 +787,52 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     yield {**truths, "dr": truth, "dr of halves": truth}
 
 
+def _routed(x: Inputs, p: Any, shown: Tensor, cosine: bool, exact: Tensor) -> tuple[Tensor, Any]:
+    """Logits of tokens that may have a gradient, and what a kernel is given of them."""
+    from optimized.kernels.router_gradient import RouterGradient
+
+    r = p.r.double()
+    logits = _logits(exact, r, shown, cosine)
+    factors = (SCALE / r.norm(dim=-1)).expand(p.x.shape[0], -1) if cosine else r.new_empty(p.x.shape[0], 0)
+    return logits, RouterGradient(p.g, x.here(logits.detach(), wide=True), p.r, x.here(factors, wide=True))
+
+
+def _of_logits(p: Any, shown: Tensor, cosine: bool, exact: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of tokens by their logits, and the absolute values of its terms."""
+    weights = p.g.double() * shown[:, None]
+    terms = torch.einsum("ben,ed->bnd", weights.abs() * p.rates(cosine), p.r.double().abs())
+    if cosine:
+        size, lengths = exact.detach().abs(), exact.detach().norm(dim=-1, keepdim=True)
+        terms = terms + size * (weights * logits.detach()).abs().sum(1)[..., None] / lengths.square()
+    (dx,) = torch.autograd.grad(logits, exact, p.g.double())
+    return dx, terms
+
+
+@case("channels")
+def router_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded:
+    from optimized.kernels import router_gradient as kernel
+
+    p, (mask, shown) = _tokens(x, s), _mask(x, s, masked)
+    exact = p.x.double().requires_grad_()
+    logits, router = _routed(x, p, shown, cosine, exact)
+    yield {"dx": kernel.router_gradient(p.x, mask, p.norms, router)}
+    count = 3 * s.experts + (s.dim if x.dtype == torch.float64 else 0)  # there the truth's own sums count too
+    yield {"dx": x.truth(*_of_logits(p, shown, cosine, exact, logits), count)}
+
+
 @case("channels")
 def token_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool, norm: bool) -> Yielded:
-    """By rows alone, by the router alone, by both."""
-    from optimized.kernels.token_gradient import RouterGradient, TakenRows
+    """By rows alone, and by rows and router."""
+    from optimized.kernels.token_gradient import TakenRows
     from optimized.kernels.token_gradient import token_gradient as assemble
 
     p, (mask, shown) = _tokens(x, s), _mask(x, s, masked)
-    exact, r = p.x.double().requires_grad_(), p.r.double()
-    logits = _logits(exact, r, shown, cosine)
-    factors = (SCALE / r.norm(dim=-1)).expand(s.batch, -1) if cosine else r.new_empty(s.batch, 0)
-    router = RouterGradient(p.g, x.here(logits.detach(), wide=True), p.r, x.here(factors, wide=True))
+    exact = p.x.double().requires_grad_()
+    logits, router = _routed(x, p, shown, cosine, exact)
     rows = [TakenRows(g, routing[2], gamma) for g, routing, gamma in zip(p.gradients, p.routing, p.gammas)]
     one = rows[0] if norm else rows[0]._replace(gamma=None)
     yield {
         "dx of rows": assemble(p.x, None, p.norms, (one,), p.dots if norm else None, None),
-        "dx of router": assemble(p.x, mask, p.norms, (), None, router),
         "dx of both": assemble(p.x, mask, p.norms, tuple(rows), p.dots, router),
     }
 
@@ -820,17 +850,12 @@ def token_gradient(x: Inputs, s: Sizes, *, masked: bool, cosine: bool, norm: boo
         return dx, rate * (collected((g * gamma[:, None, None]).abs(), inverse) + size * along / lengths.square())
 
     size, lengths = exact.detach().abs(), exact.detach().norm(dim=-1, keepdim=True)
-    weights = p.g.double() * shown[:, None]
-    terms = torch.einsum("ben,ed->bnd", weights.abs() * p.rates(cosine), r.abs())
-    if cosine:
-        terms = terms + size * (weights * logits.detach()).abs().sum(1)[..., None] / lengths.square()
-    (dx,) = torch.autograd.grad(logits, exact, p.g.double())
+    dx, terms = _of_logits(p, shown, cosine, exact, logits)
     (first, first_terms), (second, second_terms) = by_rows(0, True), by_rows(1, True)
     alone, alone_terms = (first, first_terms) if norm else by_rows(0, False)
     count = 3 * s.experts + (s.dim if x.dtype == torch.float64 else 0)  # there the truth's own sums count too
     yield {
         "dx of rows": x.truth(alone, alone_terms, count),
-        "dx of router": x.truth(dx, terms, count),
         "dx of both": x.truth(dx + first + second, terms + first_terms + second_terms, count),
     }
 

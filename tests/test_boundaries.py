@@ -85,6 +85,7 @@ SLOTS = ("gather_norm", "combine")
 CHANNELS = (
     *SLOTS,
     "router_logits",
+    "router_gradient",
     "token_gradient",
     "layer_norm",
     "blend",
@@ -93,7 +94,7 @@ CHANNELS = (
     "scaled_weight",
     "step_tokens",
 )
-TOKENS = (*SLOTS, "layer_norm", "blend", "partial_sums", "admitted_rows", "scaled_weight")
+TOKENS = (*SLOTS, "router_gradient", "layer_norm", "blend", "partial_sums", "admitted_rows", "scaled_weight")
 HEADS = (
     "null_slot", "rotary", "value_score", "window", "attention", "keep", "memory_attention", "memory_keys", "finite"
 )  # fmt: skip
@@ -153,6 +154,8 @@ CROSSED = {  # constant: the axis along which something of ours changes there
     "partial_sums.MOST": "tokens",
     "partial_sums.SHARE": "tokens",
     "admitted_rows.UNITS": "channels",
+    "router_gradient.CHANNELS": "channels",
+    "router_gradient.TOKENS": "tokens",
     "router_logits.CHUNK_N": "router",
     "scaled_weight.CHANNELS": "channels",
     "scaled_weight.CHUNK": "tokens",

@@ -34,7 +34,8 @@ from optimized.kernels import (
     value_score,
 )
 from optimized.kernels import launch as launching
-from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
+from optimized.kernels.router_gradient import RouterGradient, router_gradient
+from optimized.kernels.token_gradient import TakenRows, token_gradient
 
 TAIL = 64  # tokens that are not 0: as many as a chunk of any kernel holds, and the first of theirs
 LIMIT = 2**31
@@ -104,10 +105,10 @@ def test_router_logits(kernels: str, cosine: bool, sizes: Sizes, kernel_names: s
         logits, norms, factors = router_logits.router_logits(x, r, None, 8.0 if cosine else None)
         dr = router_logits.routing_token_gradient(gradient, x, r, None, norms, factors)
         router = RouterGradient(gradient, logits, r, factors)
-        dx = token_gradient(x, None, norms, (), None, router)
+        dx = router_gradient(x, None, norms, router)
         runs.append([logits[..., -TAIL:].clone(), dr, dx[:, -TAIL:].clone()])
     check_ends(*runs)
-    assert kernel_names == {"_logits_kernel", "_dr_kernel", "_tokens_gradient_kernel"}
+    assert kernel_names == {"_logits_kernel", "_dr_kernel", "_router_gradient_kernel"}
 
 
 def identity(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

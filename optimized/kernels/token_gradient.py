@@ -1,6 +1,6 @@
 """Gradient of the tokens, assembled in one pass from rows that experts took and from router logits.
 
-x (B, N, D). Up to two groups of E experts took rows of x (see `gather_norm`): gradients g (E, B, K, D) of these,
+x (B, N, D). One or two groups of E experts took rows of x (see `gather_norm`): gradients g (E, B, K, D) of these,
 inverse maps (B, E, N), gamma (E, D), and dots <gamma g, x> of every row, by blocks of channels. The norm of a token
 does not depend on the expert, so with h = sum_e gamma[e] g[e, slot of n] over all experts that took it, and
 r = 1 / max(||x||, 1e-12),
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optimized.kernels.launch import cdiv, channel_constants, clamped_norm, contiguous, launch, norm_floor
+from optimized.kernels.router_gradient import RouterGradient, router_gradient
 from optimized.kernels.router_logits import item_rows
 
 EXPERTS = 32  # whose inverse maps are read at once: one for each thread of a warp
@@ -41,15 +42,6 @@ class TakenRows(NamedTuple):
     gradient: Tensor  # (E, B, K, D)
     inverse: Tensor  # (B, E, N) int32
     gamma: Tensor | None  # (E, D)
-
-
-class RouterGradient(NamedTuple):
-    """Of the logits, with what `router_logits` took and returned."""
-
-    gradient: Tensor  # (B, R, N)
-    logits: Tensor  # (B, R, N)
-    tokens: Tensor  # (R, D) or (B, R, D)
-    factors: Tensor  # (B, R), empty without cosine routing
 
 
 @triton.jit
@@ -107,10 +99,8 @@ def _tokens_gradient_kernel(
     shown = tl.full((), 1, tl.int32)
     if ROUTER and HAS_MASK:
         shown = tl.load(mask_ptr + token).to(tl.int32)
-    slots_0 = tl.full((EXPERTS,), -1, tl.int32)
+    slots_0 = _slots_of(inverse_0, b, position, n, 0, experts, EXPERTS)
     slots_1 = tl.full((EXPERTS,), -1, tl.int32)
-    if GROUPS > 0:
-        slots_0 = _slots_of(inverse_0, b, position, n, 0, experts, EXPERTS)
     if GROUPS > 1:
         slots_1 = _slots_of(inverse_1, b, position, n, 0, experts, EXPERTS)
     norm = tl.full((), 1.0, DTYPE)
@@ -123,8 +113,7 @@ def _tokens_gradient_kernel(
 
     count = tl.sum((slots_0 >= 0).to(tl.int32)) + tl.sum((slots_1 >= 0).to(tl.int32))
     for first in range(EXPERTS, experts, EXPERTS):
-        if GROUPS > 0:
-            count += tl.sum((_slots_of(inverse_0, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
+        count += tl.sum((_slots_of(inverse_0, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
         if GROUPS > 1:
             count += tl.sum((_slots_of(inverse_1, b, position, n, first, experts, EXPERTS) >= 0).to(tl.int32))
     reads = count
@@ -138,17 +127,16 @@ def _tokens_gradient_kernel(
 
     total = tl.zeros((BLOCK_D,), DTYPE)
     dot = tl.full((), 0.0, DTYPE)
-    if GROUPS > 0:
+    total, dot = _add_rows(
+        total, dot, slots_0, 0, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks, all_rows,
+        HAS_NORM, DTYPE, EXPERTS,
+    )  # fmt: skip
+    for first in range(EXPERTS, experts, EXPERTS):
+        more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)
         total, dot = _add_rows(
-            total, dot, slots_0, 0, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks, all_rows,
-            HAS_NORM, DTYPE, EXPERTS,
+            total, dot, more, first, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks,
+            all_rows, HAS_NORM, DTYPE, EXPERTS,
         )  # fmt: skip
-        for first in range(EXPERTS, experts, EXPERTS):
-            more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)
-            total, dot = _add_rows(
-                total, dot, more, first, g_0, gamma_0, dots_ptr, b, channels, k_0, dim, batch, channel_blocks,
-                all_rows, HAS_NORM, DTYPE, EXPERTS,
-            )  # fmt: skip
     if GROUPS > 1:
         total, dot = _add_rows(
             total, dot, slots_1, 0, g_1, gamma_1, dots_ptr + rows_0, b, channels, k_1, dim, batch, channel_blocks,
@@ -199,6 +187,8 @@ def token_gradient(
     """dx in x's dtype. norms (B, N); dots: of `gather_norm.slot_gradients` (channel blocks, rows of all groups), None
     without gamma. mask: of the router.
     """
+    if not taken:
+        return torch.zeros_like(x) if router is None else router_gradient(x, mask, norms, router)
     batch, n, dim = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
@@ -206,10 +196,10 @@ def token_gradient(
     x, norms = x.contiguous(), norms.contiguous()
     dots = norms if dots is None else dots.contiguous()
     absent = TakenRows(x, x, None)
-    first, second = (*taken, absent, absent)[:2]
+    first, second = (*taken, absent)[:2]
     has_norm = first.gamma is not None
-    k_0, k_1 = ([rows.gradient.shape[2] for rows in taken] + [0, 0])[:2]
-    experts = taken[0].inverse.shape[1] if taken else 0
+    k_0, k_1 = ([rows.gradient.shape[2] for rows in taken] + [0])[:2]
+    experts = first.inverse.shape[1]
     groups = [part for rows in (first, second) for part in (rows.gradient, rows.inverse, rows.gamma)]
     tokens = x if router is None else router.tokens.contiguous()
     parts = (None,) * 4 if router is None else (router.gradient, router.logits, tokens, router.factors)

@@ -255,7 +255,8 @@ def _row_gradients(a: Any, needs: Any, dlogits: Tensor | None, taken: list[_Side
 
 def _row_gradients_by_triton(a: Any, needs: Any, dlogits: Tensor | None, taken: list[_Side]) -> dict[str, Tensor]:
     from optimized.kernels import gather_norm as kernel
-    from optimized.kernels.token_gradient import RouterGradient, TakenRows, token_gradient
+    from optimized.kernels.router_gradient import RouterGradient
+    from optimized.kernels.token_gradient import TakenRows, token_gradient
 
     found, dots = {}, None
     normed = a.q_gamma is not None and taken

@@ -47,10 +47,10 @@ class router_logits:
     def backward(a, g, needs):  # type: ignore[no-untyped-def]
         found = {}
         if needs.x and a.triton:
-            from optimized.kernels.token_gradient import RouterGradient, token_gradient
+            from optimized.kernels.router_gradient import RouterGradient, router_gradient
 
             router = RouterGradient(g.logits, a.logits, a.tokens, a.factors)
-            found["x"] = token_gradient(a.x, a.mask, a.norms, (), None, router)
+            found["x"] = router_gradient(a.x, a.mask, a.norms, router)
         elif needs.x:
             found["x"] = input_gradient(g.logits, a.x, a.tokens, a.mask, a.logits, a.norms, a.factors).to(a.x.dtype)
         if needs.tokens:

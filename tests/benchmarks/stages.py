@@ -35,6 +35,7 @@ MODULES = {
     "partial_sums": "dx",
     "gather_norm": "gather",
     "null_slot": "null slot",
+    "router_gradient": "dx",
     "token_gradient": "dx",
     "window": "attention",
     "attention": "attention",

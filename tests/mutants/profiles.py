@@ -97,6 +97,12 @@ GATHER = Profile(
     "or channels-4097",
     interpreted=True,
 )
+ROUTER_GRADIENT = Profile(
+    ("test_cases.py", "test_operators.py", "test_poison.py", "test_routing.py"),
+    "(is_right and router_gradient and float64) or (router_logits and (pytorch_form or whole_stages)) or least_norm "
+    "or (poison and (autoregressive or causal))",
+    interpreted=True,
+)
 EXPERTS = Profile(
     ("test_operators.py", "test_mixture.py", "test_routed_attention.py", "test_poison.py"),
     "(expert and (pytorch_form or only_what or (whole_stages and torch))) or own_context or null or masked_lanes "
@@ -297,6 +303,7 @@ PROFILES = {
     "optimized/kernels/null_slot.py": ATTENTION,
     "optimized/kernels/router_logits.py": LOGITS,
     "optimized/kernels/gather_norm.py": GATHER,
+    "optimized/kernels/router_gradient.py": ROUTER_GRADIENT,
     "optimized/kernels/token_gradient.py": GATHER,
     "optimized/kernels/value_score.py": EXPERTS,
     "optimized/kernels/attention.py": ATTENTION_KERNEL,

@@ -80,6 +80,26 @@ EDITS: Edits = {
             "        dots_ptr += tl.cast(experts, tl.int64) * batch * k_0\n", "", "stride and layout"
         ),
     },
+    "optimized/kernels/router_gradient.py": {
+        "router-gradient-of-the-last-expert": edit(
+            "total += weight[:, None]", "total = weight[:, None]", "lucidrains/CoLT5-attention#8"
+        ),
+        "router-gradient-without-cosine-term": edit(
+            "total -= x * slope[:, None]", "total -= 0.0 * x * slope[:, None]", "lucidrains/CoLT5-attention#8"
+        ),
+        "router-gradient-of-masked-tokens": edit(
+            "    total = tl.where(shown[:, None], total, 0.0)\n", "", "trymirai/lalamo#310"
+        ),
+        "router-gradient-tokens-of-the-first-item": edit(
+            "(b * item_rows + e) * dim", "e * dim", "fla-org/flash-linear-attention#1115"
+        ),
+        "router-gradient-of-no-length-turned": edit(
+            "tl.where(norm > norm_floor(norm), moment", "tl.where(norm == norm, moment", "precision"
+        ),
+        "router-gradient-logits-of-another-item": edit(
+            "at = (b * experts + e) * n + position", "at = e * n + position", "batch mix-up"
+        ),
+    },
     "optimized/kernels/token_gradient.py": {
         "token-gradient-without-norm-term": edit(
             "scale * ((dot * inverse_norm) * inverse_norm), 0.0)", "0.0 * dot, 0.0)", "unslothai/unsloth#10617"
@@ -119,13 +139,13 @@ EDITS: Edits = {
             "pytorch/pytorch#153799",
         ),
         "token-gradient-of-the-first-32-experts": edit(
-            "            more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)\n",
-            "            more = _slots_of(inverse_0, b, position, n, first, 0 * experts, EXPERTS)\n",
+            "more = _slots_of(inverse_0, b, position, n, first, experts, EXPERTS)\n",
+            "more = _slots_of(inverse_0, b, position, n, first, 0 * experts, EXPERTS)\n",
             "pytorch/pytorch#153799",
         ),
         "token-gradient-counts-the-first-32-experts": edit(
-            "            count += tl.sum((_slots_of(inverse_0",
-            "            count += 0 * tl.sum((_slots_of(inverse_0",
+            "        count += tl.sum((_slots_of(inverse_0",
+            "        count += 0 * tl.sum((_slots_of(inverse_0",
             "pytorch/pytorch#153799",
         ),
         "token-gradient-reads-what-nobody-took": edit(
