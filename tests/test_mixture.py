@@ -648,12 +648,15 @@ def test_scores_of_the_callers_routes(kernels: str, device: torch.device) -> Non
 
 
 @EVERY_KERNEL
-def test_a_nan_routing_token_reaches_no_masked_token(kernels: str, device: torch.device) -> None:
-    """Its gradient is 0, not 0 times NaN."""
+@pytest.mark.parametrize("called", [False, True], ids=["fused", "called"])
+def test_a_nan_routing_token_reaches_no_masked_token(called: bool, kernels: str, device: torch.device) -> None:
+    """Its gradient is 0, not 0 times NaN. called: the routers, for a hook, each with a gradient of x of its own."""
     case = LayerCase(n=20, k_q=5, k_kv=6, mask="long_suffix")
     layer = optimized.MixtureOfAttention(**(case.arguments() | {"dropout": 0.0}), device=device, dtype=torch.float64)
     with torch.no_grad():
         layer.query_router.routing_token[0, 0] = math.nan
+    if called:
+        layer.query_router.register_forward_hook(lambda *_: None)
     given = {name: t.to(device) for name, t in case.inputs().items()}
     x = given.pop("x").requires_grad_()
     layer(x, **given).square().sum().backward()

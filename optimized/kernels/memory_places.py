@@ -94,13 +94,15 @@ def _places_kernel(
     line = columns
     place = tl.full((LANES,), -1, tl.int32)
     climbs = (at < count).to(tl.int32)
-    while tl.max(climbs) > 0:
+    left = j - first  # a line has no more: whatever the lists are, it ends
+    while (tl.max(climbs) > 0) & (left >= 0):
         born = tl.load(born_ptr + line, mask=climbs > 0, other=0)
         heir = tl.load(heir_ptr + line, mask=climbs > 0, other=0)
         climbs = tl.where(born > first, climbs, 0)  # those that the first block lists keep the place they have there
         place = tl.where((climbs > 0) & (heir < 0), -1 - heir, place)
         climbs = tl.where(heir < 0, 0, climbs)
         line = tl.where(climbs > 0, heir, line)
+        left -= 1
     eldest = (at < count) & (place < 0)
     listed = _lesser(indices_ptr + there * k, line, before, eldest, STEPS)
     place = tl.where(eldest, listed, place)

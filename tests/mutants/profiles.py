@@ -98,9 +98,9 @@ GATHER = Profile(
     interpreted=True,
 )
 ROUTER_GRADIENT = Profile(
-    ("test_cases.py", "test_operators.py", "test_poison.py", "test_routing.py"),
+    ("test_cases.py", "test_operators.py", "test_mixture.py"),
     "(is_right and router_gradient and float64) or (router_logits and (pytorch_form or whole_stages)) or least_norm "
-    "or (poison and (autoregressive or causal))",
+    "or nan_routing",
     interpreted=True,
 )
 EXPERTS = Profile(

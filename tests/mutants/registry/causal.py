@@ -95,7 +95,9 @@ EDITS: Edits = {
         "places-nobodys-heir-a-place-late": edit(
             "-1 - (before + rank - dropped)", "-2 - (before + rank - dropped)", "tail mask"
         ),
-        "places-columns-of-row-0": edit("heir_ptr += row * n", "heir_ptr += row * 0", "batch mix-up"),
+        "places-of-the-first-row": edit(
+            "row * blocks + j, row * blocks + first", "row * blocks + j, 0 * row + first", "batch mix-up"
+        ),
         "places-tail-unwritten": edit(
             "mask=(at >= count) & (at < k))", "mask=(at > count) & (at < k))", "uninitialised output"
         ),
