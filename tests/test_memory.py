@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from strategies import LayerCase, generator
-from torch import Tensor
+from torch import Tensor, nn
 
 import optimized
 
@@ -83,6 +85,23 @@ def test_backward_makes_no_zeros(name: str, kernels: str, device: torch.device) 
     assert not [parent for parent in zeros if parent is None or not re.match("aten::_.*attention", parent.name)]
 
 
+def peak_of_both(layer: nn.Module, given: dict[str, Tensor], cotangent: Tensor) -> int:
+    """Bytes above inputs and parameters, of the second of two calls."""
+
+    def forget() -> None:
+        layer.zero_grad(set_to_none=True)
+        given["x"].grad = None
+
+    for _ in range(2):
+        forget()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer(**given).backward(cotangent)
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_peak_of_both_directions(dtype: torch.dtype, device: torch.device) -> None:
@@ -91,23 +110,36 @@ def test_peak_of_both_directions(dtype: torch.dtype, device: torch.device) -> No
     layer, given = build(case, device, dtype)
     cotangent = torch.randn(given["x"].shape, generator=generator(3)).to(device, dtype)
 
-    def both() -> None:
-        layer.zero_grad(set_to_none=True)
-        given["x"].grad = None
-        layer(**given).backward(cotangent)
-
-    both()
-    layer.zero_grad(set_to_none=True)
-    given["x"].grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_of_both(layer, given, cotangent)
     size, rows, inner = dtype.itemsize, case.experts * case.batch, case.heads * case.dim_head
     gradients = sum(p.numel() * size for p in layer.parameters())
     of_x = 2 * case.batch * case.n * case.dim * size  # out, then the gradient of x
     experts = rows * (case.k_q + case.k_kv) * (case.dim + 2 * inner) * size  # dy, dout, dq, dk, dv, of the rows
     allowed = sum(saved_bytes(case, size).values()) + gradients + of_x + experts
     assert peak <= 1.1 * allowed
+
+
+class Dense(nn.Module):
+    """Causal attention of all tokens between the same projections as those of local attention."""
+
+    def __init__(self, dim: int, heads: int, **where: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv, self.to_out = (nn.Linear(dim, width, bias=False, **where) for width in (3 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.to_out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.gpu
+def test_peak_of_the_causal_layer_beside_dense_attention(device: torch.device) -> None:
+    """At most 1.5 times, in a shape of the benchmark: rows of all columns, E N D numbers, are the largest it makes."""
+    dim, where = 1024, {"device": device, "dtype": torch.bfloat16}
+    layer = optimized.MixtureOfAutoregressiveAttention(
+        dim, num_routed_queries=64, num_routed_key_values=512, local_attn_window_size=256, num_experts=4, heads=4,
+        local_attn_heads=16, **where,
+    )  # fmt: skip
+    x = torch.randn(1, 8192, dim, generator=generator(3)).to(**where).requires_grad_()
+    peaks = [peak_of_both(each, {"x": x}, torch.ones_like(x)) for each in (layer, Dense(dim, 16, **where))]
+    assert peaks[0] <= 1.5 * peaks[1]

@@ -80,14 +80,19 @@ class memory_experts:
         dq, dkv, found["scores"], dnull_kv = _attention_gradients(a, dout, keys or needs.scores)
         found["null_kv"] = dnull_kv.to(a.null_kv.dtype)
         dq = dq.flatten(4).flatten(1, 3)
+        # What has been read is let go: rows of all columns come next, the largest of all.
+        del dout, a.q, a.out, a.lse
         if needs.w_q:
             found["w_q"] = torch.bmm(dq.mT, a.rows.flatten(1, 2)).view(a.w_q.shape)
+        rows = a.rows.shape
+        del a.rows
         weight = needs.w_kv or needs.kv_gamma
         if not (needs.x or needs.q_gamma or weight):
             return found
         drows = None
         if needs.x or needs.q_gamma:
-            drows = torch.bmm(dq, _per_expert(a.w_q, a)).view(a.rows.shape)
+            drows = torch.bmm(dq, _per_expert(a.w_q, a)).view(rows)
+        del dq
         gradients = _gradients_by_triton if a.triton else _gradients
         return found | gradients(a, drows, dkv, needs.x, weight)
 
