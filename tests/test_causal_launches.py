@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import optimized
 from optimized.ops import operator
 
-# Of PyTorch's 12 are matrix products, 10 make scores of logits and their gradients, 2 add up gradients of x, 2 join what
-# both routers have, 1 fills the gradient of keys' scores, and 1 scales the weights of keys by gamma.
+# Of PyTorch's 12 are matrix products, 10 make scores of logits and their gradients, 2 add up gradients of x, 2 join
+# what both routers have, 1 fills the gradient of keys' scores, and 1 scales the weights of keys by gamma.
 MOST = {"PyTorch's": 28, "ours": 42}
 
 
