@@ -832,7 +832,7 @@ def test_keys_that_nobody_lists(kernels: str, device: torch.device, monkeypatch:
         for key, result in zip(operator.results, (y, *others)):
             if key in ("y", "kv"):
                 check_identical(result.detach(), plain[key], key)
-    assert (plain["kv"] == 0).all((-3, -2, -1)).any()
+    assert 0 in plain["kv"].abs().sum((-3, -2, -1)).flatten().tolist()
     for key, a, b in zip(leaves, *found):
         check_identical(a, b, key)
 
