@@ -767,7 +767,9 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
     halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
     found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))
-    found["dr of no direction"] = kernel.routing_token_gradient(p.g, p.x, torch.zeros_like(p.r), mask, *saved)
+    short = 1e-14 * p.r
+    short[0] = 0
+    found["dr of no direction"] = kernel.routing_token_gradient(p.g, p.x, short, mask, *saved)
     yield found
     rates = p.rates(cosine) * shown[:, None]
     (_, terms), (_, around) = sums(lambda r: torch.einsum("bnd,ed->ben", exact.abs(), r) * rates, [p.r], p.g)

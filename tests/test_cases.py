@@ -13,6 +13,9 @@ from cases import CASES, DTYPES, SMALL, WIDE, Inputs, Truth, all_on, differences
 from harness import check_identical
 from launches import all_kernels, kernels_of, launching_by, modules, name_of
 from strategies import generator, lay_out
+from zones import new_memory_in_zones
+
+from optimized.kernels import launch
 
 TRITON = pytest.mark.parametrize("kernels", ["triton"], indirect=True)
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
@@ -35,14 +38,36 @@ def test_is_right(kernels: str, name: str, dtype: torch.dtype, device: torch.dev
 @TRITON
 @EVERY_CASE
 @pytest.mark.parametrize("layout", ["transposed", "unaligned"])
-def test_layouts(kernels: str, name: str, layout: str, device: torch.device) -> None:
-    """Values alone decide, bit for bit, wherever they lie in memory."""
-    found = []
-    for lay in (cases.as_it_is, lambda t: lay_out(t, layout) if t.ndim > 1 and t.is_floating_point() else t):
-        ((_, case, switches),) = [c for c in each([CASES[name].family], all_on) if c[0] == name]
-        found.append(case.results(Inputs(device, torch.float32, lay=lay), SMALL, **switches))
-    for key, value in found[0].items():
-        check_identical(found[1][key].contiguous(), value.contiguous(), key)
+def test_layouts(kernels: str, name: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values alone decide, bit for bit, wherever they lie in memory; not what new memory holds, nor is any written to
+    beyond its end."""
+    ((_, case, switches),) = [c for c in each([CASES[name].family], all_on) if c[0] == name]
+    plain = case.results(Inputs(device, torch.float32), SMALL, **switches)
+    laid = Inputs(
+        device, torch.float32, lay=lambda t: lay_out(t, layout) if t.ndim > 1 and t.is_floating_point() else t
+    )
+    with new_memory_in_zones(monkeypatch) as memory:
+        found = case.results(laid, SMALL, **switches)
+    for key, value in plain.items():
+        check_identical(found[key].contiguous(), value.contiguous(), key)
+    assert all(untouched() for untouched in memory)
+
+
+@TRITON
+def test_routing_tokens_of_more_channels_than_a_program_holds(
+    kernels: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are so many that the interpreter would take minutes."""
+    monkeypatch.setattr(launch, "MAX_BLOCK_D", 8)
+    assert not CASES["router_logits"].differences(Inputs(device, torch.float32), SMALL, masked=False, cosine=True)
+
+
+@TRITON
+@pytest.mark.parametrize("name", ["blend", "layer_norm", "router_logits", "scaled_weight"])
+def test_parameters_of_more_digits(kernels: str, name: str, device: torch.device) -> None:
+    """Their gradients have these, too."""
+    ((_, case, switches),) = [c for c in each(["channels"], all_on) if c[0] == name]
+    assert not case.differences(Inputs(device, torch.bfloat16, torch.float32), SMALL, **switches)
 
 
 def test_every_kernel_has_a_case() -> None:

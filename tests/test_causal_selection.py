@@ -244,3 +244,24 @@ def test_memory_of_a_long_row(kernels: str, device: torch.device) -> None:
         for there in (None, valid.to(device)):
             expected = ops.memory(logits, there, k, 256, 100, False)
             check_all(ops.memory(logits, there, k, 256, 100, True), tuple(t.cpu() for t in expected))
+
+
+@TRITON
+@pytest.mark.interpreted
+def test_rows_that_lie_apart(kernels: str, device: torch.device) -> None:
+    """As those of a length that does not divide among devices."""
+    logits = draw((2, 2, 6), "normal", 0)
+    given = torch.nn.functional.pad(logits, (0, 1)).to(device)[..., :6]
+    check_all(ops.memory(given, None, 2, 2, 2, True), remembered(logits, None, 2, 2, 2))
+    check_all(ops.candidates(given, None, None, 1, 2, 2, True), reached(logits, None, None, 1, 2, 2))
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_shapes_of_few_blocks_are_known_ahead(blocks: int) -> None:
+    logits = torch.zeros(2, 3, 4 * blocks)
+    for call in (
+        lambda t: ops.candidates(t, None, None, 1, 2, 4, False),
+        lambda t: ops.memory(t, None, 2, 4, t.shape[2], False),
+    ):
+        known = [(t.shape, t.dtype) for t in call(logits.to("meta"))]
+        assert known == [(t.shape, t.dtype) for t in call(logits)]

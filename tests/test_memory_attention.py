@@ -13,6 +13,7 @@ from harness import EVERY_KERNEL, check_identical
 from strategies import draw, generator
 from torch import Tensor
 from torch.nn.functional import pad
+from zones import new_memory_in_zones
 
 from optimized import ops
 from reference.autoregressive import attend, scored
@@ -113,10 +114,13 @@ SHAPES = {
 @EVERY_KERNEL
 @pytest.mark.interpreted
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients(kernels: str, shape: str, device: torch.device) -> None:
+def test_values_and_gradients(kernels: str, shape: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever new memory holds."""
     p = problem(**SHAPES[shape]).to(device)
-    found = run(p, kernels)
+    with new_memory_in_zones(monkeypatch) as memory:
+        found = run(p, kernels)
     check_close(found, run(p, "reference"))
+    assert all(untouched() for untouched in memory)
     assert shape == "no block" or all(t.any() for t in found)
 
 

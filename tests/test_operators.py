@@ -44,6 +44,7 @@ from torch.library import opcheck
 from torch.testing._internal.optests import aot_autograd_check
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from zones import new_memory_in_zones
 
 import optimized
 import reference
@@ -570,6 +571,23 @@ def test_kernels_give_each_gradient_alone(name: str, kernels: str, device: torch
         check_gradient(alone[f"d_{key}"], full[f"d_{key}"], key)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("layer_norm", "weight"), ("layer_norm", "bias"), ("memory_experts", "kv_gamma"), ("blend", "null")],
+)
+def test_a_parameter_of_more_digits(name: str, key: str, kernels: str, device: torch.device) -> None:
+    """Than others have: its gradient has them, too, and no other."""
+    operator, sample = OPERATORS[name], Sample(torch.bfloat16, batch=1, n=6, experts=2, triton=False)
+    named = named_arguments(name, sample, device)
+    named[key] = named[key].float()
+    found = run(operator.backward, backward_arguments(operator, named, sample) | {"triton": kernels == "triton"})
+    for other in with_gradients(operator, named):
+        assert found[f"d_{other}"].dtype == named[other].dtype, other
+    assert (found[f"d_{key}"].bfloat16() != found[f"d_{key}"]).any()
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_each_result_passes_its_gradient_on(name: str, device: torch.device) -> None:
     """On its own: those of all, added up, are the gradient of all at once; zeros, not None, where none comes."""
@@ -796,6 +814,27 @@ def test_a_key_that_is_not_finite_spoils_no_weight(norm: bool, kernels: str, dev
     (gradient,) = torch.autograd.grad(y, named["w_kv"], draw(tuple(y.shape), "normal", 5).to(y))
     assert gradient.isfinite().all()
     assert gradient.any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+def test_keys_that_nobody_lists(kernels: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 where they are a result; where they are none, anything, which no gradient reads."""
+    operator, sample = OPERATORS["memory_experts"], Sample(batch=1, experts=2)
+    named = named_arguments("memory_experts", sample, device, triton=True)
+    plain = run(operator, named)
+    leaves = {key: named[key].detach().clone().requires_grad_() for key in operator.wrt}
+    found = []
+    for call in (operator, operator.first):
+        with new_memory_in_zones(monkeypatch):
+            y, *others = outputs(call(**named | leaves))
+            found.append(torch.autograd.grad(y, list(leaves.values()), draw(tuple(y.shape), "normal", 9).to(y)))
+        for key, result in zip(operator.results, (y, *others)):
+            if key in {"y", "kv"}:
+                check_identical(result.detach(), plain[key], key)
+    assert torch.equal(plain["kv"][:, :, -1], torch.zeros_like(plain["kv"][:, :, -1]))
+    for key, a, b in zip(leaves, *found):
+        check_identical(a, b, key)
 
 
 @pytest.mark.interpreted

@@ -86,8 +86,8 @@ LAUNCH = Profile(
 )
 LOGITS = Profile(
     ("test_cases.py", "test_operators.py", "test_mixture.py"),
-    "(router_logits and (is_right or whole_stages)) or (pytorch_form and routed_rows) or own_context or nan_routing "
-    "or both_routers",
+    "(router_logits and (is_right or whole_stages)) or more_channels or (pytorch_form and routed_rows) "
+    "or own_context or nan_routing or both_routers",
     interpreted=True,
 )
 GATHER = Profile(
@@ -164,7 +164,7 @@ MOVES = Profile(
 )
 OPERATOR = Profile(
     ("test_modules.py", "test_operators.py", "test_backends.py", "test_attention.py"),
-    "randomness or draws or autocast or plain_call or forward_mode or only_the_output "
+    "nobody_lists or randomness or draws or autocast or plain_call or forward_mode or only_the_output "
     "or (other_results and capped_simplex) or (combine and (only_what or opcheck)) "
     "or (test_backends and (gradients or forms))",
 )
@@ -206,7 +206,8 @@ REMEMBERED = Profile(
 )
 BY_THRESHOLD = Profile(
     ("test_causal_selection.py", "test_operators.py"),
-    "(triton and (long_blocks or reach_the)) or (torch and reach_the) or (candidates and opcheck and masked)",
+    "(triton and (long_blocks or reach_the)) or (torch and reach_the) or known_ahead "
+    "or (candidates and opcheck and masked)",
     interpreted=True,
     examples=40,
 )
@@ -240,7 +241,11 @@ ADMITTED = Profile(
     "(is_right and admitted) or (memory_experts and pytorch_form) or key_that_is_not or channels-4097",
     interpreted=True,
 )
-SCALED = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and scaled_weight) or tokens-33", interpreted=True)
+SCALED = Profile(
+    ("test_cases.py", "test_operators.py", "test_boundaries.py"),
+    "(scaled_weight and is_right) or (memory_experts and more_digits) or tokens-33",
+    interpreted=True,
+)
 SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
 SHARED_KEYS = Profile(
     ("test_cases.py", "test_memory_attention.py"),

@@ -169,6 +169,11 @@ EDITS: Edits = {
             "part = ((row * blocks + j) * heads + h) * tiles + tile",
             "stride and layout",
         ),
+        "memory-attention-null-gradient-of-no-block-unwritten": edit(
+            "(m.null_kv.new_empty if dq.numel() else m.null_kv.new_zeros)",
+            "m.null_kv.new_empty",
+            "uninitialised output",
+        ),
         "memory-attention-scores-of-one-head": edit(
             "Sum(dscores, batch * experts, heads)", "Sum(dscores, batch * experts, 1)", "missing gradient"
         ),
@@ -323,6 +328,9 @@ EDITS: Edits = {
             "log-sum-exp and scale",
         ),
         "scaled-weight-last-rows-alone": edit("dgamma += total *", "dgamma = total *", "missing gradient"),
+        "scaled-weight-dgamma-in-the-weights-dtype": edit(
+            "torch.empty(gamma.shape, dtype=gamma.dtype", "torch.empty(gamma.shape, dtype=w.dtype", "precision"
+        ),
         "scaled-weight-last-chunk-lost": edit("cdiv(rows, CHUNK), min(", "max(rows // CHUNK, 1), min(", "tail mask"),
     },
     "optimized/kernels/finite.py": {
@@ -369,6 +377,9 @@ EDITS: Edits = {
         "candidates-torch-own-block": edit("rows[:, :, :-1] + 0.0", "rows[:, :, 1:] + 0.0", "causality"),
         "candidates-torch-nan-is-a-number": edit(
             "number = (valid & ~rows.isnan())[:, :, :-1]", "number = valid[:, :, :-1]", "NaN order"
+        ),
+        "candidates-fake-of-no-block": edit(
+            "blocks - 1 if blocks and a.first is None", "blocks - 1 if a.first is None", "fake tensors"
         ),
         "candidates-torch-slots-of-block-0": edit(
             "(torch.arange(blocks, device=rows.device) - skipped)",

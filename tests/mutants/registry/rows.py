@@ -25,6 +25,12 @@ EDITS: Edits = {
         "routing-token-gradient-across-the-first-tokens": edit(
             "        r_0 = r_1\n", "", "lucidrains/CoLT5-attention#8"
         ),
+        "routing-token-gradient-across-the-last-channels": edit(
+            "        dots += r", "        dots = r", "missing gradient"
+        ),
+        "routing-token-gradient-across-less-than-the-least-norm": edit(
+            "directed = length > norm_floor(length)", "directed = length > 0.0", "masked rows and sentinels"
+        ),
         "routing-token-gradient-across-what-has-no-direction": edit(
             "tl.where(directed, square, 1.0)", "square", "masked rows and sentinels"
         ),
@@ -295,6 +301,11 @@ EDITS: Edits = {
         ),
     },
     "optimized/ops/operator.py": {
+        "operator-unseen-results-shown": edit(
+            'getattr(self.body, "unseen", None) if first else None',
+            'getattr(self.body, "unseen", None)',
+            "uninitialised output",
+        ),
         "operator-constant-in-forward-mode": edit(
             (
                 "        def refuse_tangent(ctx: Any, *tangents: Any) -> Any:\n"

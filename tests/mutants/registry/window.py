@@ -86,6 +86,9 @@ EDITS: Edits = {
         ),
     },
     "optimized/ops/layer_norm.py": {
+        "norm-bias-gradient-in-the-weights-dtype": edit(
+            "a.bias.dtype if needs.bias", "a.weight.dtype if needs.bias", "precision"
+        ),
         "norm-fake-in-the-models-dtype": edit(
             "row = a.x.new_empty(a.x.shape[:-1], dtype=kind)", "row = a.x.new_empty(a.x.shape[:-1])", "fake tensors"
         ),
