@@ -216,8 +216,7 @@ def blend_tokens_backward(
     same = not average and g.dtype == local.dtype
     dlocal = g if same else torch.empty_like(local, memory_format=torch.contiguous_format)
     kind = wide(local.dtype)
-    make = torch.empty if g.numel() else torch.zeros  # without tokens no program writes
-    partial = None if null is None else make(chunks, experts, dim, dtype=kind, device=g.device)
+    partial = None if null is None else torch.empty(chunks, experts, dim, dtype=kind, device=g.device)
     if g.numel() and not (same and null is None):
         block_d = min(next_power_of_2(dim), CHANNELS // 2 if kind == torch.float64 else CHANNELS)
         launch(
