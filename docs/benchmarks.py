@@ -200,8 +200,8 @@ default is 0.1, and there is no mask, unless a case says otherwise.
   reference checks routes by value, which waits for the device: its host time is all of its time.
 - deterministic: PyTorch's mode as it is by default, which fills fresh memory besides.
 
-Competitors: [competitors.py](../../tests/benchmarks/competitors.py). All of a report ran on one machine at one time, all
-of a case in one process; where two processes shared the cases, each had a GPU of its own, and half of the host.
+Competitors: [competitors.py](../../tests/benchmarks/competitors.py). All of a report ran on one machine at one time,
+all of a case in one process; where two processes shared the cases, each had a GPU of its own, and half of the host.
 Written by `python docs/benchmarks.py`.
 """
 PLOTS = {
