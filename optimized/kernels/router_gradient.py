@@ -5,7 +5,7 @@ With the gradient l' (B, R, N) of logits l, norms ||x||, and r = 1 / max(||x||, 
     dx = sum_e l' cx cr r_e - x cx^2 sum_e l' l   (cx = cr = 1 and no second term but with cosine routing)
 
 A program per tile of tokens of an item and block of channels, which reads each routing token once for all of them: a
-program for each token read eight rows of routing tokens for one of x, and took twice as long.
+program for each token reads eight rows of routing tokens for one of x, and takes an eighth longer.
 
 Blind spots: what cosine routing needs of a token besides x is made by every block of channels anew.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from optimized.kernels.launch import arithmetic, cdiv, clamped_norm, contiguous, launch, next_power_of_2, norm_floor
 from optimized.kernels.router_logits import item_rows
 
-TOKENS = 16  # of a tile, half as many in float64
+TOKENS = 8  # of a tile, half as many in float64
 CHANNELS = 256
 
 
@@ -89,6 +89,6 @@ def router_gradient(x: Tensor, mask: Tensor | None, norms: Tensor, router: Route
             router.logits.contiguous(), tokens, router.factors.contiguous(), dx,
             n, dim, router.gradient.shape[1], item_rows(tokens),
             COSINE=router.factors.numel() > 0, HAS_MASK=mask is not None, DTYPE=dtype, TOKENS=rows, BLOCK_D=block_d,
-            num_warps=4,
+            num_warps=1,
         )  # fmt: skip
     return dx
