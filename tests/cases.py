@@ -767,7 +767,7 @@ def router_logits(x: Inputs, s: Sizes, *, masked: bool, cosine: bool) -> Yielded
     found["dr"] = kernel.routing_token_gradient(p.g, p.x, p.r, mask, *saved)
     halves = p.r.chunk(2) if s.experts % 2 == 0 else (p.r,)
     found["dr of halves"] = torch.cat(kernel.routing_token_gradients(p.g, p.x, halves, mask, *saved))
-    short = 1e-14 * p.r
+    short = 1e-14 * p.r / p.r.norm(dim=-1, keepdim=True)  # of any number of channels
     short[0] = 0
     found["dr of no direction"] = kernel.routing_token_gradient(p.g, p.x, short, mask, *saved)
     yield found

@@ -12,7 +12,6 @@ import torch
 
 from optimized.kernels import launch
 from optimized.kernels.launch import cdiv, launch_compiled, next_power_of_2
-from optimized.kernels.value_score import value_score
 
 
 class Kernel:
@@ -206,29 +205,3 @@ def test_the_interpreter_replaces_what_it_would() -> None:
     assert len(before) > 100
     assert left == []
     assert builtins() == before
-
-
-@pytest.mark.interpreted
-def test_threads_may_interpret_at_once(device: torch.device) -> None:
-    """Triton's interpreter puts functions of its own in the place of triton.language's until a launch is over: another
-    thread's launch, or a probe that is asked once and for all, failed meanwhile.
-    """
-    v, scores, wrong = torch.rand(2, 6, 2, 4, device=device), torch.rand(1, 2, 6, device=device), []
-    barrier = threading.Barrier(4)
-
-    def work() -> None:
-        try:
-            barrier.wait(60)
-            for _ in range(20):
-                if not torch.equal(value_score(v, scores), expected):
-                    wrong.append("another result")
-        except Exception as error:
-            wrong.append(f"{type(error).__name__}: {error}")
-
-    expected = value_score(v, scores)
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong

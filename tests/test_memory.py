@@ -120,15 +120,15 @@ def test_peak_of_both_directions(dtype: torch.dtype, device: torch.device) -> No
 
 
 class Dense(nn.Module):
-    """Causal attention of all tokens between the same projections as those of local attention."""
+    """Causal attention of all tokens between the same norm and projections as those of local attention."""
 
     def __init__(self, dim: int, heads: int, **where: Any) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.norm = heads, nn.LayerNorm(dim, **where)
         self.to_qkv, self.to_out = (nn.Linear(dim, width, bias=False, **where) for width in (3 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.to_qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.to_out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
