@@ -71,6 +71,15 @@ def leading(reports: list[Report]) -> list[Report]:
     return list(first.values())
 
 
+def longest(reports: list[Report]) -> list[Report]:
+    """Of each machine the one whose lines have most points, of equals the first."""
+    best: dict[str, Report] = {}
+    for report in reports:
+        name = report["hardware"]["name"]
+        best[name] = max(best.get(name, report), report, key=points)
+    return list(best.values())
+
+
 def find(report: Report, case: str, competitor: str, direction: str) -> dict[str, Any]:
     """The row, or {}."""
     key = (case, competitor, direction)
@@ -291,13 +300,14 @@ def curve(report: Report, competitor: str, group: str, direction: str, keys: tup
     return [list(column) for column in zip(*sorted(points))]
 
 
-def has_lines(report: Report) -> bool:
-    return any(curve(report, line[1], line[2], FORWARD, ("p50",)) for line in LINES[report["device"]])
+def points(report: Report) -> int:
+    lines = (curve(report, line[1], line[2], FORWARD, ("p50",)) for line in LINES[report["device"]])
+    return sum(len(line[0]) for line in lines if line)
 
 
 def draw_against_n(path: Path, reports: list[Report], key: str, label: str) -> None:
     """Log-log, a row for each report, forward and forward+backward side by side."""
-    drawn = [report for report in reports if has_lines(report)]
+    drawn = [report for report in reports if points(report)]
     if not drawn:
         return
     figure = Figure(figsize=(10, 4.6 * len(drawn)), dpi=100, layout="constrained")
@@ -404,10 +414,10 @@ def draw_stages(path: Path, report: Report) -> None:
 
 
 def render(reports: list[Report], docs: Path, readme: Path) -> None:
-    shown = leading(reports)
+    shown, lines = leading(reports), longest(reports)
     generated, pictures = docs / "generated", docs / "pictures"
-    draw_against_n(pictures / "speed.png", shown, "p50", "time, ms")
-    draw_against_n(pictures / "memory.png", shown, "peak_mib", "peak memory above inputs, MiB")
+    draw_against_n(pictures / "speed.png", lines, "p50", "time, ms")
+    draw_against_n(pictures / "memory.png", lines, "peak_mib", "peak memory above inputs, MiB")
     draw_stages(pictures / "stages.png", shown[0])
     drawn = [f"![{title}](../pictures/{name})" for name, title in PLOTS.items() if (pictures / name).exists()]
     parts = [INTRODUCTION.rstrip(), *drawn, *map(section, reports)]

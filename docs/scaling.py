@@ -45,8 +45,8 @@ def lines(rows: Rows) -> Iterator[tuple[str, ...]]:
         cells = [" / ".join(map(short, times[r] or ())) or "-" for r in ranks]
         first, last = times[ranks[0]], times[ranks[-1]]
         gain = " / ".join(f"{a / b:.2f}" for a, b in zip(first, last)) if first and last else "-"
-        most = [max((row["peak_mib"] for row in by_ranks[r]), default=None) for r in ranks]
-        sent = max((row["sent"] for row in by_ranks[ranks[-1]]), default=0.0)
+        most = [max((row["peak_mib"] for row in by_ranks[r] if "peak_mib" in row), default=None) for r in ranks]
+        sent = max((row.get("sent", 0.0) for row in by_ranks[ranks[-1]]), default=0.0)
         bytes_of = "" if what[0] == DENSE else short(sent / 1e6)  # its own is not counted
         yield label(*what), *cells, gain, " / ".join("-" if m is None else f"{m:,.0f}" for m in most), bytes_of
 

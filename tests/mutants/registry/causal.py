@@ -91,7 +91,7 @@ EDITS: Edits = {
         ),
         "places-line-cut-a-block-late": edit("where(born > first, climbs", "where(born > first + 1, climbs", "window"),
         "places-line-not-cut": edit("where(born > first, climbs", "where(born > 0, climbs", "window"),
-        "places-heirs-of-another-block": edit("(place - 1) * k + rank", "place * k + rank", "stale saved tensor"),
+        "places-all-heirs-of-one": edit("(place - 1) * k + rank", "(place - 1) * k + 0 * rank", "combination"),
         "places-nobodys-heir-a-place-late": edit(
             "-1 - (before + rank - dropped)", "-2 - (before + rank - dropped)", "tail mask"
         ),
