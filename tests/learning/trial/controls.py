@@ -39,7 +39,7 @@ class RandomMemory(_Patched):
 
 
 def of_its_own_block(
-    logits: Tensor, valid: Tensor | None, first: Tensor, kq: int, capacity: int, block: int, triton: bool
+    logits: Tensor, valid: Tensor | None, first: Tensor | None, kq: int, capacity: int, block: int, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`ops.candidates`, but the threshold of a block is the kq-th largest logit of that block."""
     rows = logits.unflatten(-1, (-1, block))
@@ -48,13 +48,14 @@ def of_its_own_block(
     thresholds = worth.topk(min(kq, block), -1).values[..., -1]
     candidate = (worth > -torch.inf) & (worth >= thresholds[..., None])
     candidate[:, :, 0] = False  # nothing is remembered before the first block
-    slot, counts = candidate.cumsum(-1) - 1, candidate.sum(-1, dtype=torch.int32)
+    slot, skipped = candidate.cumsum(-1) - 1, 1 if first is None else 0
     taken = candidate & (slot < capacity)
     columns = torch.arange(logits.shape[-1], device=logits.device).view(-1, block).expand_as(slot)
     indices = slot.new_zeros(*rows.shape[:3], capacity + 1)  # tokens without a slot write to one past the end
-    indices = indices.scatter_(-1, torch.where(taken, slot, capacity), columns)[..., :capacity].int()
+    indices = indices.scatter_(-1, torch.where(taken, slot, capacity), columns)[:, :, skipped:, :capacity]
+    counts = taken.sum(-1, dtype=torch.int32)[:, :, skipped:].contiguous()
     slots = torch.arange(capacity, device=rows.device) < counts[..., None]
-    starts = capacity * torch.arange(rows.shape[2], device=rows.device)[:, None]
+    starts = capacity * (torch.arange(rows.shape[2], device=rows.device) - skipped)[:, None]
     inverse = torch.where(taken, starts + slot, -1).int().flatten(2)
     return torch.where(slots, indices, 0), slots, inverse, thresholds, counts
 
