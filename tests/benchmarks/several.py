@@ -240,7 +240,7 @@ def main(given: list[str] | None = None) -> int:
                 torch.cuda.empty_cache()
     steps = []
     if bench.most(time.perf_counter() - begun) <= args.budget:
-        steps = training(device.type, mesh.size(), args.size, bench.most, bench.wait, time.perf_counter)
+        steps = training(device.type, mesh.size(), args.size, bench.most, bench.wait)
     if first:
         print(*steps, sep="\n", flush=True)
     if first and args.out is not None:

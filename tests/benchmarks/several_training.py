@@ -7,6 +7,7 @@ Python, in bfloat16 on a GPU.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,7 @@ WARM, TIMED = 3, 6  # steps
 
 
 def training(
-    kind: str,
-    ranks: int,
-    size: str,
-    most: Callable[[float], float],
-    wait: Callable[[], None],
-    clock: Callable[[], float],
+    kind: str, ranks: int, size: str, most: Callable[[float], float], wait: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Rows, one of each style. most: of all ranks; wait: for all of them."""
     rows = []
@@ -42,11 +38,11 @@ def training(
             for _ in range(WARM):
                 trainer.train_step()
             wait()
-            begun = clock()
+            begun = time.perf_counter()
             for _ in range(TIMED):
                 trainer.train_step()
             wait()
-            seconds = most((clock() - begun) / TIMED)
+            seconds = most((time.perf_counter() - begun) / TIMED)
             peak = most(torch.cuda.max_memory_allocated() / 2**20 if kind == "cuda" else 0.0)
         row = {"ranks": ranks, "style": style, "size": size, "parameters": plan.parameters}
         row |= {"tokens": plan.settings.batch * plan.settings.context, "ms": seconds * 1000, "peak_mib": peak}
