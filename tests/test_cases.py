@@ -36,6 +36,14 @@ def test_is_right(kernels: str, name: str, dtype: torch.dtype, device: torch.dev
 
 
 @TRITON
+@pytest.mark.interpreted
+def test_blocks_that_drop_several_columns_at_once(kernels: str, device: torch.device) -> None:
+    """Whose places go to as many others, each to one: rows of 17 columns, as above, are too short for that."""
+    for n in (31, 40, 129):
+        assert not CASES["memory_places"].differences(Inputs(device, torch.float64), SMALL._replace(n=n)), n
+
+
+@TRITON
 @EVERY_CASE
 @pytest.mark.parametrize("layout", ["transposed", "unaligned"])
 def test_layouts(kernels: str, name: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,19 +33,37 @@ HALF_KERNELS = {"_attention_kernel", "_attention_queries_kernel", "_attention_ke
 LEFT_OUT = {"all": set(), "one": {"*fp16", "*fp64"}}
 # Bytes that a thread may spill: sixteen registers around a reduction, in whatever version of Triton.
 FEW = 64
+# Numbers whose places are not known to be aligned are loaded one by one, each with an address of its own.
+UNALIGNED = 1536
 # By kernel and block size: a row of 32768 logits is 64 registers of each thread; sums of 128 by 128 are 128 of each of
 # 128 threads, which sm_90 multiplies from shared memory, and sm_80 from more registers.
 KNOWN_SPILLS = {
-    ("_rows_kernel", ""): 256,
+    ("_rows_kernel", ""): 768,
     ("_descent_kernel", "16384"): 512,
     ("_descent_kernel", "32768"): 512,
     ("_select_kernel", "8192"): 512,
     ("_select_kernel", "16384"): 512,
     # Two sums of 128 keys by 64 channels are 128 registers of each thread; other blocks spill less and are slower.
     ("_attention_keys_kernel", ""): 512,
+    ("_memory_keys_kernel", ""): 384,
     # A quarter faster than with 64 keys, which spill nothing: 64 queries by 128 keys are 64 registers, three times.
-    ("_memory_queries_kernel", ""): 128,
+    ("_memory_queries_kernel", ""): 256,
+    ("_step_tokens_kernel", ""): 384,  # on sm_100
     ("_window_keys_kernel", ""): 128,  # of float32, on gfx942
+    # A memory of tens of thousands of columns in one program's registers: right, and slow.
+    ("_dropped_kernel", "32768"): 1024,
+    ("_dropped_kernel", "65536"): 5632,
+    ("_heirs_kernel", "16384"): 128,
+    ("_heirs_kernel", "32768"): 1536,
+    ("_heirs_kernel", "65536"): 5632,
+}
+# Of gfx942, whose registers are those of 64 lanes: what it spills beyond these.
+KNOWN_SPILLS_OF_AMD = {
+    ("_heirs_kernel", "8192"): 256,
+    ("_heirs_kernel", "16384"): 1536,
+    ("_heirs_kernel", "32768"): 3584,
+    ("_heirs_kernel", "65536"): 9472,
+    ("_window_keys_kernel", ""): 5120,  # of heads of 128 channels
 }
 
 
@@ -71,8 +89,11 @@ def test_defect_08_compiles_for_every_dtype(target: str, sizes: str, tmp_path: P
         expected = ALL_DTYPES - {"*fp64"} if kernel in HALF_KERNELS else expected  # sums are in float32
         assert found == (set() if kernel in INTEGER_KERNELS else expected - LEFT_OUT[sizes]), kernel
     assert not excesses(report)
-    assert not [row for row in rows if row["spill_stores"] > allowed_spill(row)]
+    assert not [row for row in rows if row["spill_stores"] > allowed_spill(row, target)]
 
 
-def allowed_spill(row: dict[str, Any]) -> int:
-    return KNOWN_SPILLS.get((row["kernel"], row["constants"].get("BLOCK", "")), FEW)
+def allowed_spill(row: dict[str, Any], target: str) -> int:
+    constants = row["constants"]
+    key = row["kernel"], constants.get("BLOCK", constants.get("LANES", ""))
+    known = [KNOWN_SPILLS.get(key, FEW), 0 if row["aligned"] else UNALIGNED]
+    return max(*known, KNOWN_SPILLS_OF_AMD.get(key, 0) if target == "gfx942" else 0)

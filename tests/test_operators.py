@@ -56,6 +56,7 @@ DIFFERENTIABLE = [name for name in SAMPLES if OPERATORS[name].wrt]
 # Whose kernels take long when interpreted.
 STAGES = ("router_logits", "gather_norm", "routed_rows", "combine", "expert_attention", "window", "window_attention")
 SOLVERS = ("coordinate_descent", "capped_simplex")
+LOGITS = (*SOLVERS, "select", "pick", "candidates", "memory")  # computed of logits, in float32 at least
 MODEL_DTYPE = ("gather_norm", "attention", "combine")  # kernels of ours on rows of the model's dtype
 MASK_NAMES = ("plain", "masked")
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=MASK_NAMES)
@@ -84,8 +85,7 @@ def every_sample() -> Iterator[Any]:
     small = [Sample(n=n, variant="blocks", masked=n > 0, triton=False) for n in (0, 1)]
     for name in OPERATORS:
         of = forward_of(name)
-        routing = of in (*SOLVERS, "select", "pick", "candidates", "memory")  # in float32 at least
-        half = [] if routing else [Sample(torch.bfloat16, True, "transposed", triton=of in MODEL_DTYPE)]
+        half = [] if of in LOGITS else [Sample(torch.bfloat16, True, "transposed", triton=of in MODEL_DTYPE)]
         half += [Sample(torch.float16, of == "gather_norm", "sliced", triton=True)] * (of in MODEL_DTYPE)
         variants = [Sample(variant=v, masked=i % 2 == 1, triton=False) for i, v in enumerate(VARIANTS.get(of, {}))]
         for s in every + half + edges + variants:
@@ -586,6 +586,19 @@ def test_a_parameter_of_more_digits(name: str, key: str, kernels: str, device: t
     for other in with_gradients(operator, named):
         assert found[f"d_{other}"].dtype == named[other].dtype, other
     assert (found[f"d_{key}"].bfloat16() != found[f"d_{key}"]).any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernels", ["torch", "triton"], indirect=True)
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name not in LOGITS])
+def test_gradients_are_of_the_dtypes_of_their_arguments(name: str, kernels: str, device: torch.device) -> None:
+    """In half precision, where they are sums in more: autograd would convert them, a program that calls may not."""
+    operator, sample = OPERATORS[name], Sample(torch.bfloat16, batch=1, n=6, experts=2, triton=False)
+    named = named_arguments(name, sample, device)
+    given = backward_arguments(operator, named, sample) | {"triton": kernels == "triton"}
+    found = run(operator.backward, {key: given[key] for key in operator.backward.names})
+    for key in with_gradients(operator, named):
+        assert found[f"d_{key}"].dtype == named[key].dtype, key
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

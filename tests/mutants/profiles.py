@@ -57,7 +57,7 @@ SIGMOID = Profile(
 )
 COMBINE = Profile(
     ("test_mixture.py", "test_operators.py", "test_poison.py"),
-    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients)) "
+    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients or of_the_dtypes)) "
     "or (test_poison and layout and combine)",
     interpreted=True,
 )
@@ -219,7 +219,7 @@ MEMORY = Profile(
 )
 PLACES = Profile(
     ("test_cases.py", "test_memory_attention.py"),
-    "(is_right and memory_places and float64) or (test_values and triton and (tiles or remembered))",
+    "(is_right and memory_places and float64) or drop_several or (test_values and triton and (tiles or remembered))",
     interpreted=True,
 )
 BLEND = Profile(
@@ -246,7 +246,11 @@ SCALED = Profile(
     "(scaled_weight and is_right) or (memory_experts and more_digits) or tokens-33",
     interpreted=True,
 )
-SEEN = Profile(("test_cases.py", "test_boundaries.py"), "(is_right and finite) or queries-65", interpreted=True)
+SEEN = Profile(
+    ("test_finite.py", "test_cases.py", "test_boundaries.py"),
+    "test_finite or (is_right and finite) or queries-65",
+    interpreted=True,
+)
 SHARED_KEYS = Profile(
     ("test_cases.py", "test_memory_attention.py"),
     "(is_right and memory_keys and float) or (test_memory_attention and triton)",
