@@ -166,8 +166,11 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         Returns out (B, N, D) in x's dtype, or (out, cache, routes) as far as asked for, in this order.
         Raises TypeError or ValueError naming the argument.
         """
-        c, n = self.config, x.shape[1]
+        c = self.config
+        if isinstance(cache, StaticCache):
+            contract.reject("cache", "a Cache, as `value()` of a StaticCache is", "a StaticCache", TypeError)
         mask = check_call(c, x, mask, rotary_emb, cache, use_cache, return_routes)
+        n = x.shape[1]
         contract.parameters(self, x, CLASSES)
         plan = bind(self._kind(x, cache is not None))  # after all checks: a backend may have to be tried
         null_tokens = self.null_tokens  # read once: a parametrization computes it
@@ -226,7 +229,7 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         contract.parameters(self, x, CLASSES)
         own = isinstance(self.attn, MemoryAttention) and isinstance(self.local_attn, CausalLocalAttention)
         if border or not own:  # other modules write nothing into these buffers
-            out, later = self(x, rotary_emb=rotary_emb, cache=cache.value(), use_cache=True)
+            out, later = self(x, rotary_emb=rotary_emb, cache=cache.copied(), use_cache=True)
             cache.put(later)
             return out
         plan = bind(self._kind(x, False))

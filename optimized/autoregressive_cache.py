@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from reference import autoregressive_cache as values
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +61,18 @@ class StaticCache(Cache, NearBuffers):
         return self.length - self.start >= self.tail.shape[1]
 
     def value(self) -> Cache:
-        """What it holds now, of which later steps change nothing."""
+        """What it holds now, of which later steps change nothing. It waits for the device: steps count tokens there."""
+        held = self.copied()
+        newest = int(self.length.max()) if self.length.numel() else 0
+        return replace(held, passed=max(self.passed, newest))
+
+    def copied(self) -> Cache:
+        """The same for the next step, which asks `passed` nothing: nothing waits."""
         return Cache(**_copies(self))
+
+    def crop(self, n: int | Tensor) -> Self:
+        """As of a `Cache`; in buffers of its own, too."""
+        return type(self)(**_copies(super().crop(n)))
 
     def put(self, other: values.Cache) -> None:
         """Another cache of the same shape, into these buffers."""

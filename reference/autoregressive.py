@@ -476,8 +476,9 @@ class MixtureOfAutoregressiveAttention(nn.Module):
         Returns out (B, N, D) in x's dtype, or (out, cache, routes) as far as asked for, in this order.
         Raises TypeError or ValueError naming the argument.
         """
-        c, n = self.config, x.shape[1]
+        c = self.config
         mask = check_call(c, x, mask, rotary_emb, cache, use_cache, return_routes)
+        n = x.shape[1]
         contract.parameters(self, x, CLASSES)
         past = Cache.empty(c, x, rotary_emb is not None) if cache is None else cache
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask

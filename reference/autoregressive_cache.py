@@ -85,8 +85,11 @@ class Cache:
         )
 
     def select(self, index: Integer[Tensor, " B2"]) -> Self:
-        """Of these batch items, in this order: some repeated, or left out."""
+        """Of these batch items, in this order: some repeated, or left out. Raises ValueError beyond."""
         contract.tensor("index", index, "B", dtypes=(torch.int64, torch.int32), beside=self.length)
+        items = self.length.shape[0]
+        if ((index < 0) | (index >= items)).any():
+            contract.reject("index", f"from 0 to {items - 1}, items of the batch", str(index.tolist()))
         return self._each(lambda t: t.index_select(0, index))
 
     def crop(self, n: int | Integer[Tensor, " B"]) -> Self:

@@ -56,7 +56,7 @@ def _continues(config: AutoregressiveConfig, cache: Cache, x: Tensor) -> None:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     for name, expected, given in (
-        ("the layer", cache.made_for(config), cache.sizes()),
+        ("sizes (D, W, w, E, K, H, d, h) =", cache.made_for(config), cache.sizes()),
         ("batch", x.shape[0], cache.length.shape[0]),
         ("dtype", x.dtype, cache.tail.dtype),
         ("logits in", wide, cache.logits.dtype),

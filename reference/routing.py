@@ -121,10 +121,12 @@ def routing_logits(
     """<x[b, n], r[e]>, or the scaled cosine of the two, in at least float32."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, tokens.dtype), torch.float32)
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        x, tokens = x.to(dtype), tokens.to(dtype)
+        x, tokens = x.to(dtype).contiguous(), tokens.to(dtype)
         if options.cosine_sim_routing:
             x, tokens = F.normalize(x, dim=-1, eps=1e-12), F.normalize(tokens, dim=-1, eps=1e-12)
-        logits = tokens @ x.mT
+        # Sums in one order for every token, which a product of matrices does not promise: equal tokens get equal
+        # logits, however many stand beside them, and decoding ranks them as the whole sequence does.
+        logits = torch.stack([(x * token.unsqueeze(-2)).sum(-1) for token in tokens.unbind(-2)], 1)
     return logits * options.cosine_sim_scale if options.cosine_sim_routing else logits
 
 

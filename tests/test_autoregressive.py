@@ -387,6 +387,29 @@ def test_any_pieces_are_the_whole(
         assert cache.length.tolist() == (given["mask"].sum(1).tolist() if case.masked else [case.n] * case.batch)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "torch"], indirect=True)
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_tokens_are_ranked_alike_in_any_pieces(
+    implementation: ModuleType, cosine: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of four symbols, as below a layer that knows positions: the bits of their logits decide, however many stand
+    beside one. A product of matrices has others for one row.
+    """
+    for seed in range(5):
+        case = Case({**SMALL, "cosine_sim_routing": cosine}, 1, 40, seed)
+        layer = case.layer(implementation, device).to(dtype)
+        symbols = case.normal(4, case.call(device)[0].shape[-1], seed=6, device=device).to(dtype)
+        x = symbols[torch.randint(4, (1, 40), generator=generator(seed)).to(device)]
+        with torch.no_grad():
+            whole, (picked, _) = layer(x, return_routes=True)
+            _, (again, _) = layer(x.mT.contiguous().mT, return_routes=True)
+            out, _ = in_pieces(layer, x, {}, [13] + 27 * [1])
+        same(picked.indices.double(), again.indices.double())
+        wrong = (out - whole).abs().amax(-1) > 100 * torch.finfo(dtype).eps * whole.abs().max()
+        assert not wrong.any(), wrong.nonzero()
+
+
 @BOTH
 @pytest.mark.parametrize("lengths", [[7], [0, 7], [3, 4], [2, 1, 4]], ids=str)
 def test_a_slot_without_a_query_spoils_no_weight(
@@ -578,8 +601,23 @@ def test_steps_in_place(kernels: str, case: Case, tokens: int, device: torch.dev
                     assert held.data_ptr() == places[name]
                     if not name.startswith(("tail", "local")):  # beyond the unfinished block these hold anything
                         same(held.to(torch.float64), e.to(torch.float64))
-        out, again = layer(x[:, :1], None, rotary, static.value()), layer(x[:, :1], None, rotary, value)
+        held = static.value()
+        assert held.passed >= int(held.length.max())
+        out, again = layer(x[:, :1], None, rotary, held), layer(x[:, :1], None, rotary, value)
         same(out, again)
+
+
+def test_a_cropped_static_cache_has_buffers_of_its_own(device: torch.device) -> None:
+    """A step of either changes nothing of the other."""
+    case = Case(SMALL, 2, 6, 1)
+    layer, (x, _) = case.layer(optimized, device), case.call(device)
+    with torch.no_grad():
+        static = layer(x, use_cache=True)[1].static()
+        before = static.value()
+        layer.step(x[:, :1], static.crop(1))
+        for name, t in vars(before).items():
+            if isinstance(t, Tensor):
+                same(getattr(static, name), t)
 
 
 class OfValues(torch.nn.Module):
@@ -746,10 +784,19 @@ def test_bad_calls(implementation: ModuleType, device: torch.device) -> None:
     for arguments, message in refused:
         with pytest.raises((TypeError, ValueError), match=f"^{message}"):
             layer(x, **arguments)
+    for nothing in (None, [1.0], x[0, 0]):
+        with pytest.raises((TypeError, ValueError), match=r"^x: expected"):
+            layer(nothing)
+    for beyond in (2, -1):
+        with pytest.raises(ValueError, match=r"^index: expected from 0 to 1, items of the batch"):
+            cache.select(torch.tensor([0, beyond], device=device))
+    if hasattr(cache, "static"):
+        with pytest.raises(TypeError, match=r"^cache: expected a Cache, as `value"):
+            layer(x, rotary_emb=angles, cache=cache.static())
     with pytest.raises(ValueError, match=r"^cache: expected None, or solver='sigmoid'"):
         soft(x, cache=of_soft)
     other = Case({**SMALL, "num_routed_key_values": 6}, 2, 6, 1).layer(implementation, device)
-    with pytest.raises(ValueError, match=r"^cache: expected one for the layer"):
+    with pytest.raises(ValueError, match=r"^cache: expected one for sizes"):
         other(x, rotary_emb=torch.zeros(20, 4, device=device), cache=cache)
 
 

@@ -628,14 +628,16 @@ def test_flops_are_those_of_the_products(name: str, masked: bool) -> None:
     """What an operator says of itself, and of each subset of gradients, is what PyTorch counts inside of it. With masks
     of each gradient alone and of all: a product is as large with them.
 
-    Windows reach over all tokens, which is what attention written out computes.
+    Windows reach over all tokens, which is what attention written out computes. Logits are products, too, if made as
+    sums.
     """
     operator, sample = OPERATORS[name], Sample(masked=masked, triton=False, n=7)
     changes = {"window": 9, "causal": False, "mask": None, "backend": "math"} if name.startswith("window") else {}
     named = named_arguments(name, sample, CPU, **changes)
     values = [named[key] for key in operator.names]
     said = counted(lambda: operator.op(*values))
-    assert said == counted(lambda: operator.raw(*values))
+    logits = [2 * named["x"].numel() * named[key].shape[-2] for key in operator.names if key.endswith("tokens")]
+    assert said == counted(lambda: operator.raw(*values)) + sum(logits)
     products = "router_logits", "routed_rows", "mixture", "window", "memory_experts"
     assert (said > 0) == (name in products or "attention" in name)
     if operator.backward is None:

@@ -11,10 +11,11 @@ with second terms for cosine routing only, and where the norm exceeds 1e-12.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from optimized.ops.operator import operator
+
+CACHED = 2**16  # numbers
 
 
 @operator(
@@ -74,9 +75,13 @@ def logits_flops(x: Tensor, tokens: Tensor) -> int:
 
 
 def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One GEMM where all items share their routing tokens."""
+    """Sums in one order for every token: equal ones get equal logits, however many tokens stand beside them.
+
+    Products of matrices promise no such thing, and which of equal tokens is taken would be a matter of how a sequence
+    is cut into calls.
+    """
     dtype = logits_dtype(x, tokens)
-    x, tokens = x.to(dtype), tokens.to(dtype)
+    x, tokens = x.to(dtype).contiguous(), tokens.to(dtype)
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0)
     norms = torch.linalg.vector_norm(x, dim=-1)
@@ -85,10 +90,12 @@ def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None)
         lengths = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp_min_(1e-12)
         factors = (scale / lengths[..., 0]).expand(x.shape[0], -1).contiguous()
         x, tokens = x / norms.clamp_min(1e-12)[..., None] * scale, tokens / lengths
-    if tokens.ndim == 2:
-        logits = F.linear(x, tokens).transpose(1, 2).contiguous()
-    else:
-        logits = torch.bmm(tokens, x.transpose(1, 2)).contiguous()
+    logits = norms.new_empty(x.shape[0], tokens.shape[-2], x.shape[1])
+    # On a CPU some tokens at a time, whose products stay in its cache.
+    rows = max(CACHED // max(x[:, :1].numel(), 1), 1) if x.device.type == "cpu" else max(x.shape[1], 1)
+    for some, made in zip(x.split(rows, 1), logits.split(rows, 2)):
+        for e, token in enumerate(tokens.unbind(-2)):
+            torch.sum(some * token.unsqueeze(-2), -1, out=made[:, e])
     return logits, norms.contiguous(), factors
 
 
