@@ -57,7 +57,8 @@ SIGMOID = Profile(
 )
 COMBINE = Profile(
     ("test_mixture.py", "test_operators.py", "test_poison.py"),
-    "(triton and (counts or hidden or unrouted or (injected and float64))) or (combin and (opcheck or gradients or of_the_dtypes)) "
+    "(triton and (counts or hidden or unrouted or (injected and float64))) "
+    "or (combin and (opcheck or gradients or of_the_dtypes)) "
     "or (test_poison and layout and combine)",
     interpreted=True,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs.layers import PACKAGES, assert_all_same, assert_same, gradients_of, loss_of, package_of
+from programs.layers import OPTIMIZED_FIRST, PACKAGES, assert_all_same, assert_same, gradients_of, loss_of, package_of
 from programs.ranks import Ranks, mean_over_ranks, two_ranks
 from programs.test_fully_sharded import gradients as sharded_gradients
 from programs.test_fully_sharded import sharded
@@ -63,7 +63,7 @@ def test_state_dict(package: str) -> None:
     )
 
 
-@PACKAGES
+@OPTIMIZED_FIRST
 def test_compiled(package: str) -> None:
     """In one graph, with gradients."""
     layer, x = layer_of(package), tokens()
@@ -228,7 +228,7 @@ def train(rank: int, package: str, units: tuple[str, ...] | None) -> None:
     assert len(found) == len(mean)
 
 
-@PACKAGES
+@OPTIMIZED_FIRST
 @pytest.mark.parametrize(
     "units",
     [None, ("",), ("attn.to_kv", "attn.context_norm", "attn", "query_router", "local_attn.to_out", "local_attn", "")],

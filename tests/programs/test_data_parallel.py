@@ -13,6 +13,7 @@ import pytest
 import torch
 from programs.layers import (
     K_Q,
+    OPTIMIZED_FIRST,
     OPTIONS,
     PACKAGES,
     Option,
@@ -85,7 +86,7 @@ def assert_trained(results: list[dict[str, torch.Tensor]], package: str, option:
         assert not torch.equal(p, before[name]), name
 
 
-@PACKAGES
+@OPTIMIZED_FIRST
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("option", ["default", "local mask"])
 def test_any_lengths(ranks: Ranks, package: str, option: str, schedule: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from programs.layers import (
     K_Q,
+    OPTIMIZED_FIRST,
     OPTIONS,
     PACKAGES,
     Option,
@@ -99,7 +100,7 @@ def train(rank: int, package: str, option: Option, units: list[str], schedule: t
             assert_all_same(own, {name: by_rank[rank][name] for name in own})
 
 
-@PACKAGES
+@OPTIMIZED_FIRST
 @pytest.mark.parametrize("option", ["default", "local mask", "rotary", "cross"])
 def test_whole(ranks: Ranks, package: str, option: str) -> None:
     """Lengths differ between the ranks, and on some there is nothing to choose: none waits for another."""
