@@ -61,9 +61,16 @@ class StaticCache(Cache, NearBuffers):
         return self.length - self.start >= self.tail.shape[1]
 
     def value(self) -> Cache:
-        """What it holds now, of which later steps change nothing. It waits for the device: steps count tokens there."""
-        held = self.copied()
-        newest = int(self.length.max()) if self.length.numel() else 0
+        """What it holds now, of which later steps change nothing. It waits for the device: steps count tokens there.
+
+        Raises RuntimeError where a step without border=True took an item past the end of its block.
+        """
+        held, width = self.copied(), self.tail.shape[1]
+        newest, most = (int(t.max()) if t.numel() else 0 for t in (self.length, self.length - self.start))
+        if most > width:
+            raise RuntimeError(
+                f"cache: expected at most {width} tokens in an unfinished block, got {most}; border=True was due"
+            )
         return replace(held, passed=max(self.passed, newest))
 
     def copied(self) -> Cache:

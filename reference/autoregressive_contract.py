@@ -44,9 +44,9 @@ class AutoregressiveConfig:
         if checked["dim_head"] % 2:
             reject("dim_head", "an even number (rotary embedding)", checked["dim_head"])
         for name in ("route_block_size", "learned_routing_tokens"):
-            if arguments.pop(name, None):
+            if given := arguments.pop(name, None):
                 reject(name, "no such option: blocks are those of routed_window_size" if name[0] == "r" else
-                       "False: the layer holds its routing tokens", "it")  # fmt: skip
+                       "False: the layer holds its routing tokens", given)  # fmt: skip
         options = RouterOptions.of_module(arguments)
         return cls(**checked, options=options)
 

@@ -387,6 +387,7 @@ def test_any_pieces_are_the_whole(
         assert cache.length.tolist() == (given["mask"].sum(1).tolist() if case.masked else [case.n] * case.batch)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("implementation", ["reference", "torch"], indirect=True)
 @pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -394,7 +395,8 @@ def test_equal_tokens_are_ranked_alike_in_any_pieces(
     implementation: ModuleType, cosine: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Of four symbols, as below a layer that knows positions: the bits of their logits decide, however many stand
-    beside one. A product of matrices has others for one row.
+    beside one. A product of matrices has others for one row. On a GPU, where PyTorch's sums choose their order by the
+    shape, our kernel has one for all.
     """
     for seed in range(5):
         case = Case({**SMALL, "cosine_sim_routing": cosine}, 1, 40, seed)
@@ -605,6 +607,20 @@ def test_steps_in_place(kernels: str, case: Case, tokens: int, device: torch.dev
         assert held.passed >= int(held.length.max())
         out, again = layer(x[:, :1], None, rotary, held), layer(x[:, :1], None, rotary, value)
         same(out, again)
+
+
+def test_a_missed_border_is_told(device: torch.device) -> None:
+    """When it is looked at: a step waits for nothing."""
+    layer = Case(SMALL, 1, 4, 1).layer(optimized, device)
+    x = Case(SMALL, 1, 4, 1).call(device)[0]
+    with torch.no_grad():
+        static = layer(x, use_cache=True)[1].static()
+        while not static.due().any():
+            layer.step(x[:, :1], static)
+        static.value()
+        layer.step(x[:, :1], static)
+        with pytest.raises(RuntimeError, match=r"^cache: expected at most \d+ tokens in an unfinished block, got"):
+            static.value()
 
 
 def test_a_cropped_static_cache_has_buffers_of_its_own(device: torch.device) -> None:

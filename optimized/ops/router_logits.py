@@ -77,7 +77,8 @@ def logits_flops(x: Tensor, tokens: Tensor) -> int:
 def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Sums in one order for every token: equal ones get equal logits, however many tokens stand beside them.
 
-    Products of matrices promise no such thing, and which of equal tokens is taken would be a matter of how a sequence
+    On a CPU: on a GPU, where our kernel keeps to one order, PyTorch's sums choose it by the shape. Products of matrices
+    promise no such thing, and which of equal tokens is taken would be a matter of how a sequence
     is cut into calls.
     """
     dtype = logits_dtype(x, tokens)
