@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-examples",
         type=integer(1),
-        help="examples per property, cases of each kind of the campaign (default: 100, with CI set 30; nightly: 1000)",
+        help="examples per property, cases of each kind of the campaign (default: 100, with CI set 20; nightly: 1000)",
     )
     group.addoption("--mutants", action="store_true", help="run the suite against every mutant: see tests/mutants")
     group.addoption("--only", metavar="WORD", help="with --mutants: those whose name, class or file contains it")
@@ -115,7 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ],
     }
     hypothesis.settings.register_profile("dev", max_examples=100, **common)
-    hypothesis.settings.register_profile("ci", max_examples=30, derandomize=True, **common)
+    hypothesis.settings.register_profile("ci", max_examples=20, derandomize=True, **common)
     hypothesis.settings.register_profile("nightly", max_examples=1000, **common)
     name = "ci" if os.environ.get("CI") else "dev"
     name = "nightly" if _asks_for("nightly", config) else name
