@@ -78,8 +78,7 @@ def _logits(x: Tensor, tokens: Tensor, mask: Tensor | None, scale: float | None)
     """Sums in one order for every token: equal ones get equal logits, however many tokens stand beside them.
 
     On a CPU: on a GPU, where our kernel keeps to one order, PyTorch's sums choose it by the shape. Products of matrices
-    promise no such thing, and which of equal tokens is taken would be a matter of how a sequence
-    is cut into calls.
+    promise no such thing, and which of equal tokens is taken would be a matter of how a sequence is cut into calls.
     """
     dtype = logits_dtype(x, tokens)
     x, tokens = x.to(dtype).contiguous(), tokens.to(dtype)
